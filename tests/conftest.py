@@ -1,0 +1,79 @@
+"""Fixtures; what they are made of stands in harness.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import harness
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> Iterator[None]:
+    """No variable of the caller may configure libpq or the relay."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - harness.clean_environment().keys():
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[harness.Server]:
+    """A PostgreSQL for the whole run. Tests that stop or restart it use ``own_server``."""
+    with harness.Server() as running:
+        yield running
+
+
+@pytest.fixture
+def database(server: harness.Server) -> Iterator[harness.Database]:
+    """A database of the test's own on the shared server."""
+    with server.fresh_database() as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def own_server() -> Iterator[harness.Server]:
+    """A PostgreSQL of the test's own, to stop, restart and freeze; takes some 0.7 s."""
+    with harness.Server() as running:
+        yield running
+
+
+@pytest.fixture
+def start_relay() -> Iterator[Callable[..., harness.Relay]]:
+    """Start relays (arguments: `harness.Relay`) that end with the test; their logs show if it fails."""
+    relays: list[harness.Relay] = []
+
+    def start(*options: str, **how: object) -> harness.Relay:
+        relay = harness.Relay(*options, **how)  # type: ignore[arg-type]  # passed through as given
+        relays.append(relay)
+        return relay
+
+    with contextlib.ExitStack() as stack:
+        yield start
+        for relay in relays:
+            stack.callback(relay.close)
+        for number, relay in enumerate(relays):
+            print(f"---- relay {number} ({relay.bind})", relay.log, sep="\n")  # noqa: T201  # shown on failure
+
+
+@pytest.fixture
+def relay(start_relay: Callable[..., harness.Relay], database: harness.Database) -> harness.Relay:
+    """A relay on the test's own database, ready."""
+    return start_relay(dsn=database.dsn)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[harness.Browser]:
+    running = harness.Browser()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def node_modules(request: pytest.FixtureRequest) -> Path:
+    """The folder with the npm package ``eventsource``, kept in pytest's cache."""
+    return harness.NodeEventSource.install(request.config.cache.mkdir("node"))

@@ -1,0 +1,919 @@
+"""What the tests share: the real relay, a PostgreSQL, a proxy that can freeze, clients that we did not write.
+
+Everything here owns what it starts and ends it in `close`, and waits for conditions with a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import httpx
+import playwright.async_api
+import psycopg2
+import psycopg2.extensions
+import pytest
+from httpx_sse import ServerSentEvent, connect_sse
+
+from sse_relay import EmbeddedPostgres
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "sse_relay.py"
+# Stands in the line that the relay logs when it has gone through its start.
+READY = "ready"
+# Below the range of outgoing connections, so that nothing else is given the port of a relay that restarts.
+RELAY_PORTS = range(12_000, 20_000)
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> T:
+    """Return the first true value of ``condition``; fail after ``timeout`` seconds, naming ``what``."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout} s for {what or condition}; last value: {value!r}")
+        time.sleep(0.01)
+    return value
+
+
+def require(program: str, *other_names: str) -> str:
+    """Return the path of a program; without it the test fails in CI, and is skipped elsewhere."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/sbin"])
+    for name in (program, *other_names):
+        if found := shutil.which(name, path=path):
+            return found
+    return missing(f"needs the program {program}")
+
+
+def missing(reason: str) -> NoReturn:
+    """Fail in CI, where everything is installed; skip elsewhere."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without what would configure the relay or libpq."""
+    ours = ("PG", "SSE_RELAY_", "LISTEN_", "WATCHDOG_", "NOTIFY_SOCKET", "CREDENTIALS_", "DATABASE_URL")
+    return {k: v for k, v in os.environ.items() if k == "PGBIN" or not k.startswith(ours)}
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that is free now and stays out of the way of outgoing connections."""
+    for port in random.sample(RELAY_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no free TCP port")
+
+
+# ==== The relay ===============================================================
+
+
+class Relay:
+    """The program, run as a process: ``python sse_relay.py [command] --bind … --dsn … options``.
+
+    Args:
+        options: Options of ``run``, after those made from ``bind`` and ``dsn``.
+        dsn: None leaves the option out.
+        bind: Default: a free port of 127.0.0.1. A restart on the same address passes ``bind=other.bind``.
+        env: Added to `clean_environment`.
+        wait: Return only when the log says that the relay is ready.
+        command: What stands before the options, without the program's own name.
+        python: The interpreter, e.g. of another virtual environment.
+        pass_fds: Descriptors that the process inherits.
+    """
+
+    def __init__(
+        self,
+        *options: str,
+        dsn: str | None = None,
+        bind: str | None = None,
+        env: Mapping[str, str] | None = None,
+        wait: bool = True,
+        command: tuple[str, ...] = (),
+        python: str = sys.executable,
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
+        self.bind = bind or f"127.0.0.1:{free_port()}"
+        arguments = [*command, "--bind", self.bind, *(["--dsn", dsn] if dsn else []), *options]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [python, str(PROGRAM), *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},
+            pass_fds=pass_fds,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            try:
+                self.wait_for_log(READY)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """All that the program has written so far, to either stream."""
+        return "\n".join(self.lines)
+
+    def wait_for_log(self, text: str, timeout: float = 15.0, after: int = 0) -> str:
+        """Return the first line that contains ``text``, from line number ``after`` on."""
+
+        def search() -> str | None:
+            ended = not self._reader.is_alive()
+            found = next((line for line in self.lines[after:] if text in line), None)
+            if ended and not found:
+                pytest.fail(f"ended with {self.process.wait()} without logging {text!r}:\n{self.log}")
+            return found
+
+        return wait_until(search, timeout, f"{text!r} in the log:\n{self.log}") or ""
+
+    def url(self, *channels: str, path: str = "/events", **query: str) -> str:
+        """Return the address of a stream: one channel in the path; several, ``.`` or ``..`` in the query."""
+        pairs = list(query.items())
+        if len(channels) == 1 and channels[0] not in (".", ".."):
+            path = f"{path.rstrip('/')}/{quote(channels[0], safe='')}"
+        else:
+            pairs = [("channel", channel) for channel in channels] + pairs
+        host = "relay" if self.bind.startswith("unix:") else self.bind
+        return f"http://{host}{path}" + (f"?{urlencode(pairs)}" if pairs else "")
+
+    def stop(self, timeout: float = 10.0) -> int:
+        """Send SIGTERM and return the exit status."""
+        self.process.terminate()
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait for the end of the process and of its output; return the exit status."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {timeout} s:\n{self.log}")
+        self._reader.join(timeout)
+        return status
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+    def suspend(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process if it still runs; a suspended one, too."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+# ==== PostgreSQL ==============================================================
+
+
+class Database:
+    """One database, with one connection of the tests in autocommit."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._connection: psycopg2.extensions.connection | None = None
+
+    def connect(self, **parameters: Any) -> psycopg2.extensions.connection:
+        """Open a connection for the caller, in autocommit; ``with connection:`` would open a transaction."""
+        connection: psycopg2.extensions.connection = psycopg2.connect(self.dsn, **parameters)
+        connection.autocommit = True
+        return connection
+
+    def execute(self, sql: str, parameters: object = None) -> list[tuple[Any, ...]]:
+        """Run statements in autocommit and return the rows of the last one."""
+        if self._connection is None or self._connection.closed:
+            self._connection = self.connect(application_name="tests")
+        with self._connection.cursor() as cursor:
+            cursor.execute(sql, parameters)  # type: ignore[arg-type]  # any sequence or mapping
+            return cursor.fetchall() if cursor.description else []
+
+    def notify(self, channel: str, payload: str = "") -> None:
+        self.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+
+    def backends(self) -> list[tuple[int, str, str]]:
+        """Return pid, application name and last query of each client of this database but `execute`'s own."""
+        rows = self.execute(
+            "SELECT pid, application_name, query FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            " AND backend_type = 'client backend' ORDER BY backend_start"
+        )
+        return [(pid, name, query) for pid, name, query in rows]
+
+    def terminate_backends(self) -> int:
+        """Terminate the connections of all others, as an administrator would; return how many there were."""
+        pids = [pid for pid, *_ in self.backends()]
+        self.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", (pids,))
+        return len(pids)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class Server(EmbeddedPostgres):
+    """A PostgreSQL of the tests, without waiting for the disk. Its own database is `database`."""
+
+    def __init__(self, **options: str) -> None:
+        super().__init__(options={"fsync": "off", "max_connections": "200", **options})
+        self._numbers = iter(range(1, 1_000_000))
+
+    @functools.cached_property
+    def database(self) -> Database:
+        return Database(self.dsn)
+
+    def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        if self.pid:
+            self.database.close()
+        super().stop(mode)
+
+    @contextlib.contextmanager
+    def fresh_database(self) -> Iterator[Database]:
+        """Make an empty database, and drop it with whoever is still connected."""
+        name = f"test_{next(self._numbers)}"
+        self.database.execute(f"CREATE DATABASE {name}")
+        fresh = Database(psycopg2.extensions.make_dsn(self.dsn, dbname=name))
+        try:
+            yield fresh
+        finally:
+            fresh.close()
+            self.database.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# ==== Between the relay and its neighbours ====================================
+
+
+class FreezableProxy:
+    """A TCP proxy on 127.0.0.1 that can freeze, drop its connections, refuse new ones, or be slow.
+
+    Args:
+        target: Host and port to forward to.
+        bytes_per_second: Limits what flows from the target to each client; None: as fast as it goes.
+    """
+
+    def __init__(self, target: tuple[str, int], bytes_per_second: int | None = None) -> None:
+        self.target = target
+        self.bytes_per_second = bytes_per_second
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self.port = free_port()
+        self._listener: socket.socket | None = None
+        self.accept()
+
+    @classmethod
+    def before(cls, database: Database) -> FreezableProxy:
+        """Return a proxy in front of a database's server; `dsn` then leads through it."""
+        parts = psycopg2.extensions.parse_dsn(database.dsn)
+        return cls((parts["host"], int(parts["port"])))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def dsn(self, database: Database) -> str:
+        """Return the database's DSN, through this proxy."""
+        return psycopg2.extensions.make_dsn(database.dsn, host="127.0.0.1", port=self.port)
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected through to the target."""
+        with self._lock:
+            return len(self._sockets) // 2
+
+    def freeze(self) -> None:
+        """Forward nothing more, either way. Sockets stay open; new ones are taken and stay silent."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        """Forward again, what has waited first."""
+        self._flowing.set()
+
+    def drop(self) -> None:
+        """Cut every connection, on both sides."""
+        with self._lock:
+            for each in self._sockets:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self) -> None:
+        """Refuse new connections, as if nobody listened; those that are open stay."""
+        if self._listener is not None:
+            with contextlib.suppress(OSError):  # wakes the thread in accept()
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+
+    def accept(self) -> None:
+        """Take connections (again)."""
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+            self._start(self._accept, self._listener)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._flowing.set()
+        self.refuse()
+        self.drop()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            self._start(self._connect, client)
+
+    def _connect(self, client: socket.socket) -> None:
+        with client, socket.socket() as upstream:
+            self._flowing.wait()
+            if self.bytes_per_second is not None:
+                # Small buffers, so that the target feels the slowness.
+                upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+            try:
+                upstream.connect(self.target)
+            except OSError:
+                return
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                self._sockets |= {client, upstream}
+            back = threading.Thread(target=self._pump, args=(client, upstream, None), daemon=True)
+            back.start()
+            self._pump(upstream, client, self.bytes_per_second)
+            back.join()
+            with self._lock:
+                self._sockets -= {client, upstream}
+
+    def _pump(self, source: socket.socket, sink: socket.socket, rate: int | None) -> None:
+        size = max(1, rate // 20) if rate else 65536
+        try:
+            while data := source.recv(size):
+                self._flowing.wait()
+                sink.sendall(data)
+                if rate:
+                    self._closed.wait(len(data) / rate)
+        except OSError:
+            self._shutdown(source, socket.SHUT_RDWR)
+        self._flowing.wait()
+        self._shutdown(sink, socket.SHUT_WR)
+
+    @staticmethod
+    def _shutdown(end: socket.socket, how: int) -> None:
+        with contextlib.suppress(OSError):
+            end.shutdown(how)
+
+
+# ==== Clients =================================================================
+
+
+class SseReader:
+    """A client made of httpx and httpx-sse, reading in a thread of its own until the stream ends or `close`.
+
+    httpx-sse hands out every block with an id, also those without data, which a browser keeps to itself:
+    `blocks` has all of them, `events` those with data or a name.
+
+    Args:
+        url: As from `Relay.url`.
+        headers: Added to those of httpx-sse (``Accept: text/event-stream``).
+        last_event_id: Sent as ``Last-Event-ID``.
+        unix: Path of a unix socket to connect to.
+        wait: Return only when the response's headers are there.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        last_event_id: str | None = None,
+        unix: str | None = None,
+        wait: bool = True,
+    ) -> None:
+        self.url = url
+        self.blocks: list[ServerSentEvent] = []
+        self.response: httpx.Response | None = None
+        self.error: Exception | None = None
+        """Why the stream ended, if it was not with its last chunk or by `close`."""
+        self._headers = {**(headers or {}), **({"Last-Event-ID": last_event_id} if last_event_id else {})}
+        self._transport = httpx.HTTPTransport(uds=unix)
+        self._closing = False
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        if wait:
+            wait_until(lambda: self.response is not None or self.ended, 10, f"a response from {url}")
+            if self.response is None:
+                raise self.error or AssertionError("no response")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        try:
+            with (
+                httpx.Client(transport=self._transport, timeout=httpx.Timeout(10, read=None)) as client,
+                connect_sse(client, "GET", self.url, headers=self._headers) as source,
+            ):
+                self.response = source.response
+                for block in source.iter_sse():
+                    self.blocks.append(block)
+        except Exception as error:
+            if not self._closing:
+                self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    @property
+    def status(self) -> int:
+        assert self.response is not None
+        return self.response.status_code
+
+    @property
+    def events(self) -> list[ServerSentEvent]:
+        return [block for block in list(self.blocks) if block.data or block.event != "message"]
+
+    @property
+    def data(self) -> list[str]:
+        """The data of all events that are not the relay's own."""
+        return [event.data for event in self.events if not event.event.startswith("relay.")]
+
+    @property
+    def last_event_id(self) -> str:
+        """The position so far, or ""."""
+        return self.blocks[-1].id if self.blocks else ""
+
+    def wait_for(
+        self, predicate: Callable[[ServerSentEvent], bool], timeout: float = 10.0
+    ) -> ServerSentEvent:
+        """Return the first event for which ``predicate`` is true."""
+
+        def search() -> ServerSentEvent | None:
+            ended = self.ended
+            found = next(filter(predicate, self.events), None)
+            if ended and not found:
+                pytest.fail(f"{self.url} ended ({self.error!r}) after {self.events[-5:]}")
+            return found
+
+        found = wait_until(search, timeout, f"an event of {self.url}")
+        assert found is not None
+        return found
+
+    def wait_for_data(self, data: str, timeout: float = 10.0) -> ServerSentEvent:
+        return self.wait_for(lambda event: event.data == data, timeout)
+
+    def wait_for_id(self, timeout: float = 10.0) -> str:
+        """Return the first position that the stream gives."""
+        return wait_until(lambda: self.last_event_id, timeout, f"an id from {self.url}")
+
+    def wait_for_end(self, timeout: float = 10.0) -> None:
+        wait_until(lambda: self.ended, timeout, f"the end of {self.url}")
+
+    def close(self) -> None:
+        """Cut the connection and wait for the thread."""
+        self._closing = True
+        if self.response is not None and not self.ended:
+            stream = self.response.extensions["network_stream"]
+            with contextlib.suppress(OSError):
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+class RawStream:
+    """One HTTP request on a bare socket; keeps every byte that comes back.
+
+    Args:
+        address: A ``--bind`` value: ``HOST:PORT`` or ``unix:PATH``, as in `Relay.bind`.
+        target: Path and query, or a whole URL as from `Relay.url`.
+        headers: Default: ``Host`` and ``Accept: text/event-stream``.
+        version: ``1.0`` or ``1.1``.
+        request: Sent as it is, instead of what the arguments above make.
+        receive_buffer: SO_RCVBUF in bytes, for a client that takes little.
+        reading: False never reads: a client that has stalled.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        target: str = "/",
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        version: str = "1.1",
+        request: bytes | None = None,
+        receive_buffer: int | None = None,
+        reading: bool = True,
+    ) -> None:
+        if request is None:
+            parts = urlsplit(target)
+            path = parts._replace(scheme="", netloc="").geturl() or "/"
+            fields = {"Host": parts.netloc or address, "Accept": "text/event-stream", **(headers or {})}
+            lines = [f"{method} {path} HTTP/{version}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+            request = "\r\n".join(lines).encode()
+        self.received: list[tuple[float, bytes]] = []
+        """What each read of the socket gave, with its time.monotonic()."""
+        self.ended = False
+        self.error: OSError | None = None
+        unix = address.removeprefix("unix:") if address.startswith("unix:") else None
+        self.socket = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        try:
+            if receive_buffer is not None:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            host, _, port = address.rpartition(":")
+            self.socket.connect(unix or (host, int(port)))
+            self.socket.sendall(request)
+        except BaseException:
+            self.socket.close()
+            raise
+        self._thread: threading.Thread | None = None
+        if reading:
+            self.read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def read(self) -> None:
+        """Begin to read, if the stream was made with ``reading=False``."""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            while data := self.socket.recv(1 << 20):
+                self.received.append((time.monotonic(), data))
+        except OSError as error:
+            self.error = error
+        self.ended = True
+
+    @property
+    def raw(self) -> bytes:
+        return b"".join([data for _, data in list(self.received)])
+
+    @property
+    def status(self) -> int:
+        """The status code, or 0 before the headers are complete."""
+        head, complete, _ = self.raw.partition(b"\r\n\r\n")
+        return int(head.split(b" ", 2)[1]) if complete else 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header fields, names in lower case; those given twice are joined by ``, ``."""
+        fields: dict[str, str] = {}
+        for line in self.raw.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")[1:]:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip()
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        return fields
+
+    @property
+    def chunks(self) -> list[bytes]:
+        """The complete chunks of a chunked body, each as the server made it; a final one is ``b""``."""
+        rest = self.raw.partition(b"\r\n\r\n")[2]
+        chunks: list[bytes] = []
+        while (end := rest.find(b"\r\n")) >= 0:
+            size = int(rest[:end], 16)
+            if len(rest) < end + size + 4:
+                break
+            chunk, tail = rest[end + 2 : end + 2 + size], rest[end + 2 + size : end + 4 + size]
+            assert tail == b"\r\n", f"a chunk of {size} bytes ends with {tail!r}"
+            chunks.append(chunk)
+            rest = rest[end + 4 + size :]
+        return chunks
+
+    @property
+    def body(self) -> bytes:
+        """The body so far, without the chunks' frames."""
+        if self.headers.get("transfer-encoding") == "chunked":
+            return b"".join(self.chunks)
+        return self.raw.partition(b"\r\n\r\n")[2]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final chunk has come."""
+        return bool(self.chunks) and self.chunks[-1] == b""
+
+    def wait_for(self, text: bytes, timeout: float = 10.0) -> bytes:
+        """Wait until the body contains ``text``; return the body."""
+
+        def search() -> bytes:
+            ended = self.ended
+            body = self.body
+            if ended and text not in body:
+                pytest.fail(f"ended ({self.error!r}) without {text!r}: {self.raw[-500:]!r}")
+            return body if text in body else b""
+
+        return wait_until(search, timeout, f"{text!r} in {self.raw[-500:]!r}")
+
+    def wait_for_end(self, timeout: float = 10.0) -> bytes:
+        """Wait until the server has closed; return the body."""
+        wait_until(lambda: self.ended, timeout, f"the end of {self.raw[-500:]!r}")
+        return self.body
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join(10)
+            assert not self._thread.is_alive()
+        self.socket.close()
+
+
+# ==== The browser =============================================================
+
+CHROMIUM_OPTIONS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+OPEN_EVENT_SOURCE = """([url, names]) => {
+    window.seen = [];
+    window.states = [];
+    window.source = new EventSource(url);
+    for (const name of names)
+        source.addEventListener(name, e => seen.push({name, data: e.data, id: e.lastEventId}));
+    source.addEventListener("open", () => states.push("open"));
+    source.addEventListener("error", () => states.push("error " + source.readyState));
+}"""
+
+
+@dataclass(frozen=True)
+class PageEvent:
+    """One event as a page saw it."""
+
+    name: str
+    data: str
+    id: str
+
+
+class Browser:
+    """A real Chromium, driven from a thread with a loop of its own, and a web server for its pages."""
+
+    def __init__(self) -> None:
+        executable = require("chromium", "chromium-browser", "google-chrome")
+        self._pages = _PageServer()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._browser = self.run(self._launch(executable))
+
+    async def _launch(self, executable: str) -> playwright.async_api.Browser:
+        self._playwright = await playwright.async_api.async_playwright().start()
+        return await self._playwright.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float = 30.0) -> T:
+        """Run a coroutine of Playwright's async API and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def open(self, html: str = "", url: str | None = None) -> Page:
+        """Open a page in a profile of its own: ``html`` from the web server, or any ``url``."""
+        return Page(self, self.run(self._open(url or self._pages.publish(html))))
+
+    async def _open(self, url: str) -> playwright.async_api.Page:
+        context = await self._browser.new_context()
+        page = await context.new_page()
+        await page.goto(url)
+        return page
+
+    def close(self) -> None:
+        self.run(self._browser.close())
+        self.run(self._playwright.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+        self._pages.close()
+
+
+class Page:
+    """A page of `Browser.open`. `playwright` is Playwright's own, for `Browser.run`."""
+
+    def __init__(self, browser: Browser, page: playwright.async_api.Page) -> None:
+        self.browser = browser
+        self.playwright = page
+        self.requests: list[tuple[float, str]] = []
+        """Each request that the page made since it was opened: time.monotonic() and URL."""
+        page.on("request", lambda request: self.requests.append((time.monotonic(), request.url)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def evaluate(self, script: str, argument: object = None) -> Any:
+        return self.browser.run(self.playwright.evaluate(script, argument))
+
+    def event_source(self, url: str, *names: str) -> None:
+        """Open an EventSource that collects events without a name and those named."""
+        self.evaluate(OPEN_EVENT_SOURCE, [url, ["message", *names]])
+
+    @property
+    def events(self) -> list[PageEvent]:
+        return [PageEvent(**event) for event in self.evaluate("seen")]
+
+    @property
+    def states(self) -> list[str]:
+        """What the EventSource went through: ``open``, or ``error`` and its readyState then."""
+        return list(self.evaluate("states"))
+
+    @property
+    def ready_state(self) -> int:
+        """0 connecting, 1 open, 2 closed for good."""
+        return int(self.evaluate("source.readyState"))
+
+    def wait_for(self, predicate: Callable[[PageEvent], bool], timeout: float = 10.0) -> PageEvent:
+        """Return the first event for which ``predicate`` is true."""
+        found = wait_until(
+            lambda: next(filter(predicate, self.events), None), timeout, "an event in the page"
+        )
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        self.browser.run(self.playwright.context.close())
+
+
+class _PageServer:
+    """Serves HTML on 127.0.0.1, each page under a path of its own."""
+
+    def __init__(self) -> None:
+        pages = self._html = {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = pages.get(self.path, "").encode()
+                self.send_response(200 if self.path in pages else 404)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    _html: dict[str, str]
+
+    def publish(self, html: str) -> str:
+        path = f"/{len(self._html)}"
+        self._html[path] = html or "<!doctype html><title>test</title>"
+        return f"http://127.0.0.1:{self._server.server_port}{path}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join(10)
+        self._server.server_close()
+
+
+# ==== Node ====================================================================
+
+# Counts requests by the fetch that the package calls, and prints one JSON object for each thing that happens.
+NODE_CLIENT = """
+const {EventSource} = require("eventsource");
+const say = what => console.log(JSON.stringify(what));
+const source = new EventSource(process.argv[1], {
+    fetch: (url, init) => { say({kind: "request"}); return fetch(url, init); },
+});
+source.onopen = () => say({kind: "open"});
+source.onerror = e => say({kind: "error", state: source.readyState, code: e.code || null});
+for (const name of ["message", ...process.argv.slice(2)])
+    source.addEventListener(name, e => say({kind: "event", name, data: e.data, id: e.lastEventId}));
+"""
+
+
+class NodeEventSource:
+    """The npm package ``eventsource`` in Node, as a process; `modules` is the folder it is installed in."""
+
+    PACKAGE: ClassVar[str] = "eventsource@3.0.7"
+
+    @classmethod
+    def install(cls, folder: Path) -> Path:
+        """Install the package below ``folder``, once; needs npm and its registry."""
+        modules = folder / cls.PACKAGE
+        if not (modules / "node_modules" / "eventsource" / "package.json").exists():
+            modules.mkdir(parents=True, exist_ok=True)
+            npm = [
+                require("npm"),
+                "install",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(modules),
+                cls.PACKAGE,
+            ]
+            done = subprocess.run(npm, capture_output=True, text=True, check=False, timeout=110)
+            if done.returncode != 0:
+                missing(f"npm could not install {cls.PACKAGE}: {done.stderr[-500:]}")
+        return modules
+
+    def __init__(self, modules: Path, url: str, *names: str) -> None:
+        self.happened: list[tuple[float, dict[str, Any]]] = []
+        self._process = subprocess.Popen(
+            [require("node"), "-e", NODE_CLIENT, url, *names], cwd=modules, text=True, encoding="utf-8",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.happened.append((time.monotonic(), json.loads(line)))
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [what for _, what in list(self.happened) if what["kind"] == kind]
+
+    @property
+    def requests(self) -> list[float]:
+        """The time.monotonic() of each request."""
+        return [when for when, what in list(self.happened) if what["kind"] == "request"]
+
+    @property
+    def events(self) -> list[PageEvent]:
+        return [PageEvent(what["name"], what["data"], what["id"]) for what in self.of_kind("event")]
+
+    def wait_for(self, predicate: Callable[[PageEvent], bool], timeout: float = 10.0) -> PageEvent:
+        """Return the first event for which ``predicate`` is true."""
+        found = wait_until(lambda: next(filter(predicate, self.events), None), timeout, "an event in Node")
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        self._thread.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
