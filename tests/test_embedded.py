@@ -107,7 +107,7 @@ def test_a_file_in_place_of_the_folder_is_refused(folder: Path) -> None:
 def test_a_cluster_that_was_made_by_other_means_is_refused(folder: Path) -> None:
     with EmbeddedPostgres(folder):
         pass
-    (folder / sse_relay.CLUSTER_MARK).unlink()
+    (folder / "sse_relay_password").unlink()
     with pytest.raises(click.ClickException, match="neither empty nor made by sse-relay"):
         EmbeddedPostgres(folder).start()
 
