@@ -33,6 +33,8 @@ Contents, in the order in which an event travels:
     Hub                         subscribers, one write for each and burst
     Listener                    the connections to PostgreSQL
     Source notify               numbers what the listener hears
+    SQL                         schema and statements of the durable log
+    Source log                  numbers what was published, reads it back
     Streams                     HTTP request to subscriber
     systemd
     Relay                       wires the parts; order of start and stop
@@ -137,7 +139,7 @@ CONNECT_TIMEOUT: Final = 5
 LISTEN_WAIT: Final = 2.0
 CANARY_INTERVAL: Final = 1.5
 CANARY_TIMEOUT: Final = 3.0
-QUERY_TIMEOUT: Final = 30.0
+QUERY_TIMEOUT: Final = 10.0
 BACKOFF_FIRST: Final = 0.1
 BACKOFF_MOST: Final = 5.0
 # Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
@@ -147,6 +149,15 @@ LATE_REQUESTS: Final = 0.2
 # A client that is cut again within this time waits longer before it comes back.
 CUT_MEMORY: Final = 600.0
 CUT_FACTOR_MOST: Final = 16
+
+# Rows and bytes of one page of the log, and transactions numbered in one call; the SQL
+# spells them out too.
+LOG_PAGE_ROWS: Final = 1_000
+LOG_PAGE_BYTES: Final = 4 * MIB
+LOG_ADVANCE_MOST: Final = 1_000
+# Seconds. What no notification announced is found at the latest then.
+SWEEP_INTERVAL: Final = 5.0
+PRUNE_INTERVAL: Final = 60.0
 
 # LISTENs in one round trip: bounds the length of a statement.
 LISTENS_PER_STATEMENT: Final = 500
@@ -210,12 +221,14 @@ class Frame(NamedTuple):
         block: One block of an event stream, its empty line included.
         named: Whether the event has a name of its own. One without is sent as
             ``named_block`` to streams of several channels.
+        xid: The transaction that published it; 0 where that is not known.
     """
 
     number: int
     channel: str
     block: bytes
     named: bool
+    xid: int = 0
 
 
 ENVELOPE_KEYS: Final = frozenset({"event", "data", "id", "retry", "comment"})
@@ -299,6 +312,13 @@ def is_reserved_name(name: str) -> bool:
     return name in RESERVED_NAMES or name.startswith(RESERVED_NAME_PREFIX)
 
 
+def sendable_name(name: str | None) -> str | None:
+    """Give an event's name, or None if it is empty or no stream may carry it."""
+    if not name or is_reserved_name(name) or any(c in name for c in "\r\n\0"):
+        return None
+    return name
+
+
 def is_sendable_id(text: str) -> bool:
     """Tell whether an application's id survives the trip to a browser and back.
 
@@ -321,9 +341,9 @@ def decode_notification(payload: str) -> Event:
     dropped = []
     value, text = members["data"]
     data = value if text.startswith('"') else text
-    name: str | None = whole_text(members["event"][0])
-    if name and (is_reserved_name(name) or any(c in name for c in "\r\n\0")):
-        name = None
+    given = whole_text(members["event"][0])
+    name = sendable_name(given)
+    if given and name is None:
         dropped.append("event")
     own_id = None
     if "id" in members:
@@ -333,7 +353,7 @@ def decode_notification(payload: str) -> Event:
         if own_id is None or not is_sendable_id(own_id):
             own_id = None
             dropped.append("id")
-    return Event(whole_text(data), name or None, own_id, tuple(dropped))
+    return Event(whole_text(data), name, own_id, tuple(dropped))
 
 
 def encode_event(event: Event, position: bytes) -> bytes:
@@ -474,23 +494,36 @@ def quote_name(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+class Snapshot(NamedTuple):
+    """Which transactions a page could see, as ``pg_current_snapshot()`` tells it."""
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    def shows(self, xid: int) -> bool:
+        """Tell whether a transaction that has committed by now was visible in it."""
+        return xid < self.xmin or (xid < self.xmax and xid not in self.running)
+
+
 class Position(NamedTuple):
     """Where a client stands: every event up to ``number`` of this epoch is behind it.
 
     Attributes:
         epoch: Tells histories apart whose numbers cannot be compared.
         number: 0 or more.
-        snapshot: What the page that the client was born from could already see, as
-            ``pg_current_snapshot()`` writes it; None if it did not come from SQL.
+        snapshot: What the page that the client was born from could already see; None if
+            the position did not come from SQL.
     """
 
     epoch: str
     number: int
-    snapshot: str | None = None
+    snapshot: Snapshot | None = None
 
 
 POSITION: Final = re.compile(
-    r"([A-Za-z0-9_]{1,40})-([0-9]{1,18})(?:@([0-9]+:[0-9]+:[0-9,]*))?(?:/.*)?", re.ASCII | re.DOTALL
+    r"([A-Za-z0-9_]{1,40})-([0-9]{1,19})(?:@([0-9]{1,20}):([0-9]{1,20}):([0-9,]*))?(?:/.*)?",
+    re.ASCII | re.DOTALL,
 )
 
 
@@ -501,7 +534,14 @@ def parse_position(text: str) -> Position | None:
         None if it cannot be read.
     """
     match = POSITION.fullmatch(text)
-    return match and Position(match[1], int(match[2]), match[3])
+    if match is None or int(match[2]) >= 2**63:
+        return None
+    snapshot = None
+    if match[3]:
+        # None has more than 20 digits: Python refuses to convert very long ones.
+        running = frozenset(int(xid[:20]) for xid in match[5].split(",") if xid)
+        snapshot = Snapshot(int(match[3]), int(match[4]), running)
+    return Position(match[1], int(match[2]), snapshot)
 
 
 class Target(NamedTuple):
@@ -605,6 +645,8 @@ class Memory:
         self.size = 0
         self._shelves: dict[str, _Shelf] = {}
         self._floors: dict[str, int] = {}
+        # What a channel without a floor of its own is covered from; None: it is not.
+        self._base: int | None = None
         # The oldest frame of each channel. An entry may be out of date; it is put
         # right when it comes to the top.
         self._heads: list[tuple[int, str]] = []
@@ -613,6 +655,10 @@ class Memory:
     def begin(self, channel: str, number: int) -> None:
         """Cover a channel from a number on."""
         self._floors[channel] = number
+
+    def begin_all(self, number: int) -> None:
+        """Cover every channel there may be from a number on."""
+        self._base = number
 
     def end(self, channel: str) -> None:
         """Stop covering a channel and forget its frames."""
@@ -625,6 +671,7 @@ class Memory:
     def clear(self) -> None:
         """Stop covering anything."""
         self.size = 0
+        self._base = None
         self._floors.clear()
         self._shelves.clear()
         self._heads.clear()
@@ -632,7 +679,7 @@ class Memory:
 
     def covers(self, channel: str, number: int) -> bool:
         """Tell whether every frame of the channel above the number is kept."""
-        floor = self._floors.get(channel)
+        floor = self._floors.get(channel, self._base)
         return floor is not None and floor <= number
 
     def append(self, frame: Frame) -> None:
@@ -641,7 +688,7 @@ class Memory:
         A frame of a channel that is not covered is not kept.
         """
         channel = frame.channel
-        if channel not in self._floors:
+        if self._floors.get(channel, self._base) is None:
             return
         shelf = self._shelves.get(channel)
         if shelf is None:
@@ -679,6 +726,9 @@ class Memory:
             self._loud.discard(channel)
         if shelf.start == len(shelf.frames):
             del self._shelves[channel]
+            if self._base is not None:
+                # Not one number for each channel that ever was: that would have no bound.
+                self._base = max(self._base, self._floors.pop(channel))
         elif shelf.start * 2 > len(shelf.frames):
             del shelf.numbers[: shelf.start], shelf.frames[: shelf.start], shelf.ends[: shelf.start]
             shelf.start = 0
@@ -740,18 +790,23 @@ class Resume:
         since: The position as the client sent it, None if it sent none.
         position: The same, read; None if there was none or it cannot be read.
         after: Every event up to this number is out, or needs not be sent.
-        gaps: Channels that are not covered, with the reason; None until it is judged.
-        outage: The stream was opened when its channels were not listened to.
+        gaps: Channels whose events cannot all be had, with the reason.
+        verdict: The reason why nothing more can be had for any channel.
+        counted: It was checked that what was missed is not too much for one resume.
+        swept: All that was pending when the stream opened has been read.
     """
 
-    __slots__ = ("after", "gaps", "outage", "position", "since")
+    __slots__ = ("after", "counted", "gaps", "position", "since", "swept", "verdict")
 
     def __init__(self, since: str | None, position: Position | None) -> None:
         self.since = since
         self.position = position
         self.after = position.number if position else 0
-        self.gaps: dict[str, str] | None = None
-        self.outage = False
+        self.gaps: dict[str, str] = {}
+        self.verdict: str | None = None
+        self.counted = False
+        # Only what a snapshot shows may be older than the position and not yet numbered.
+        self.swept = position is None or position.snapshot is None
 
 
 class Subscriber(asyncio.Protocol):
@@ -774,6 +829,7 @@ class Subscriber(asyncio.Protocol):
         "on_drain",
         "paused",
         "resume",
+        "task",
         "transport",
         "written",
     )
@@ -786,6 +842,7 @@ class Subscriber(asyncio.Protocol):
         self.chunked = True
         self.transport: asyncio.Transport | None = None
         self.paused = False
+        self.task: asyncio.Task[None] | None = None
         self.on_drain: Callable[[Subscriber], object] | None = None
         # Loop time of the last events, of the last heartbeat, of the last position.
         self.written = self.beat = self.marked = now
@@ -804,6 +861,14 @@ class Subscriber(asyncio.Protocol):
         self.paused = False
         if self.on_drain is not None:
             self.on_drain(self)
+
+    async def drained(self) -> None:
+        """Wait until the socket takes more. Ends with `connection_lost`, by cancellation."""
+        if self.paused:
+            room = asyncio.get_running_loop().create_future()
+            self.on_drain = lambda subscriber: room.set_result(None)
+            await room
+            self.on_drain = None
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Leave the hub: the client is gone or was cut."""
@@ -859,6 +924,8 @@ class Hub:
         self.subscribers.discard(subscriber)
         self.waiting.discard(subscriber)
         subscriber.on_drain = None
+        if subscriber.task is not None:
+            subscriber.task.cancel()
         for channel in subscriber.channels:
             watchers = self.channels[channel]
             watchers.discard(subscriber)
@@ -1049,11 +1116,14 @@ def session_dsn(dsn: str, **pinned: str) -> str:
     )
 
 
-def check_server(dsn: str) -> str:
+def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]) -> str:
     """Connect once, blocking, and return a DSN pinned to the server that was found.
 
     aiopg fails where libpq changes sockets on the way (several addresses, a refused
     first try of TLS) and hides the server's words. After this it need not try.
+
+    Args:
+        check: Raises `UnusableDatabaseError` if it does not like what it finds.
 
     Raises:
         UnusableDatabaseError: Trying again cannot help.
@@ -1080,6 +1150,8 @@ def check_server(dsn: str) -> str:
                 "this database's encoding is SQL_ASCII, which does not say what its bytes mean: "
                 "use a database with encoding UTF8"
             )
+        with connection.cursor() as cursor:
+            check(cursor)
         pinned = {"host": connection.info.host, "port": str(connection.info.port), "gssencmode": "disable"}
         with socket.socket(fileno=os.dup(connection.fileno())) as peer:
             if peer.family != socket.AF_UNIX:
@@ -1148,10 +1220,13 @@ def close_connection(connection: aiopg.Connection | None) -> None:
         connection.close()
 
 
+Values = Sequence[object] | Mapping[str, object]
+
+
 async def execute(
     connection: aiopg.Connection,
     statement: str,
-    values: Sequence[object] = (),
+    values: Values = (),
     timeout: float = QUERY_TIMEOUT,
 ) -> list[tuple[Any, ...]]:
     """Run one statement and return its rows.
@@ -1218,7 +1293,61 @@ async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
 
 
 class Source(Protocol):
-    """What a `Listener` works for: it says what to listen to, and is told what comes."""
+    """Where events come from. It knows no HTTP, and no connection but through a `Listener`.
+
+    Attributes:
+        listener: Set by whoever wires the two.
+        on_listening: Called when streams that waited for PostgreSQL can go on.
+    """
+
+    listener: Listener | None
+    on_listening: Callable[[], object]
+
+    # What streams ask.
+
+    def want(self, channels: Iterable[str]) -> None:
+        """Listen to these channels, which have a client now.
+
+        Raises:
+            RefusedError: 503, so many channels are listened to already.
+        """
+
+    def listens(self, channels: Iterable[str]) -> bool:
+        """Tell whether every event of these channels arrives."""
+
+    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
+        """Wait until these channels are listened to, at most for so many seconds."""
+
+    def release(self) -> None:
+        """End all waiting in `wait_listening`: the relay is stopping."""
+
+    def position(self) -> bytes:
+        """Give the present position: every event up to it was given to memory."""
+
+    def sent_position(self) -> bytes | None:
+        """Give the position up to which every live subscriber has all events, if there is one."""
+
+    def hold(self, resume: Resume) -> None:
+        """Note that a stream waits while its channels are not listened to."""
+
+    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str] | None:
+        """Tell for which channels, and why, not all that was missed can be had.
+
+        Returns:
+            None if memory cannot tell: `read_back` comes first.
+        """
+
+    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
+        """Fetch some of what memory does not hold for a stream that resumes.
+
+        Raises:
+            LostConnectionError, psycopg2.Error: Go on when the connection is back.
+        """
+
+    # What the listener tells.
+
+    def check(self, cursor: psycopg2.extensions.cursor) -> None:
+        """Raise `UnusableDatabaseError` if the database lacks what this source needs."""
 
     def wanted(self) -> Collection[str]:
         """Give the channels to LISTEN on: the truth, whatever the connection does."""
@@ -1279,7 +1408,7 @@ class Listener:
         self._changed.set()
 
     async def query(
-        self, statement: str, values: Sequence[object] = (), timeout: float = QUERY_TIMEOUT
+        self, statement: str, values: Values = (), timeout: float = QUERY_TIMEOUT
     ) -> list[tuple[Any, ...]]:
         """Run one statement on the second connection. Raises what `execute` does."""
         async with self._query_lock:
@@ -1296,7 +1425,9 @@ class Listener:
         """
         failures = 0
         first = True
+        loop = asyncio.get_running_loop()
         while True:
+            started = loop.time()
             self.trouble = ""
             try:
                 await self._session()
@@ -1311,15 +1442,17 @@ class Listener:
                 self.ready.clear()
                 self._disconnect()
             first = False
-            failures = 0 if was_ready else failures + 1
-            if failures < 2:
+            if was_ready and loop.time() - started > BACKOFF_MOST:
+                failures = 0
+            failures += 1
+            if failures == 1 or was_ready:
                 kind = "lost PostgreSQL" if was_ready else "cannot reach PostgreSQL"
                 log.warning("%s, trying again until it is back: %s", kind, self.trouble)
-            wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 10))
+            wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10))
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
     async def _session(self) -> None:
-        dsn = await in_thread(functools.partial(check_server, self._dsn))
+        dsn = await in_thread(functools.partial(check_server, self._dsn, self.source.check))
         self._inbox = Inbox(self._canary, self._hear_canary)
         self._listening = await open_connection(dsn)
         self._listening.raw.notifies = self._inbox
@@ -1430,10 +1563,6 @@ class NotifySource:
     The epoch is new with each start. The number counts over all channels; each
     confirmed LISTEN and each lost connection takes one of its own, so that every
     position given before lies below what memory covers from then on.
-
-    Attributes:
-        listener: Set by whoever wires the two.
-        on_listening: Called when more channels are listened to than before.
     """
 
     def __init__(self, hub: Hub, memory: Memory, linger: float, max_channels: int) -> None:
@@ -1462,11 +1591,6 @@ class NotifySource:
     # What streams ask.
 
     def want(self, channels: Iterable[str]) -> None:
-        """Listen to these channels, which have got their first client.
-
-        Raises:
-            RefusedError: 503, so many channels are listened to already.
-        """
         for channel in channels:
             if self._lingering.pop(channel, None) is None and channel not in self._listened:
                 if len(self._hub.channels) + len(self._lingering) > self._max_channels:
@@ -1475,11 +1599,9 @@ class NotifySource:
                     self.listener.interest_changed()
 
     def listens(self, channels: Iterable[str]) -> bool:
-        """Tell whether every event of these channels arrives."""
         return self._connected and self._listened.issuperset(channels)
 
     async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
-        """Wait until these channels are listened to, at most for so many seconds."""
         loop = asyncio.get_running_loop()
         missing = [
             self._confirmations.setdefault(channel, loop.create_future())
@@ -1490,46 +1612,42 @@ class NotifySource:
             await asyncio.wait(missing, timeout=timeout)
 
     def release(self) -> None:
-        """End all waiting in `wait_listening`: the relay is stopping."""
         for waiter in self._confirmations.values():
             if not waiter.done():
                 waiter.set_result(None)
 
     def position(self) -> bytes:
-        """Give the present position: every event so far is in memory, or was not covered."""
         return b"%b-%d" % (self._epoch.encode(), self._number)
 
     def sent_position(self) -> bytes | None:
-        """Give the position up to which every live subscriber has all events, if there is one."""
         return self.position() if self._connected and not self._delivering else None
 
-    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str]:
-        """Tell for which channels, and why, memory does not hold all that was missed."""
-        reason = None
-        if resume.position is None:
-            if resume.since is not None:
-                reason = "unreadable"
-            elif resume.outage:
-                reason = "outage"
-            else:
-                resume.after = self._number
-        elif resume.position.epoch != self._epoch:
-            reason = "restart"
-        elif resume.position.number > self._number:
-            reason = "ahead"
-        if reason is not None:
-            return dict.fromkeys(channels, reason)
-        return {
-            channel: self.uncovered_reason(resume.after)
-            for channel in channels
-            if not self._memory.covers(channel, resume.after)
-        }
+    def hold(self, resume: Resume) -> None:
+        if resume.since is None:
+            resume.verdict = "outage"
 
-    def uncovered_reason(self, number: int) -> str:
-        """Tell why memory does not cover a number of this epoch."""
-        return "outage" if number < self._lost_at else "evicted"
+    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str]:
+        if resume.verdict is None:
+            if resume.since is None:
+                resume.after = self._number
+            elif resume.position is None:
+                resume.verdict = "unreadable"
+            elif resume.position.epoch != self._epoch:
+                resume.verdict = "restart"
+            elif resume.position.number > self._number:
+                resume.verdict = "ahead"
+        if resume.verdict is not None:
+            return dict.fromkeys(channels, resume.verdict)
+        reason = "outage" if resume.after < self._lost_at else "evicted"
+        return {channel: reason for channel in channels if not self._memory.covers(channel, resume.after)}
+
+    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
+        return []  # nothing is kept but in memory
 
     # What the listener tells.
+
+    def check(self, cursor: psycopg2.extensions.cursor) -> None:
+        pass  # any database will do
 
     def wanted(self) -> Collection[str]:
         return self._hub.channels.keys() | self._lingering.keys()
@@ -1610,6 +1728,809 @@ class NotifySource:
                     channel,
                     name,
                 )
+
+
+# ==== SQL =====================================================================
+#
+# Schema and statements of the durable log. Nothing here is formatted: values travel as parameters.
+
+# Raised with each change of SCHEMA_SQL that an older relay or an older script must not meet.
+SCHEMA_VERSION: Final = 1
+
+# PostgreSQL's channel that carries the wake-ups of the log, below the names that applications may take.
+# SCHEMA_SQL spells it out too.
+LOG_CHANNEL: Final = "sse_relay"
+
+# One transaction, given by the caller: `schema` prints it between BEGIN and COMMIT, `--apply` runs it
+# through psycopg2, which opens one. CREATE OR REPLACE keeps grants; IF NOT EXISTS keeps rows.
+# A later version adds its steps (ALTER TABLE … ADD COLUMN IF NOT EXISTS …) below the tables.
+SCHEMA_SQL: Final = r"""
+-- The durable log of sse-relay. Needs PostgreSQL 13 or newer, a database in UTF8, and CREATE on it.
+-- Safe to run again: it keeps events, settings and grants.
+--
+-- An application calls publish() inside its own transaction: a row in `pending`. When that has been
+-- committed, a relay moves the row into `events` and gives it the next id. So ids are in commit order,
+-- whoever reads past an id has seen all before it, and publishers never wait for each other.
+
+DO $$
+DECLARE
+    owner name;
+    installed int;
+BEGIN
+    IF current_setting('server_version_num')::int < 130000 THEN
+        RAISE 'the log of sse-relay needs PostgreSQL 13 or newer, this is %',
+            current_setting('server_version') USING ERRCODE = 'feature_not_supported';
+    END IF;
+    IF current_setting('server_encoding') <> 'UTF8' THEN
+        RAISE 'the log of sse-relay needs a database in UTF8, this one is in %',
+            current_setting('server_encoding') USING ERRCODE = 'feature_not_supported';
+    END IF;
+
+    -- Two that apply at once take turns.
+    PERFORM pg_advisory_xact_lock(hashtext('sse_relay schema'));
+
+    -- All objects have one owner, whoever applies the script: functions run with their owner's rights,
+    -- so an owner of the tables must not be able to borrow somebody else's.
+    SELECT pg_get_userbyid(nspowner) INTO owner FROM pg_namespace WHERE nspname = 'sse_relay';
+    IF FOUND THEN
+        IF NOT pg_has_role(owner, 'MEMBER') THEN
+            RAISE 'schema sse_relay belongs to %, apply it as that role', owner
+                USING ERRCODE = 'insufficient_privilege';
+        END IF;
+        PERFORM set_config('role', owner, true);
+    ELSE
+        CREATE SCHEMA sse_relay;
+    END IF;
+
+    IF to_regclass('sse_relay.settings') IS NOT NULL THEN
+        SELECT version INTO installed FROM sse_relay.settings;
+        IF installed > 1 THEN
+            RAISE 'schema sse_relay has version %, this script is older (version 1)', installed
+                USING HINT = 'Apply it with the newest sse_relay.py that is in use.';
+        END IF;
+    END IF;
+END $$;
+
+-- What an operator may set. For another retention:
+--     UPDATE sse_relay.settings SET retention = '7 days';
+CREATE TABLE IF NOT EXISTS sse_relay.settings (
+    single    boolean PRIMARY KEY DEFAULT true CHECK (single),
+    version   int NOT NULL,
+    retention interval NOT NULL DEFAULT '24 hours' CHECK (retention > '0'),
+    -- Events up to this id are gone.
+    pruned    bigint NOT NULL DEFAULT 0
+);
+
+-- The name of the history that ids belong to, and what it is tied to. `xid` is the transaction that
+-- wrote the row: a row that came back from a dump has another xmin, whatever database it is in.
+CREATE TABLE IF NOT EXISTS sse_relay.epoch (
+    single   boolean PRIMARY KEY DEFAULT true CHECK (single),
+    epoch    text,
+    system   bigint,
+    timeline text,
+    database oid,
+    xid      xid8
+);
+
+-- Committed or not, published and not yet numbered. The identity is in order of insertion.
+CREATE TABLE IF NOT EXISTS sse_relay.pending (
+    xid     xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    seq     bigint GENERATED ALWAYS AS IDENTITY,
+    pid     int NOT NULL DEFAULT pg_backend_pid(),
+    channel text COLLATE "C" NOT NULL,
+    event   text,
+    data    text NOT NULL,
+    PRIMARY KEY (xid, seq)
+);
+
+-- The log. `created` is the time of the numbering: retention counts from there.
+CREATE TABLE IF NOT EXISTS sse_relay.events (
+    id      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    xid     xid8 NOT NULL,
+    channel text COLLATE "C" NOT NULL,
+    event   text,
+    data    text NOT NULL,
+    created timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS events_channel_id ON sse_relay.events (channel, id);
+
+INSERT INTO sse_relay.settings (version) VALUES (1) ON CONFLICT (single) DO UPDATE SET version = 1;
+INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
+
+
+-- ---------------------------------------------------------------- for applications
+
+-- Publishes an event with this transaction: SELECT sse_relay.publish('orders', 'shipped');
+-- Refuses what no stream could ask for or carry (22023), NULL (22004) and data over 1 MiB (22001).
+CREATE OR REPLACE FUNCTION sse_relay.publish(channel text, data text, event text DEFAULT NULL)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF channel IS NULL OR data IS NULL THEN
+        RAISE 'sse_relay.publish: % is NULL', CASE WHEN channel IS NULL THEN 'channel' ELSE 'data' END
+            USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    IF octet_length(channel) NOT BETWEEN 1 AND 63 THEN
+        RAISE 'sse_relay.publish: a channel has 1 to 63 bytes, not %', octet_length(channel)
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF starts_with(channel, 'sse_relay') OR channel COLLATE "C" ~ '[\u0001-\u001f\u007f-\u009f]' THEN
+        RAISE 'sse_relay.publish: channel % is not allowed', to_json(channel) USING
+            ERRCODE = 'invalid_parameter_value',
+            HINT = 'It may not begin with sse_relay nor contain control characters.';
+    END IF;
+    IF event IS NOT NULL AND (event IN ('error', 'open') OR starts_with(event, 'relay.')
+                              OR octet_length(event) > 256 OR event COLLATE "C" ~ '[\r\n]') THEN
+        RAISE 'sse_relay.publish: event name % is not allowed', to_json(left(event, 256)) USING
+            ERRCODE = 'invalid_parameter_value',
+            HINT = 'error, open and relay.* are reserved; no line end, at most 256 bytes.';
+    END IF;
+    IF octet_length(data) > 1048576 THEN
+        RAISE 'sse_relay.publish: data has % bytes, more than 1048576', octet_length(data)
+            USING ERRCODE = 'string_data_right_truncation';
+    END IF;
+    INSERT INTO sse_relay.pending (channel, event, data) VALUES (channel, nullif(event, ''), data);
+    -- Equal notifications of one transaction are sent once.
+    PERFORM pg_notify('sse_relay', pg_current_xact_id()::text);
+END $$;
+
+-- The same for JSON, which is sent as its text. A plain string literal is taken as text.
+CREATE OR REPLACE FUNCTION sse_relay.publish(channel text, data jsonb, event text DEFAULT NULL)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM sse_relay.publish(channel, data::text, event);
+END $$;
+
+-- Where the log stands in the caller's snapshot: <epoch>-<newest id>@<snapshot>. A stream that is
+-- opened with ?lastEventId= this gets what the caller cannot see yet. Never NULL.
+CREATE OR REPLACE FUNCTION sse_relay.position()
+RETURNS text LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    seen pg_snapshot := pg_current_snapshot();
+    own xid8 := pg_current_xact_id_if_assigned();
+    shown text := seen;
+BEGIN
+    IF own IS NOT NULL AND pg_visible_in_snapshot(own, seen) THEN
+        -- A snapshot leaves its own transaction out of the list of those in progress. But what
+        -- this one publishes later is not on the page, so it must not count as seen.
+        SELECT concat_ws(':', pg_snapshot_xmin(seen), pg_snapshot_xmax(seen),
+                string_agg(x::text, ',' ORDER BY x))
+        INTO shown
+        FROM (SELECT pg_snapshot_xip(seen) UNION SELECT own) AS running (x);
+    END IF;
+    -- A standby's snapshot does not list the transactions in progress. Without a snapshot nothing is
+    -- missed and some is repeated; so also where it would be too long for an address.
+    IF pg_is_in_recovery() OR octet_length(shown) > 4000 THEN
+        shown := NULL;
+    END IF;
+    -- Between a promotion and the first relay that connects, the history has no name yet.
+    RETURN concat_ws('@', coalesce(sse_relay.current_epoch(), 'unknown') || '-'
+        || coalesce((SELECT max(id) FROM sse_relay.events), 0), shown);
+END $$;
+
+-- Publishes the rows of a table as they change. The arguments are the channel, which may take columns,
+-- and the columns to send, or '*' for all:
+--     CREATE TRIGGER publish AFTER INSERT OR UPDATE OR DELETE ON orders
+--         FOR EACH ROW EXECUTE FUNCTION sse_relay.publish_row('tenant-{tenant_id}', 'id', 'status');
+-- Sends {"op": "update", "table": "public.orders", "key": {"id": 7}, "row": {"id": 7, "status": "paid"}}.
+-- A channel with a NULL in it is no channel. When an update changes the channel, the old one is told
+-- too, without the row. What publish() refuses makes the change fail.
+CREATE OR REPLACE FUNCTION sse_relay.publish_row()
+RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    names text[] := TG_ARGV[1:];
+    old_row jsonb;
+    new_row jsonb;
+    old_channel text;
+    new_channel text;
+    unknown text;
+    message jsonb;
+    key_names text[];
+BEGIN
+    IF TG_WHEN <> 'AFTER' OR TG_LEVEL <> 'ROW' OR TG_NARGS = 0 THEN
+        RAISE 'sse_relay.publish_row: trigger % must be AFTER … FOR EACH ROW and name a channel', TG_NAME
+            USING ERRCODE = 'trigger_protocol_violated';
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        old_row := to_jsonb(OLD);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        new_row := to_jsonb(NEW);
+    END IF;
+    SELECT name INTO unknown FROM unnest(names) AS name
+        WHERE name <> '*' AND NOT coalesce(new_row, old_row) ? name;
+    IF FOUND THEN
+        RAISE 'sse_relay.publish_row: trigger % names column "%", which % does not have',
+            TG_NAME, unknown, TG_RELID::regclass USING ERRCODE = 'undefined_column';
+    END IF;
+    SELECT array_agg(a.attname) INTO key_names
+        FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid
+            AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+        WHERE i.indrelid = TG_RELID AND i.indisprimary;
+    message := jsonb_build_object(
+        'op', lower(TG_OP), 'table', coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass);
+
+    old_channel := sse_relay.row_channel(TG_ARGV[0], old_row);
+    new_channel := sse_relay.row_channel(TG_ARGV[0], new_row);
+    IF TG_OP = 'UPDATE' AND old_channel <> coalesce(new_channel, '') THEN
+        PERFORM sse_relay.publish(old_channel, message || jsonb_build_object(
+            'key', sse_relay.row_part(old_row, key_names), 'row', NULL));
+    END IF;
+    IF coalesce(new_channel, CASE TG_OP WHEN 'DELETE' THEN old_channel END) IS NOT NULL THEN
+        PERFORM sse_relay.publish(coalesce(new_channel, old_channel), message || jsonb_build_object(
+            'key', sse_relay.row_part(coalesce(new_row, old_row), key_names),
+            'row', sse_relay.row_part(coalesce(new_row, old_row), names)));
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- The channel of a row: 'tenant-{tenant_id}' with the row's values. NULL if one of them is.
+CREATE OR REPLACE FUNCTION sse_relay.row_channel(template text, whole jsonb)
+RETURNS text LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    channel text := '';
+    part text[];
+BEGIN
+    IF whole IS NULL OR position('{' IN template) = 0 THEN
+        RETURN CASE WHEN whole IS NOT NULL THEN template END;
+    END IF;
+    FOR part IN SELECT regexp_matches(template, '([^{]+)|\{([^{}]*)\}?', 'g') LOOP
+        IF part[1] IS NULL AND NOT whole ? part[2] THEN
+            RAISE 'sse_relay.publish_row: channel "%" names column "%", which the table does not have',
+                template, part[2] USING ERRCODE = 'undefined_column';
+        END IF;
+        channel := channel || coalesce(part[1], whole ->> part[2]);
+    END LOOP;
+    RETURN channel;
+END $$;
+
+-- The named columns of a row; all for '*'; NULL for no list.
+CREATE OR REPLACE FUNCTION sse_relay.row_part(whole jsonb, names text[])
+RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN names IS NULL THEN NULL WHEN '*' = ANY (names) THEN whole
+        ELSE (SELECT coalesce(jsonb_object_agg(name, whole -> name), '{}') FROM unnest(names) AS name) END
+$$;
+
+
+-- ---------------------------------------------------------------- for the relay
+
+-- The epoch, or NULL if the database is not the one it was given to: restored, promoted, copied.
+-- A standby cannot tell its timeline; it knows the epoch of the server that it follows.
+CREATE OR REPLACE FUNCTION sse_relay.current_epoch()
+RETURNS text LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT e.epoch FROM sse_relay.epoch AS e
+    WHERE e.xmin = e.xid::xid
+        AND e.system = (SELECT system_identifier FROM pg_control_system())
+        AND e.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND CASE WHEN pg_is_in_recovery() THEN true
+            ELSE e.timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+$$;
+
+-- Begins a new epoch: every position given before leads to a gap.
+CREATE OR REPLACE FUNCTION sse_relay.renew_epoch()
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE sse_relay.epoch SET
+        epoch = left(replace(gen_random_uuid()::text, '-', ''), 12),
+        system = (SELECT system_identifier FROM pg_control_system()),
+        timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8),
+        database = (SELECT oid FROM pg_database WHERE datname = current_database()),
+        xid = pg_current_xact_id();
+    UPDATE sse_relay.settings SET pruned = least(pruned, (SELECT coalesce(max(id), 0) FROM sse_relay.events));
+    PERFORM pg_notify('sse_relay', '');
+END $$;
+
+-- Called on each new connection, with the epoch and the id that the relay has come to, or NULL.
+-- Renews the epoch if it is not this database's, or if ids went back: below what this relay has read,
+-- or below what is in the log.
+CREATE OR REPLACE FUNCTION sse_relay.attach(known_epoch text, known_id bigint,
+    OUT epoch text, OUT newest bigint, OUT pruned bigint, OUT retention interval)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
+    epoch := sse_relay.current_epoch();
+    SELECT coalesce(max(e.id), 0) INTO newest FROM sse_relay.events AS e;
+    IF epoch IS NULL OR (known_epoch = epoch AND known_id > newest)
+            OR newest > (SELECT last_value FROM sse_relay.events_id_seq) THEN
+        PERFORM setval('sse_relay.events_id_seq', greatest(newest, last_value), newest > 0 OR is_called)
+            FROM sse_relay.events_id_seq;
+        PERFORM sse_relay.renew_epoch();
+        epoch := sse_relay.current_epoch();
+    END IF;
+    SELECT s.pruned, s.retention INTO pruned, retention FROM sse_relay.settings AS s;
+END $$;
+
+-- What is committed and not yet numbered: transactions with their senders, at most 50,000, in an order
+-- in which none comes before one that it could see: that of each one's last insertion. `since` is the
+-- snapshot that an earlier call returned whose transactions have all been numbered: then only those are
+-- looked for that were running or not begun at that time, and rows long dead are not looked at.
+CREATE OR REPLACE FUNCTION sse_relay.waiting(since pg_snapshot DEFAULT NULL,
+    OUT snapshot pg_snapshot, OUT xids xid8[], OUT pids int[])
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+    SELECT pg_current_snapshot(),
+        coalesce(array_agg(xid ORDER BY last), '{}'), coalesce(array_agg(pid ORDER BY last), '{}')
+    FROM (
+        SELECT xid, pid, max(seq) AS last FROM (
+            SELECT xid, pid, seq FROM sse_relay.pending
+                WHERE xid >= coalesce(pg_snapshot_xmax(since), '0')
+            UNION ALL
+            SELECT p.xid, p.pid, p.seq FROM pg_snapshot_xip(since) AS running,
+                LATERAL (SELECT * FROM sse_relay.pending WHERE xid = running) AS p
+        ) AS rows GROUP BY xid, pid ORDER BY last LIMIT 50000
+    ) AS found
+$$;
+
+-- Numbers the events of these transactions, as far as their senders match, in the order of the list:
+-- at most 1,000 events and about 4 MiB. `more`: call it again with the same list. It returns no rows:
+-- a relay that stops reading must not keep the lock. With `sweep` it wakes the other relays.
+CREATE OR REPLACE FUNCTION sse_relay.advance(xids xid8[], pids int[], sweep boolean DEFAULT false,
+    OUT moved int, OUT more boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        -- The snapshot must be younger than the lock.
+        RAISE 'sse_relay.advance runs in READ COMMITTED only' USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+    -- One at a time, until its commit is visible. A lock on a table needs rights on it; an advisory
+    -- lock could be taken, and kept, by anyone.
+    LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
+    WITH wanted AS (
+        SELECT w.xid, w.pid, min(w.place) AS place
+        FROM unnest(xids, pids) WITH ORDINALITY AS w (xid, pid, place) GROUP BY w.xid, w.pid
+    ), found AS (
+        SELECT f.*, sum(f.size) OVER (ORDER BY f.place, f.seq) - f.size AS before
+        FROM (
+            SELECT w.place, p.xid, p.seq, p.size FROM wanted AS w, LATERAL (
+                SELECT q.xid, q.seq, octet_length(q.data) AS size FROM sse_relay.pending AS q
+                WHERE q.xid = w.xid AND q.pid = w.pid ORDER BY q.xid, q.seq LIMIT 1000
+            ) AS p ORDER BY w.place, p.seq LIMIT 1000
+        ) AS f
+    ), taken AS (
+        DELETE FROM sse_relay.pending AS p USING found AS f
+        WHERE p.xid = f.xid AND p.seq = f.seq AND f.before < 4194304
+        RETURNING f.place, p.*
+    ), logged AS (
+        INSERT INTO sse_relay.events (xid, channel, event, data)
+        SELECT xid, channel, event, data FROM taken ORDER BY place, seq
+        RETURNING octet_length(data) AS size
+    )
+    SELECT count(*), count(*) = 1000 OR coalesce(sum(size), 0) >= 4194304 INTO moved, more FROM logged;
+    IF sweep AND moved > 0 THEN
+        PERFORM pg_notify('sse_relay', '');
+    END IF;
+END $$;
+
+-- Takes up to 1,000 of the oldest events that are past the retention out of the log, and says how many.
+-- The newest stays. One at a time: who comes second is told 0.
+-- Without a relay:  SELECT sse_relay.prune() \watch 0.1
+CREATE OR REPLACE FUNCTION sse_relay.prune()
+RETURNS int LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    gone bigint;
+    kept interval;
+    upto bigint;
+    removed int;
+BEGIN
+    SELECT pruned, retention INTO gone, kept FROM sse_relay.settings FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    SELECT max(id) INTO upto FROM (
+        SELECT id, bool_and(created < clock_timestamp() - kept) OVER (ORDER BY id) AS old FROM (
+            SELECT id, created FROM sse_relay.events WHERE id > gone ORDER BY id LIMIT 1000
+        ) AS oldest
+    ) AS prefix WHERE old AND id < (SELECT max(id) FROM sse_relay.events);
+    IF upto IS NULL THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM sse_relay.events WHERE id > gone AND id <= upto;
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    UPDATE sse_relay.settings SET pruned = upto;
+    RETURN removed;
+END $$;
+
+-- To throw the log away: TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap.
+CREATE OR REPLACE FUNCTION sse_relay.truncated()
+RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM sse_relay.renew_epoch();
+    RETURN NULL;
+END $$;
+
+DO $$
+DECLARE
+    emptied regclass;
+BEGIN
+    FOREACH emptied IN ARRAY ARRAY['sse_relay.pending', 'sse_relay.events']::regclass[] LOOP
+        IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = emptied AND tgname = 'truncated') THEN
+            EXECUTE format('CREATE TRIGGER truncated AFTER TRUNCATE ON %s'
+                ' FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.truncated()', emptied);
+        END IF;
+    END LOOP;
+    PERFORM sse_relay.attach(NULL, NULL);
+END $$;
+
+-- Functions are everybody's unless taken away. Grants to roles stay.
+REVOKE ALL ON SCHEMA sse_relay FROM PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA sse_relay FROM PUBLIC;
+REVOKE ALL ON ALL SEQUENCES IN SCHEMA sse_relay FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sse_relay FROM PUBLIC;
+"""
+
+# For each new session of the relay, beside its timeouts. A role's or database's defaults must not decide
+# whether numbering is durable, whether a snapshot is older than the lock, or which plan a page gets
+# (PostgreSQL prices a plan with enable_seqscan off so high that it would compile it).
+LOG_SESSION_SQL: Final = """
+SET synchronous_commit = on;
+SET default_transaction_isolation = 'read committed';
+SET default_transaction_read_only = off;
+SET enable_seqscan = off;
+SET jit = off
+"""
+
+# -> (version int). The table and the column keep these names in every version. SQLSTATE 42P01: no
+# schema; 42501: no rights on it.
+LOG_VERSION_SQL: Final = "SELECT version FROM sse_relay.settings"
+
+# (epoch text | None, id int | None): where this relay had come to before.
+# -> (epoch text, newest id bigint, pruned through id bigint, retention in seconds float): first on each
+# connection, after LISTEN. Another epoch than before: forget all, every client gets a gap.
+LOG_ATTACH_SQL: Final = """
+SELECT epoch, newest, pruned, extract(epoch FROM retention)::float8 FROM sse_relay.attach(%s, %s)
+"""
+
+# (snapshot text | None) -> (snapshot text, xids list[str], pids list[int]): a sweep's list, possibly
+# empty, for LOG_ADVANCE_SQL. No lock, no write. None on a new connection; the snapshot returned may be
+# given to the next call once the whole list has been numbered and it had fewer than 50,000.
+LOG_WAITING_SQL: Final = """
+SELECT snapshot::text, xids::text[], pids FROM sse_relay.waiting(%s::pg_snapshot)
+"""
+LOG_WAITING_MAX: Final = 50_000
+NOT_INSTALLED: Final = "the durable log is not installed in this database: run sse_relay.py schema --apply"
+# A wake-up that names a transaction.
+WAKE_UP: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
+
+# (xids list[str], pids list[int], sweep bool) -> (moved int, more bool): repeat while `more`.
+# A statement of its own, in autocommit. A list should have no more than 1,000 transactions.
+LOG_ADVANCE_SQL: Final = """
+SELECT moved, more FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], %s)
+"""
+
+# (id int) -> rows (epoch text | None, pruned bigint, id bigint, xid bigint, channel text, event text | None,
+# data text, created float seconds since 1970), ids ascending, at most 1,000 and about 4 MiB.
+# At least one row: after the newest event, id and what follows it are None. Epoch and mark are of the
+# same snapshot: another epoch, or None, means attach again; pruned > id means that events are missing.
+LOG_READ_SQL: Final = """
+SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
+    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
+FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h LEFT JOIN (
+    SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
+    FROM (SELECT * FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1000) AS p
+) AS e ON e.before < 4194304
+ORDER BY e.id
+"""
+
+# (channels list[str], since int, until int) x as named -> (epoch text | None, pruned bigint, newest bigint,
+# events int at most 10,001, bytes of data int among those). What a resume would have to send.
+LOG_REPLAY_SIZE_SQL: Final = """
+SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
+    (SELECT coalesce(max(id), 0) FROM sse_relay.events), r.events, r.bytes
+FROM sse_relay.settings AS s, sse_relay.epoch AS h, (
+    SELECT count(*) AS events, coalesce(sum(size), 0)::bigint AS bytes FROM (
+        SELECT size FROM unnest(%(channels)s::text[]) AS c (channel), LATERAL (
+            SELECT octet_length(data) AS size FROM sse_relay.events AS e
+            WHERE (e.channel, e.id) > (c.channel, %(since)s) AND (e.channel, e.id) <= (c.channel, %(until)s)
+            ORDER BY e.channel, e.id LIMIT 10001
+        ) AS missed LIMIT 10001
+    ) AS sizes
+) AS r
+"""
+
+# (channels, since, until) as named -> rows as of LOG_READ_SQL, of these channels, since < id <= until.
+# The comparison of pairs is for the index (channel, id): whatever the planner believes of a channel,
+# no other index gives this order, and each channel's range is all that is read.
+LOG_REPLAY_SQL: Final = """
+SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
+    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
+FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h LEFT JOIN (
+    SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
+    FROM (
+        SELECT m.* FROM unnest(%(channels)s::text[]) AS c (channel), LATERAL (
+            SELECT * FROM sse_relay.events AS e
+            WHERE (e.channel, e.id) > (c.channel, %(since)s) AND (e.channel, e.id) <= (c.channel, %(until)s)
+            ORDER BY e.channel, e.id LIMIT 1000
+        ) AS m ORDER BY m.id LIMIT 1000
+    ) AS p
+) AS e ON e.before < 4194304
+ORDER BY e.id
+"""
+
+# -> (events removed int): repeat until 0. A statement of its own, in autocommit.
+LOG_PRUNE_SQL: Final = "SELECT sse_relay.prune()"
+
+# (channel text, data text, event text | None), inside the application's transaction.
+LOG_PUBLISH_SQL: Final = "SELECT sse_relay.publish(%s, %s, %s)"
+
+
+# ==== Source log ==============================================================
+
+
+class LogSource:
+    """Numbers what was published, reads the log, and hands it to memory and hub.
+
+    A wake-up names a transaction and its sender. The relay numbers that transaction's
+    events, unless another relay has, and then reads what follows the last id that it
+    has read: catching up after an outage is the ordinary path. A sweep every few seconds
+    finds what no wake-up named, so that a lost one is never a lost event.
+    """
+
+    def __init__(self, hub: Hub, memory: Memory) -> None:
+        self.listener: Listener | None = None
+        self.on_listening: Callable[[], object] = lambda: None
+        self._hub = hub
+        self._memory = memory
+        self._epoch: str | None = None
+        self._number = 0
+        self._connected = False
+        self._delivering = False
+        self._work = asyncio.Event()
+        # Transactions to number, each with its sender, in the order of their commits.
+        self._woken: dict[tuple[str, int], None] = {}
+        self._sweep_due = False
+        self._swept_up: str | None = None
+        self._sweep_waiters: list[asyncio.Future[None]] = []
+        # One replay at a time waits for the connection, so that reading what is new waits
+        # behind at most one page; each page queues anew, so that they take turns.
+        self._replays = asyncio.Lock()
+
+    # What streams ask.
+
+    def want(self, channels: Iterable[str]) -> None:
+        pass  # one wake-up channel serves them all
+
+    def listens(self, channels: Iterable[str]) -> bool:
+        return self._connected
+
+    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
+        pass  # what waits here waits for PostgreSQL, and resumes when it is back
+
+    def release(self) -> None:
+        pass
+
+    def position(self) -> bytes:
+        return b"%b-%d" % ((self._epoch or "").encode(), self._number)
+
+    def sent_position(self) -> bytes | None:
+        return self.position() if self._connected and not self._delivering else None
+
+    def hold(self, resume: Resume) -> None:
+        # Who opens now is owed what this relay has not read yet. A relay that has read
+        # nothing so far cannot tell what that is.
+        if resume.since is None and resume.position is None:
+            if self._epoch is None:
+                resume.verdict = "outage"
+            else:
+                resume.position = Position(self._epoch, self._number)
+                resume.after = self._number
+
+    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str] | None:
+        if resume.position is not None and resume.position.epoch != self._epoch:
+            resume.verdict = "restart"
+        elif resume.position is None and resume.since is not None:
+            resume.verdict = "unreadable"
+        if resume.verdict is not None:
+            return dict.fromkeys(channels, resume.verdict)
+        if resume.position is None:
+            resume.after = self._number
+        elif (
+            not resume.swept
+            or resume.after > self._number
+            or not all(self._memory.covers(channel, resume.after) for channel in channels)
+        ):
+            return None
+        return {}
+
+    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
+        assert self.listener is not None
+        # What a snapshot shows may not be numbered yet, and an id that is ahead may be
+        # another relay's: both are settled when all that is pending has been read.
+        if resume.after > self._number or not resume.swept:
+            swept = asyncio.get_running_loop().create_future()
+            self._sweep_waiters.append(swept)
+            self._work.set()
+            await swept
+            resume.swept = True
+            if resume.after > self._number:
+                resume.verdict = "ahead"
+            return []
+        async with self._replays:
+            epoch, until = self._epoch, self._number
+            values = {"channels": list(channels), "since": resume.after, "until": until}
+            if not resume.counted:
+                ((_, _, _, events, size),) = await self.listener.query(LOG_REPLAY_SIZE_SQL, values)
+                resume.counted = True
+                if events > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES:
+                    resume.verdict = "too-many"
+                    return []
+            rows = await self.listener.query(LOG_REPLAY_SQL, values)
+        row_epoch, pruned = rows[0][:2]
+        if row_epoch != epoch:
+            self._work.set()
+            resume.verdict = "restart"
+            return []
+        if pruned > resume.after:
+            resume.verdict = "pruned"
+            return []
+        frames, full = self._read_rows(rows)
+        resume.after = frames[-1].number if full else until
+        return frames
+
+    # What the listener tells.
+
+    def check(self, cursor: psycopg2.extensions.cursor) -> None:
+        try:
+            cursor.execute(LOG_VERSION_SQL)
+        except (psycopg2.errors.UndefinedTable, psycopg2.errors.InvalidSchemaName):
+            raise UnusableDatabaseError(NOT_INSTALLED) from None
+        except psycopg2.errors.InsufficientPrivilege:
+            raise UnusableDatabaseError(
+                "this role may not read the durable log: grant it what section 'Roles' of the README lists"
+            ) from None
+        (version,) = cursor.fetchone() or (None,)
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            raise UnusableDatabaseError(
+                f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}: "
+                + ("install a newer sse-relay" if newer else "run sse_relay.py schema --apply")
+            )
+
+    def wanted(self) -> Collection[str]:
+        return (LOG_CHANNEL,)
+
+    def confirmed(self, channels: Collection[str]) -> None:
+        pass
+
+    def retracted(self, channels: Collection[str]) -> None:
+        pass
+
+    async def connected(self) -> None:
+        assert self.listener is not None
+        await self.listener.query(LOG_SESSION_SQL)
+        self._swept_up = None
+        await self._attach()
+        await self._sweep()
+        self._connected = True
+        self.on_listening()
+
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
+        for notification in notifications:
+            # Only a number can name a transaction; all else just wakes the reader. Who sent
+            # it is PostgreSQL's own word: a stranger cannot name another's transaction.
+            if WAKE_UP.fullmatch(notification.payload):
+                self._woken[notification.payload, notification.pid] = None
+        if len(self._woken) > LOG_WAITING_MAX:
+            self._woken.clear()
+            self._sweep_due = True
+        self._work.set()
+
+    async def serve(self) -> None:
+        await first_of(self._read_on(), self._prune())
+
+    def lost(self) -> None:
+        self._connected = False
+        self._woken.clear()
+        for waiter in self._sweep_waiters:
+            if not waiter.done():
+                waiter.set_exception(LostConnectionError("the connection was lost"))
+        self._sweep_waiters.clear()
+
+    async def _attach(self) -> None:
+        """Learn the log's epoch; begin anew, with a gap for all, if it is another."""
+        assert self.listener is not None
+        ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, (self._epoch, self._number))
+        if epoch == self._epoch and pruned <= self._number:
+            return
+        reason = "restart" if epoch != self._epoch else "pruned"
+        known = self._epoch is not None
+        self._number = newest if epoch != self._epoch else pruned
+        self._epoch = epoch
+        self._memory.clear()
+        self._memory.begin_all(self._number)
+        if known:
+            await self._hub.send_gaps(reason, self.position())
+
+    async def _read_on(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + SWEEP_INTERVAL
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._work.wait()
+            self._work.clear()
+            if self._sweep_due or self._sweep_waiters or loop.time() >= due:
+                self._sweep_due = False
+                waiters, self._sweep_waiters = self._sweep_waiters, []
+                try:
+                    await self._sweep()
+                except BaseException:
+                    self._sweep_waiters += waiters
+                    raise
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                due = loop.time() + SWEEP_INTERVAL
+            woken, self._woken = self._woken, {}
+            if woken:
+                await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
+            else:
+                await self._read()
+
+    async def _sweep(self) -> None:
+        """Number and read all that is committed by now."""
+        assert self.listener is not None
+        while True:
+            ((snapshot, xids, pids),) = await self.listener.query(LOG_WAITING_SQL, (self._swept_up,))
+            await self._number_and_read(xids, pids, sweep=True)
+            if len(xids) < LOG_WAITING_MAX:
+                self._swept_up = snapshot
+                return
+
+    async def _number_and_read(self, xids: Sequence[str], pids: Sequence[int], *, sweep: bool) -> None:
+        assert self.listener is not None
+        for start in range(0, len(xids), LOG_ADVANCE_MOST):
+            names, senders = xids[start : start + LOG_ADVANCE_MOST], pids[start : start + LOG_ADVANCE_MOST]
+            more = True
+            while more:
+                ((_, more),) = await self.listener.query(LOG_ADVANCE_SQL, (names, senders, sweep))
+                await self._read()
+        if not xids:
+            await self._read()
+
+    async def _read(self) -> None:
+        """Read what follows the last id that was read, to the end, and send it out."""
+        assert self.listener is not None
+        full = True
+        while full:
+            rows = await self.listener.query(LOG_READ_SQL, (self._number,))
+            row_epoch, pruned = rows[0][:2]
+            if row_epoch != self._epoch or pruned > self._number:
+                await self._attach()
+                continue
+            frames, full = self._read_rows(rows)
+            if not frames:
+                return
+            self._number = frames[-1].number
+            for frame in frames:
+                self._memory.append(frame)
+            self._delivering = True
+            try:
+                await self._hub.broadcast(frames)
+            finally:
+                self._delivering = False
+
+    def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
+        """Encode the rows of a page; tell whether the page was full, so that more may follow."""
+        epoch = (self._epoch or "").encode()
+        frames = []
+        size = 0
+        for _, _, number, xid, channel, event, data, _ in rows:
+            if number is None:
+                break
+            name = sendable_name(event)
+            block = encode_event(Event(data, name), b"%b-%d" % (epoch, number))
+            frames.append(Frame(number, channel, block, name is not None, xid))
+            size += len(block)
+        return frames, len(frames) >= LOG_PAGE_ROWS or size >= LOG_PAGE_BYTES
+
+    async def _prune(self) -> None:
+        assert self.listener is not None
+        while True:
+            removed = 1
+            while removed:
+                ((removed,),) = await self.listener.query(LOG_PRUNE_SQL)
+            await asyncio.sleep(PRUNE_INTERVAL)
 
 
 # ==== Streams =================================================================
@@ -1703,18 +2624,20 @@ class Streams:
     def __init__(
         self,
         hub: Hub,
-        source: NotifySource,
+        source: Source,
         memory: Memory,
         access: Access,
         *,
         path: str,
         retry: int,
         max_clients: int,
+        max_backlog: int,
     ) -> None:
         """Args:
         path: Where the stream routes begin: ``/events``, or ``/``.
         retry: The least ``retry:`` in milliseconds.
         max_clients: Streams open at once.
+        max_backlog: Bytes that may wait for one slow client.
         """
         self.draining = False
         self._hub = hub
@@ -1724,6 +2647,7 @@ class Streams:
         self._path = path
         self._retry = retry
         self._max_clients = max_clients
+        self._max_backlog = max_backlog
         source.on_listening = self._wake
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -1834,7 +2758,10 @@ class Streams:
         position = parse_position(last)
         if position and asked and position.epoch == asked.epoch:
             position = position._replace(snapshot=asked.snapshot)
-        return Resume(last, position)
+        resume = Resume(last, position)
+        # What the snapshot shows was numbered before the client got its first position.
+        resume.swept = True
+        return resume
 
     def _key(self, request: web.BaseRequest, target: Target) -> int:
         headers = request.headers
@@ -1851,29 +2778,35 @@ class Streams:
         """Bring a stream towards live: write what it has missed, as its socket takes it.
 
         Called once when it opens, then whenever what it waits for has come: its
-        channels' LISTEN, or room in its socket. It joins in the same step in which its
-        position goes out, never before the past is out: a client cut in between would
-        lose that in silence.
+        channels' LISTEN, pages of the log, or room in its socket. It joins in the same step
+        in which its position goes out, never before the past is out: a client cut in
+        between would lose that in silence.
         """
         resume, transport = subscriber.resume, subscriber.transport
         if resume is None or transport is None or transport.is_closing():
             return
         subscriber.on_drain = None
         if not self._source.listens(subscriber.channels):
-            resume.outage = True
+            self._source.hold(resume)
             self._hub.waiting.add(subscriber)
             if opening:
                 subscriber.write(opening, head)
             return
         self._hub.waiting.discard(subscriber)
-        if resume.gaps is None:
-            resume.gaps = self._judge(resume, subscriber.channels)
-        several = len(subscriber.channels) > 1
-        complete = False
-        while not complete:
-            frames, complete = self._next_piece(resume, subscriber.channels)
-            block = opening + join_blocks(frames, several)
-            if complete:
+        while True:
+            if self._judge(resume, subscriber.channels) is None:
+                if opening:
+                    subscriber.write(opening, head)
+                subscriber.task = asyncio.create_task(self._read_back(subscriber, resume))
+                return
+            covered = [channel for channel in subscriber.channels if channel not in resume.gaps]
+            frames, complete = self._memory.page(covered, resume.after, RESUME_PIECE_BYTES)
+            if frames:
+                resume.after = frames[-1].number
+            block = opening + self._join(subscriber, resume, frames)
+            waiting = transport.get_write_buffer_size() + len(block)
+            # Live with much of the past still waiting, it would be cut at the next event.
+            if complete and (not frames or waiting <= self._max_backlog // 2):
                 position = self._source.position()
                 block += (
                     encode_gaps(resume.gaps, resume.since, position)
@@ -1882,32 +2815,52 @@ class Streams:
                 )
                 subscriber.resume = None
                 subscriber.written = subscriber.marked = asyncio.get_running_loop().time()
+                subscriber.write(block, head)
+                return
             subscriber.write(block, head)
             head = opening = b""
-            if subscriber.paused and not complete:
+            if subscriber.paused:
                 subscriber.on_drain = self._advance
                 return
 
-    def _judge(self, resume: Resume, channels: Sequence[str]) -> dict[str, str]:
-        gaps = self._source.judge(resume, channels)
-        missed = [self._memory.missed(c, resume.after) for c in channels if c not in gaps]
-        count, size = (sum(values) for values in zip(*missed, strict=True)) if missed else (0, 0)
-        if count > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES:
-            return dict.fromkeys(channels, "too-many")
-        return gaps
+    def _judge(self, resume: Resume, channels: Sequence[str]) -> dict[str, str] | None:
+        """Complete the stream's gaps; None if the source must read back first."""
+        covered = [channel for channel in channels if channel not in resume.gaps]
+        gaps = self._source.judge(resume, covered)
+        if gaps is None:
+            return None
+        if not resume.counted:
+            resume.counted = True
+            missed = [self._memory.missed(c, resume.after) for c in covered if c not in gaps]
+            if sum(m[0] for m in missed) > MAX_RESUME_EVENTS or sum(m[1] for m in missed) > MAX_RESUME_BYTES:
+                resume.verdict = "too-many"
+                gaps = dict.fromkeys(channels, resume.verdict)
+        resume.gaps.update(gaps)
+        return resume.gaps
 
-    def _next_piece(self, resume: Resume, channels: Sequence[str]) -> tuple[list[Frame], bool]:
-        assert resume.gaps is not None
-        while True:
-            covered = [channel for channel in channels if channel not in resume.gaps]
-            try:
-                frames, complete = self._memory.page(covered, resume.after, RESUME_PIECE_BYTES)
-            except NotCoveredError as gone:
-                resume.gaps[gone.channel] = self._source.uncovered_reason(resume.after)
-                continue
-            if frames:
-                resume.after = frames[-1].number
-            return frames, complete
+    async def _read_back(self, subscriber: Subscriber, resume: Resume) -> None:
+        """Write what memory does not hold, page by page, until it covers the rest."""
+        channels = subscriber.channels
+        try:
+            while self._source.listens(channels) and self._source.judge(resume, channels) is None:
+                frames = await self._source.read_back(resume, channels)
+                block = self._join(subscriber, resume, frames)
+                if block:
+                    subscriber.write(block)
+                    await subscriber.drained()
+        except (LostConnectionError, psycopg2.Error):
+            self._hub.waiting.add(subscriber)
+            return
+        finally:
+            subscriber.task = None
+        self._advance(subscriber)
+
+    def _join(self, subscriber: Subscriber, resume: Resume, frames: Iterable[Frame]) -> bytes:
+        """Join the blocks of frames, without those that the client's page showed already."""
+        snapshot = resume.position.snapshot if resume.position else None
+        if snapshot is not None:
+            frames = [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
+        return join_blocks(frames, several=len(subscriber.channels) > 1)
 
 
 # ==== systemd =================================================================
@@ -1934,6 +2887,7 @@ class Settings:
     """What `run` is told; named like its options."""
 
     dsn: str
+    source: str = "notify"
     bind: tuple[str, ...] = ("127.0.0.1:8008",)
     path: str = "/events"
     heartbeat: float = 15.0
@@ -2065,7 +3019,11 @@ class Relay:
         self._descriptors = raise_file_limit()
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
-        self.source = NotifySource(self.hub, memory, settings.linger, settings.max_channels)
+        self.source: Source = (
+            LogSource(self.hub, memory)
+            if settings.source == "log"
+            else NotifySource(self.hub, memory, settings.linger, settings.max_channels)
+        )
         self.listener = self.source.listener = Listener(settings.dsn, self.source)
         most = max(1, self._descriptors - RESERVED_DESCRIPTORS)
         self.streams = Streams(
@@ -2076,6 +3034,7 @@ class Relay:
             path=settings.path,
             retry=settings.retry,
             max_clients=min(settings.max_clients or most, most),
+            max_backlog=settings.max_backlog,
         )
 
     async def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
@@ -2544,6 +3503,19 @@ class RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
+def source_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --source."""
+    return click.option(
+        "--source",
+        envvar="SSE_RELAY_SOURCE",
+        type=click.Choice(["notify", "log"]),
+        default="notify",
+        show_default=True,
+        help="notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept "
+        "in the database; needs the command schema.",
+    )(command)
+
+
 def dsn_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --dsn and --dsn-file."""
     for option in (
@@ -2658,6 +3630,7 @@ def cli() -> None:
 
 @cli.command()
 @dsn_options
+@source_option
 @click.option(
     "--bind",
     envvar="SSE_RELAY_BIND",
@@ -2778,7 +3751,7 @@ class UnsendableError(RelayError):
     """An event that no stream could carry, or that PostgreSQL did not take."""
 
 
-def send_event(dsn: str, channel: str, data: str, event: str | None) -> None:
+def send_event(dsn: str, source: str, channel: str, data: str, event: str | None) -> None:
     """Publish one event as an application would; blocks until it is committed.
 
     Raises:
@@ -2789,36 +3762,47 @@ def send_event(dsn: str, channel: str, data: str, event: str | None) -> None:
         check_channel(channel)
     except RefusedError as refused:
         raise UnsendableError(refused.reason) from None
+    if event and sendable_name(event) is None:
+        raise UnsendableError(f"an event cannot be named {event!r}")
     payload = data
-    if event is not None:
-        if is_reserved_name(event) or any(c in event for c in "\r\n\0"):
-            raise UnsendableError(f"an event cannot be named {event!r}")
+    if event and source == "notify":
         payload = json.dumps({"event": event, "data": data}, ensure_ascii=False)
-    if "\0" in payload:
+    if "\0" in data:
         raise UnsendableError("PostgreSQL cannot carry the character NUL")
     try:
         size = len(payload.encode())
     except UnicodeEncodeError:
         raise UnsendableError("the data is not valid UTF-8") from None
-    if size > MAX_PAYLOAD_BYTES:
+    if source == "notify" and size > MAX_PAYLOAD_BYTES:
         raise UnsendableError(
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
-            "and let the page fetch the rest"
+            "and let the page fetch the rest, or use source log"
         )
     with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+            try:
+                if source == "notify":
+                    cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+                else:
+                    cursor.execute(LOG_PUBLISH_SQL, (channel, data, event or None))
+            except (psycopg2.errors.UndefinedFunction, psycopg2.errors.InvalidSchemaName):
+                raise UnsendableError(NOT_INSTALLED) from None
+            except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
+                raise UnsendableError(error.diag.message_primary or str(error)) from None
 
 
 @cli.command()
 @dsn_options
+@source_option
 @click.option(
     "--event", metavar="NAME", help="Name of the event; pages get it by addEventListener(NAME, ...)."
 )
 @click.argument("channel")
 @click.argument("data", default="-")
-def publish(dsn: str | None, dsn_file: Path | None, event: str | None, channel: str, data: str) -> None:
+def publish(
+    dsn: str | None, dsn_file: Path | None, source: str, event: str | None, channel: str, data: str
+) -> None:
     """Send DATA to CHANNEL, as your application would.
 
     Without DATA, or if it is "-", standard input is sent, without the line end at its end.
@@ -2833,14 +3817,54 @@ def publish(dsn: str | None, dsn_file: Path | None, event: str | None, channel: 
         data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = data.removesuffix("\n").removesuffix("\r")
     try:
-        send_event(dsn, channel, data, event)
+        send_event(dsn, source, channel, data, event)
     except UnsendableError as error:
         raise click.ClickException(str(error)) from None
     except psycopg2.Error as error:
         raise click.ClickException(f"PostgreSQL did not take the event: {one_line(error, dsn)}") from None
 
 
-def demo_pages(dsn: str) -> dict[tuple[str, str], Handler]:
+def apply_schema(dsn: str) -> None:
+    """Install or upgrade the durable log, in one transaction.
+
+    Raises:
+        psycopg2.Error: PostgreSQL cannot be reached, or refuses.
+    """
+    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection, connection.cursor() as cursor:
+        cursor.execute(SCHEMA_SQL)
+        connection.commit()
+
+
+@cli.command()
+@dsn_options
+@click.option("--apply", is_flag=True, help="Run the SQL instead of printing it.")
+def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
+    """Print the SQL of the durable log, or install or upgrade it.
+
+    It is safe to repeat: events, settings and grants stay. The role needs CREATE on the
+    database, and PostgreSQL 13 or newer.
+
+    \b
+    Example:
+        sse_relay.py schema | less
+        sse_relay.py schema --apply --dsn postgresql://owner@localhost/app
+    """
+    if not apply:
+        click.echo(f"BEGIN;\n{SCHEMA_SQL}\nCOMMIT;")
+        return
+    dsn = resolve_dsn(dsn, dsn_file)
+    try:
+        apply_schema(dsn)
+    except psycopg2.Error as error:
+        reason = error.diag.message_primary or str(error)
+        hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
+        raise click.ClickException(
+            f"the schema was not applied: {one_line(psycopg2.Error(reason + hint), dsn)}"
+        ) from None
+    click.echo(f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log.")
+
+
+def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
     """Serve the demo's page, and publish what it sends."""
 
     async def show(request: web.BaseRequest) -> web.StreamResponse:
@@ -2855,7 +3879,7 @@ def demo_pages(dsn: str) -> dict[tuple[str, str], Handler]:
             channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
             if not all(isinstance(text, str) for text in (channel, data, event or "")):
                 raise UnsendableError(detail)
-            await in_thread(lambda: send_event(dsn, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
+            await in_thread(lambda: send_event(dsn, source, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
             return web.Response(status=204)
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -2873,6 +3897,7 @@ def demo_pages(dsn: str) -> dict[tuple[str, str], Handler]:
 
 
 @cli.command()
+@source_option
 @click.option(
     "--bind",
     default="127.0.0.1:8008",
@@ -2887,13 +3912,13 @@ def demo_pages(dsn: str) -> dict[tuple[str, str], Handler]:
     metavar="DIR",
     help="Keep the database in this folder.  [default: a temporary one]",
 )
-def demo(bind: str, data: Path | None) -> None:
+def demo(source: str, bind: str, data: Path | None) -> None:
     """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
 
     \b
     Example:
         sse_relay.py demo
-        sse_relay.py demo --bind 127.0.0.1:9000 --data ./demo-data
+        sse_relay.py demo --source log --bind 127.0.0.1:9000 --data ./demo-data
     """
     start_log("warning")
     if not is_local(bind):
@@ -2901,7 +3926,10 @@ def demo(bind: str, data: Path | None) -> None:
             f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
         )
     with EmbeddedPostgres(data) as postgres:
-        settings = Settings(postgres.dsn, bind=(bind,), allow_channel=("*",))
+        if source == "log":
+            apply_schema(postgres.dsn)
+        settings = Settings(postgres.dsn, source=source, bind=(bind,), allow_channel=("*",))
+        notify = "pg_notify" if source == "notify" else "sse_relay.publish"
         address = f"http://{bind}" if not bind.startswith("unix:") else bind
 
         program = f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
@@ -2912,12 +3940,12 @@ def demo(bind: str, data: Path | None) -> None:
                 f"Open in a browser:\n    {address}/\n\n"
                 f"Or in two other terminals:\n"
                 f"    curl -N {address}/events/orders\n"
-                f"    psql '{postgres.dsn}' -c \"SELECT pg_notify('orders', 'hello')\"\n"
-                f"    {program} publish --dsn '{postgres.dsn}' orders hello\n\n"
+                f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
+                f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
                 "Ctrl-C ends it."
             )
 
-        run_relay(settings, demo_pages(postgres.dsn), show)
+        run_relay(settings, demo_pages(postgres.dsn, source), show)
 
 
 def main() -> None:
