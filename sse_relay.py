@@ -29,6 +29,7 @@ Contents, in the order in which an event travels:
     Constants and errors
     Events and frames           pure: notification to event, event to bytes
     Channels and positions      pure: what a client may ask for, where it stands
+    Tokens                      pure: who may read what, and until when
     Replay memory               pure: recent frames, for clients that come back
     Hub                         subscribers, one write for each and burst
     Listener                    the connections to PostgreSQL
@@ -96,6 +97,11 @@ log = logging.getLogger("sse_relay")
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
 
+# Longer tokens do not fit into a request's headers either.
+MAX_TOKEN_BYTES: Final = 8_000
+# RFC 7518, section 3.2: as many bits as the hash.
+MIN_SECRET_BYTES: Final = 32
+
 # What a browser waits that is told to stop. Longer values overflow a 32-bit timer in
 # Node's clients, which then loop; one day is safe in every client that was tried.
 NEVER_MS: Final = 86_400_000
@@ -144,6 +150,8 @@ BACKOFF_FIRST: Final = 0.1
 BACKOFF_MOST: Final = 5.0
 # Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
 KEEPALIVE_TIMEOUT: Final = 75.0
+# For a connection's first request to arrive whole.
+REQUEST_TIMEOUT: Final = 10.0
 STOP_TIMEOUT: Final = 1.5
 LATE_REQUESTS: Final = 0.2
 # A client that is cut again within this time waits longer before it comes back.
@@ -550,10 +558,12 @@ class Target(NamedTuple):
     Attributes:
         channels: One to fifty names, each once, in the order given.
         last_event_id: ``?lastEventId=``, None if it is absent or empty.
+        token: ``?access_token=``, None likewise.
     """
 
     channels: tuple[str, ...]
     last_event_id: str | None
+    token: str | None
 
 
 def is_stream_path(path: str, prefix: str) -> bool:
@@ -591,8 +601,164 @@ def parse_target(target: str, prefix: str) -> Target:
     channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
-    positions = [value for key, value in fields if key == "lastEventId" and value]
-    return Target(channels, positions[0] if positions else None)
+    first = {key: value for key, value in reversed(fields) if value}
+    return Target(channels, first.get("lastEventId"), first.get("access_token"))
+
+
+# ==== Tokens ==================================================================
+
+
+class Grant(NamedTuple):
+    """What a token opens.
+
+    Attributes:
+        channels: Matches the names of channels that may be read.
+        expires: Seconds since 1970.
+    """
+
+    channels: re.Pattern[str]
+    expires: float
+
+
+class Key(NamedTuple):
+    """A key and the one algorithm that it is for: a token cannot choose another."""
+
+    algorithm: str
+    material: Any
+
+
+class UnusableKeyError(RelayError):
+    """A file that holds no key that can be used."""
+
+
+def import_jwt() -> Any:
+    """Import PyJWT, or say which extra brings it."""
+    try:
+        import cryptography  # noqa: F401  # PyJWT alone cannot verify RS256 and others
+        import jwt
+    except ImportError:
+        raise click.ClickException("tokens need PyJWT: pip install 'sse-relay[jwt]'") from None
+    return jwt
+
+
+def read_key(content: bytes, *, private: bool = False) -> Key:
+    """Read a key file's content: PEM, or the secret of HS256.
+
+    RSA means RS256, P-256 means ES256, Ed25519 means EdDSA. A secret has at least 32 bytes;
+    a line end at the end of its file does not belong to it.
+
+    Args:
+        private: Whether it is to sign rather than to verify.
+
+    Raises:
+        UnusableKeyError: With what is wrong and what to do.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    if b"-----BEGIN" not in content:
+        secret = content.removesuffix(b"\n").removesuffix(b"\r")
+        if len(secret) < MIN_SECRET_BYTES:
+            raise UnusableKeyError(
+                f"the secret has {len(secret)} bytes, at least {MIN_SECRET_BYTES} are needed: "
+                "openssl rand -hex 32"
+            )
+        return Key("HS256", secret)
+    if (b"PRIVATE KEY" in content) != private:
+        raise UnusableKeyError(
+            "this is no private key, which signing needs"
+            if private
+            else "this is a private key, which only the signer should have: give the public one, "
+            "openssl pkey -in FILE -pubout"
+        )
+    try:
+        key = (
+            serialization.load_pem_private_key(content, None)
+            if private
+            else serialization.load_pem_public_key(content)
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        encrypted = isinstance(error, TypeError)
+        raise UnusableKeyError(
+            "the key is encrypted with a password" if encrypted else "this is no key in PEM form"
+        ) from None
+    if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
+        return Key("RS256", key)
+    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)):
+        if key.curve.name == "secp256r1":
+            return Key("ES256", key)
+    elif isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
+        return Key("EdDSA", key)
+    raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
+
+
+def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
+    """Check a token and tell what it opens. Without leeway: at ``exp`` it has ended.
+
+    Args:
+        now: Seconds since 1970.
+
+    Raises:
+        RefusedError: 401, with the reason; the token is never quoted.
+    """
+    jwt = import_jwt()
+    if len(token) > MAX_TOKEN_BYTES:
+        raise RefusedError(401, "the token is too long")
+    # Times are compared below, to the fraction of a second and with a clock that is given.
+    options = {"verify_exp": False, "verify_nbf": False, "verify_iat": False}
+    claims = None
+    for key in keys:
+        try:
+            claims = jwt.decode(token, key.material, algorithms=[key.algorithm], options=options)
+            break
+        except jwt.InvalidAudienceError:
+            raise RefusedError(401, "the token is meant for others (aud)") from None
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+            continue
+    if claims is None:
+        raise RefusedError(401, "the token is not signed with a key of this relay")
+    expires = _moment(claims.get("exp"))
+    if expires is None:
+        raise RefusedError(401, "the token does not say when it ends (exp)")
+    if now >= expires:
+        raise RefusedError(401, "the token has expired")
+    begins = _moment(claims.get("nbf", 0))
+    if begins is None or now < begins:
+        raise RefusedError(401, "the token is not valid yet (nbf)")
+    globs = claims.get("channels")
+    if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
+        raise RefusedError(401, "the token's claim channels is no list of names or globs")
+    return Grant(_compile_grant(tuple(globs)), expires)
+
+
+@functools.lru_cache(maxsize=1_000)
+def _compile_grant(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return compile_globs(globs)
+
+
+def _moment(value: object) -> float | None:
+    """Give a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if -(2.0**53) < value < 2.0**53 else None
+
+
+def sign_token(key: Key, channels: Sequence[str], expires: int) -> str:
+    """Sign a token that opens these channels or globs until ``expires``, seconds since 1970."""
+    token: str = import_jwt().encode(
+        {"channels": list(channels), "exp": expires}, key.material, algorithm=key.algorithm
+    )
+    return token
+
+
+def find_token(
+    headers: Mapping[str, str], cookies: Mapping[str, str], cookie: str | None, queried: str | None
+) -> str | None:
+    """Give a request's token: bearer header, then cookie, then ``?access_token=``."""
+    scheme, _, value = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    return (cookies.get(cookie) if cookie else None) or queried
 
 
 # ==== Replay memory ===========================================================
@@ -823,6 +989,7 @@ class Subscriber(asyncio.Protocol):
         "beat",
         "channels",
         "chunked",
+        "expires",
         "hub",
         "key",
         "marked",
@@ -841,6 +1008,7 @@ class Subscriber(asyncio.Protocol):
         self.key = key
         self.chunked = True
         self.transport: asyncio.Transport | None = None
+        self.expires: int | None = None
         self.paused = False
         self.task: asyncio.Task[None] | None = None
         self.on_drain: Callable[[Subscriber], object] | None = None
@@ -851,6 +1019,15 @@ class Subscriber(asyncio.Protocol):
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(head + (as_chunk(block) if self.chunked else block))
+
+    def end(self, final: bytes) -> None:
+        """Send a last block and close, without HTTP's final chunk.
+
+        After a clean end some clients do not come back at all.
+        """
+        if self.transport is not None:
+            self.write(final)
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Note that the socket takes no more for now."""
@@ -865,9 +1042,9 @@ class Subscriber(asyncio.Protocol):
     async def drained(self) -> None:
         """Wait until the socket takes more. Ends with `connection_lost`, by cancellation."""
         if self.paused:
-            room = asyncio.get_running_loop().create_future()
-            self.on_drain = lambda subscriber: room.set_result(None)
-            await room
+            room = asyncio.Event()
+            self.on_drain = lambda subscriber: room.set()
+            await room.wait()
             self.on_drain = None
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -885,6 +1062,7 @@ class Hub:
         channels: Each channel's subscribers, those included that are still resuming.
         subscribers: All of them.
         waiting: Those whose channels are not listened to yet.
+        expiring: Those whose token ends, by the second since 1970 in which they end.
         on_abandoned: Called with a channel when its last subscriber has left.
     """
 
@@ -896,6 +1074,7 @@ class Hub:
         self.channels: dict[str, set[Subscriber]] = {}
         self.subscribers: set[Subscriber] = set()
         self.waiting: set[Subscriber] = set()
+        self.expiring: dict[int, set[Subscriber]] = {}
         self.on_abandoned: Callable[[str], object] = lambda channel: None
         self.cut_clients = 0
         self._max_backlog = max_backlog
@@ -926,6 +1105,11 @@ class Hub:
         subscriber.on_drain = None
         if subscriber.task is not None:
             subscriber.task.cancel()
+        if subscriber.expires is not None:
+            ending = self.expiring[subscriber.expires]
+            ending.discard(subscriber)
+            if not ending:
+                del self.expiring[subscriber.expires]
         for channel in subscriber.channels:
             watchers = self.channels[channel]
             watchers.discard(subscriber)
@@ -1015,6 +1199,27 @@ class Hub:
         """Tell how often a client was cut within the last ten minutes."""
         when, count = self._cuts.get(key, (now, 0))
         return count if now - when < CUT_MEMORY else 0
+
+    def end_at(self, subscriber: Subscriber, second: int) -> None:
+        """Note that a stream ends in this second since 1970."""
+        subscriber.expires = second
+        self.expiring.setdefault(second, set()).add(subscriber)
+
+    async def end_expired(self, clock: Callable[[], float], final: Callable[[], bytes]) -> None:
+        """End each stream when its token does, for ever, from one timer.
+
+        Args:
+            clock: Gives seconds since 1970.
+            final: Gives a stream's last block.
+        """
+        second = int(clock())
+        while True:
+            await asyncio.sleep(1.0 - clock() % 1.0)
+            # Second by second: a clock that jumps must not leave anybody behind.
+            while second < int(clock()):
+                second += 1
+                for subscriber in tuple(self.expiring.get(second, ())):
+                    subscriber.end(final())
 
     async def beat(self, position: Callable[[], bytes | None]) -> None:
         """Write to the idle streams, for ever, from one timer.
@@ -2544,23 +2749,40 @@ STREAM_HEADERS: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Access:
     """Who may read what.
 
     Attributes:
         channels: What anybody may read.
         origins: Foreign origins whose pages may read.
+        keys: Those that tokens are signed with; none: no token opens anything.
+        cookie: Name of the cookie that may hold a token.
     """
 
     channels: re.Pattern[str]
     origins: re.Pattern[str]
+    keys: Sequence[Key] = ()
+    cookie: str | None = None
 
-    def check(self, channels: Iterable[str]) -> None:
-        """Raise `RefusedError` (403) unless every channel may be read."""
-        for channel in channels:
-            if not self.channels.fullmatch(channel):
-                raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+    def check(self, channels: Iterable[str], token: str | None, now: float) -> float | None:
+        """Tell until when these channels may be read, in seconds since 1970; None for ever.
+
+        Raises:
+            RefusedError: 401 for no token or a bad one, 403 for a good one that does not
+                open all of the channels.
+        """
+        closed = [channel for channel in channels if not self.channels.fullmatch(channel)]
+        if not closed:
+            return None
+        if not self.keys:
+            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+        if not token:
+            raise RefusedError(401, "this channel needs a token")
+        grant = verify_token(token, self.keys, now)
+        if not all(grant.channels.fullmatch(channel) for channel in closed):
+            raise RefusedError(403, "the token does not open this channel")
+        return grant.expires
 
 
 def foreign_origin(headers: Mapping[str, str]) -> str | None:
@@ -2665,12 +2887,13 @@ class Streams:
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
             target = parse_target(request.raw_path, self._path)
-            self._access.check(target.channels)
+            token = find_token(request.headers, request.cookies, self._access.cookie, target.token)
+            expires = self._access.check(target.channels, token, time.time())
             if len(self._hub.subscribers) >= self._max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
-            return await self._open(request, target, headers)
+            return await self._open(request, target, headers, expires)
         except RefusedError as refused:
             in_band = (
                 is_stream
@@ -2722,7 +2945,9 @@ class Streams:
             headers={"Cache-Control": "no-store", **headers},
         )
 
-    async def _open(self, request: web.BaseRequest, target: Target, headers: dict[str, str]) -> web.Response:
+    async def _open(
+        self, request: web.BaseRequest, target: Target, headers: dict[str, str], expires: float | None
+    ) -> web.Response:
         """Open a stream: listen, headers and retry, what was missed, the position, live."""
         now = asyncio.get_running_loop().time()
         subscriber = Subscriber(
@@ -2739,6 +2964,8 @@ class Streams:
         except BaseException:
             self._hub.leave(subscriber)
             raise
+        if expires is not None:
+            self._hub.end_at(subscriber, max(int(expires), int(time.time()) + 1))
         factor = min(CUT_FACTOR_MOST, 2 ** self._hub.cut_count(subscriber.key, now))
         retry = retry_after(self._retry, len(self._hub.subscribers), factor)
         head = encode_head(int(subscriber.chunked), headers)
@@ -2899,6 +3126,8 @@ class Settings:
     max_backlog: int = 256 * KIB
     allow_channel: tuple[str, ...] = ()
     allow_origin: tuple[str, ...] = ()
+    jwt_key_file: tuple[Path, ...] = ()
+    jwt_cookie: str | None = None
 
 
 Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
@@ -2986,25 +3215,110 @@ def _open_unix_socket(path: Path) -> socket.socket:
     return sock
 
 
+def read_keys(files: Iterable[Path]) -> list[Key]:
+    """Read the keys that tokens are verified with.
+
+    Raises:
+        click.ClickException: A file cannot be read or holds no such key.
+    """
+    keys = []
+    if files:
+        import_jwt()
+    for file in files:
+        try:
+            keys.append(read_key(file.read_bytes()))
+        except OSError as error:
+            raise click.ClickException(f"cannot read {file}: {error.strerror}") from None
+        except UnusableKeyError as error:
+            raise click.ClickException(f"{file}: {error}") from None
+    return keys
+
+
 def make_access(settings: Settings) -> Access:
     """Decide who may read what.
 
     Raises:
         click.UsageError: Strangers could reach the relay, and nothing says what they may read.
+        click.ClickException: A key cannot be read.
     """
-    if settings.allow_channel:
-        return Access(compile_globs(settings.allow_channel), compile_globs(settings.allow_origin))
+    if settings.allow_channel or settings.jwt_key_file:
+        return Access(
+            compile_globs(settings.allow_channel),
+            compile_globs(settings.allow_origin),
+            read_keys(settings.jwt_key_file),
+            settings.jwt_cookie,
+        )
     strange = [bind for bind in settings.bind if not is_local(bind)]
     if strange:
         raise click.UsageError(
-            f"{strange[0]} can be reached from other machines, and nothing says who may read what. Open "
-            "channels to everybody with --allow-channel GLOB ('*' opens all), or listen on this "
-            "machine only: --bind 127.0.0.1:8008 or unix:PATH, behind a proxy that checks its users"
+            f"{strange[0]} can be reached from other machines, and nothing says who may read what. Give "
+            "--jwt-key-file FILE, so that a token opens channels, or --allow-channel GLOB for channels "
+            "that everybody may read ('*' opens all)"
         )
-    log.warning("every channel can be read by everybody on this machine: no --allow-channel is given")
+    log.warning(
+        "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
+        "--allow-channel is given"
+    )
     # For development: a page served by runserver or Vite on another port.
     development = ("http://localhost:*", "http://127.0.0.1:*")
     return Access(compile_globs(["*"]), compile_globs(settings.allow_origin or development))
+
+
+class Door(web.Server):
+    """aiohttp's server, with bounds on what strangers hold open before they ask for anything.
+
+    aiohttp waits for ever for the end of a request's headers, and where descriptors run
+    out asyncio stops accepting for a second.
+    """
+
+    def __init__(self, handler: Handler, most: int, taken: Callable[[], int]) -> None:
+        """Args:
+        most: Connections, those included that have become streams.
+        taken: Gives how many have.
+        """
+        super().__init__(
+            self._serve,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_TIMEOUT,
+            logger=_quiet_http_log(),
+        )
+        self._handler = handler
+        self._most = most
+        self._taken = taken
+        self._open: set[Any] = set()
+        # Those that have not sent a whole request yet, oldest first, with the loop time
+        # at which they came.
+        self._silent: dict[Any, float] = {}
+
+    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._open.add(handler)
+        self._silent[handler] = asyncio.get_running_loop().time()
+        if len(self._open) + self._taken() > self._most:
+            transport.abort()
+        elif len(self._silent) * 4 > self._most:
+            next(iter(self._silent)).force_close()
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self._open.discard(handler)
+        self._silent.pop(handler, None)
+
+    async def close_silent(self) -> None:
+        """Close connections whose first request does not come, for ever, from one timer."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(REQUEST_TIMEOUT / 4)
+            late = loop.time() - REQUEST_TIMEOUT
+            for handler, since in tuple(self._silent.items()):
+                if since > late:
+                    break
+                handler.force_close()
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._silent.pop(request.protocol, None)
+        return await self._handler(request)
 
 
 class Relay:
@@ -3016,7 +3330,6 @@ class Relay:
         """
         self._settings = settings
         self._pages = pages or {}
-        self._descriptors = raise_file_limit()
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
         self.source: Source = (
@@ -3025,15 +3338,16 @@ class Relay:
             else NotifySource(self.hub, memory, settings.linger, settings.max_channels)
         )
         self.listener = self.source.listener = Listener(settings.dsn, self.source)
-        most = max(1, self._descriptors - RESERVED_DESCRIPTORS)
+        self._most = most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
+        self.access = make_access(settings)
         self.streams = Streams(
             self.hub,
             self.source,
             memory,
-            make_access(settings),
+            self.access,
             path=settings.path,
             retry=settings.retry,
-            max_clients=min(settings.max_clients or most, most),
+            max_clients=min(settings.max_clients or most * 3 // 4, most),
             max_backlog=settings.max_backlog,
         )
 
@@ -3051,17 +3365,10 @@ class Relay:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         sockets = [open_socket(bind) for bind in self._settings.bind]
-        runner = web.ServerRunner(
-            web.Server(
-                self._handle,
-                handler_cancellation=True,
-                access_log=None,
-                keepalive_timeout=KEEPALIVE_TIMEOUT,
-                logger=_quiet_http_log(),
-            ),
-            shutdown_timeout=0.1,
-        )
+        door = Door(self._handle, self._most, lambda: len(self.hub.subscribers))
+        runner = web.ServerRunner(door, shutdown_timeout=0.1)
         await runner.setup()
         sites = []
         for sock in sockets:
@@ -3078,11 +3385,24 @@ class Relay:
             await first_of(
                 self.listener.run(),
                 self.hub.beat(self.source.sent_position),
+                self.hub.end_expired(time.time, self._last_block),
+                door.close_silent(),
                 self._tell(on_ready),
                 _wait(stop),
             )
         finally:
             await self._stop(runner, sites, sockets)
+
+    def _reload(self) -> None:
+        try:
+            self.access.keys = read_keys(self._settings.jwt_key_file)
+        except click.ClickException as error:
+            log.error("the keys stay as they were: %s", error.message)
+        else:
+            log.info("read %d key files again", len(self.access.keys))
+
+    def _last_block(self) -> bytes:
+        return encode_retry(retry_after(self._settings.retry, len(self.hub.subscribers)))
 
     def _signal(self, stop: asyncio.Event) -> None:
         stop.set()
@@ -3122,13 +3442,10 @@ class Relay:
             if isinstance(address, Path):
                 address.unlink(missing_ok=True)
 
-        # End every stream, each with its own moment to come back, without the final chunk:
-        # after a clean end some clients do not come back at all.
+        # End every stream, each with its own moment to come back.
         clients = len(self.hub.subscribers)
         for count, subscriber in enumerate(tuple(self.hub.subscribers), 1):
-            if subscriber.transport is not None:
-                subscriber.write(encode_retry(retry_after(self._settings.retry, clients)))
-                subscriber.transport.close()
+            subscriber.end(encode_retry(retry_after(self._settings.retry, clients)))
             if count % WRITES_PER_TURN == 0:
                 await asyncio.sleep(0)
 
@@ -3726,6 +4043,21 @@ def cli() -> None:
     help="Let pages of another origin read, such as https://app.example. Repeatable.",
 )
 @click.option(
+    "--jwt-key-file",
+    envvar="SSE_RELAY_JWT_KEY_FILE",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Let tokens (JWT) open channels that are signed with this key: a public key in PEM form, or a "
+    "secret of at least 32 bytes. Repeatable; read again on SIGHUP.",
+)
+@click.option(
+    "--jwt-cookie",
+    envvar="SSE_RELAY_JWT_COOKIE",
+    metavar="NAME",
+    help="Look for a token in this cookie too, beside the Authorization header and ?access_token=.",
+)
+@click.option(
     "--log-level",
     envvar="SSE_RELAY_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -3862,6 +4194,45 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
             f"the schema was not applied: {one_line(psycopg2.Error(reason + hint), dsn)}"
         ) from None
     click.echo(f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log.")
+
+
+@cli.command()
+@click.option(
+    "--key-file",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A private key in PEM form, or the secret that the relay's --jwt-key-file holds.",
+)
+@click.option(
+    "--lifetime",
+    type=click.IntRange(1),
+    default=3600,
+    show_default=True,
+    metavar="SECONDS",
+    help="When the token ends; the stream ends with it.",
+)
+@click.argument("channels", nargs=-1, required=True, metavar="GLOB...")
+def token(key_file: Path, lifetime: int, channels: tuple[str, ...]) -> None:
+    """Sign a token that opens channels, and print it alone.
+
+    For trying things out; an application signs with its own JWT library.
+
+    \b
+    Example:
+        openssl rand -hex 32 > secret
+        TOKEN=$(sse_relay.py token --key-file secret orders 'tenant-7-*')
+        curl -N -H "Authorization: Bearer $TOKEN" http://127.0.0.1:8008/events/orders
+    """
+    import_jwt()
+    try:
+        content = key_file.read_bytes()
+        key = read_key(content, private=b"-----BEGIN" in content)
+    except OSError as error:
+        raise click.ClickException(f"cannot read {key_file}: {error.strerror}") from None
+    except UnusableKeyError as error:
+        raise click.ClickException(f"{key_file}: {error}") from None
+    click.echo(sign_token(key, channels, int(time.time()) + lifetime))
 
 
 def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
