@@ -719,7 +719,11 @@ class Browser:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._browser = self.run(self._launch(executable))
+        try:
+            self._browser = self.run(self._launch(executable))
+        except BaseException:
+            self._end()
+            raise
 
     async def _launch(self, executable: str) -> playwright.async_api.Browser:
         self._playwright = await playwright.async_api.async_playwright().start()
@@ -742,6 +746,9 @@ class Browser:
     def close(self) -> None:
         self.run(self._browser.close())
         self.run(self._playwright.stop())
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
