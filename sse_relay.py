@@ -31,13 +31,15 @@ Contents, in the order in which an event travels:
     Channels and positions      pure: what a client may ask for, where it stands
     Tokens                      pure: who may read what, and until when
     Replay memory               pure: recent frames, for clients that come back
+    Counts                      pure: what the metrics say
     Hub                         subscribers, one write for each and burst
     Listener                    the connections to PostgreSQL
     Source notify               numbers what the listener hears
     SQL                         schema and statements of the durable log
     Source log                  numbers what was published, reads it back
     Streams                     HTTP request to subscriber
-    systemd
+    Admin                       liveness, readiness, metrics, channels
+    systemd                     notifications and inherited sockets
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
     Command line
@@ -74,6 +76,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -150,6 +153,8 @@ BACKOFF_FIRST: Final = 0.1
 BACKOFF_MOST: Final = 5.0
 # Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
 KEEPALIVE_TIMEOUT: Final = 75.0
+# How often systemd is told the status. Each time it waits for us, it is asked for more.
+STATUS_INTERVAL: Final = 5.0
 # For a connection's first request to arrive whole.
 REQUEST_TIMEOUT: Final = 10.0
 STOP_TIMEOUT: Final = 1.5
@@ -493,7 +498,15 @@ def compile_globs(globs: Iterable[str]) -> re.Pattern[str]:
     They know ``*`` only, any run of characters; all else stands for itself,
     upper and lower case told apart. No glob at all matches nothing.
     """
-    parts = [".*".join(map(re.escape, glob.split("*"))) for glob in globs]
+
+    def translate(glob: str) -> str:
+        first, *rest = map(re.escape, glob.split("*"))
+        # Atomic: what stands between two stars takes its first place and tries no other, or
+        # a glob of ten stars takes minutes over one name.
+        between = "".join(f"(?>.*?{part})" for part in rest[:-1])
+        return first + between + "".join(f".*{part}" for part in rest[-1:])
+
+    parts = [translate(glob) for glob in globs]
     return re.compile("|".join(parts) if parts else r"(?!)", re.DOTALL)
 
 
@@ -583,11 +596,11 @@ def parse_target(target: str, prefix: str) -> Target:
     """
     path, _, query = target.partition("?")
     try:
-        name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix).removeprefix("/")).decode()
+        name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix.rstrip("/")).removeprefix("/")).decode()
         fields = urllib.parse.parse_qsl(
             query, keep_blank_values=True, errors="strict", max_num_fields=4 * MAX_STREAM_CHANNELS
         )
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise RefusedError(400, "path and query must be percent-encoded UTF-8") from None
     except ValueError:
         raise RefusedError(400, "the query has too many fields") from None
@@ -858,8 +871,10 @@ class Memory:
             return
         shelf = self._shelves.get(channel)
         if shelf is None:
+            if len(self._heads) > 2 * len(self._shelves) + 16:
+                # Most are of shelves that are gone. A sorted list is a heap.
+                self._heads = sorted((self._oldest(name), name) for name in self._shelves)
             shelf = self._shelves[channel] = _Shelf()
-        if shelf.start == len(shelf.frames):
             heappush(self._heads, (frame.number, channel))
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
         shelf.numbers.append(frame.number)
@@ -946,6 +961,46 @@ class Memory:
         return found, True
 
 
+# ==== Counts ==================================================================
+
+# Seconds; the last bucket of `Counts.delays` is for all that took longer.
+DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass
+class Counts:
+    """What has happened since the start; plain numbers, so that counting costs next to nothing.
+
+    Attributes:
+        events: Taken from the source.
+        deliveries: Events written to clients, live or replayed.
+        replayed: Those of them that were replayed.
+        sent_bytes: Written to streams, HTTP's framing included.
+        gaps: ``relay.gap`` events written, by reason.
+        refusals: By true status.
+        cut_clients: Slow clients that were cut.
+        delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
+        delay_sum: Seconds.
+    """
+
+    events: int = 0
+    deliveries: int = 0
+    replayed: int = 0
+    sent_bytes: int = 0
+    gaps: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[int] = field(default_factory=Counter)
+    cut_clients: int = 0
+    delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
+    delay_sum: float = 0.0
+
+    def observe(self, delay: float, events: int) -> None:
+        """Note that so many events took so many seconds."""
+        delay = max(delay, 0.0)
+        self.events += events
+        self.delays[bisect.bisect_left(DELAY_BUCKETS, delay)] += events
+        self.delay_sum += delay * events
+
+
 # ==== Hub =====================================================================
 
 
@@ -1018,7 +1073,9 @@ class Subscriber(asyncio.Protocol):
     def write(self, block: bytes, head: bytes = b"") -> None:
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
         if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(head + (as_chunk(block) if self.chunked else block))
+            data = head + (as_chunk(block) if self.chunked else block)
+            self.transport.write(data)
+            self.hub.counts.sent_bytes += len(data)
 
     def end(self, final: bytes) -> None:
         """Send a last block and close, without HTTP's final chunk.
@@ -1064,6 +1121,7 @@ class Hub:
         waiting: Those whose channels are not listened to yet.
         expiring: Those whose token ends, by the second since 1970 in which they end.
         on_abandoned: Called with a channel when its last subscriber has left.
+        counts: What has happened.
     """
 
     def __init__(self, max_backlog: int, heartbeat: float) -> None:
@@ -1076,7 +1134,7 @@ class Hub:
         self.waiting: set[Subscriber] = set()
         self.expiring: dict[int, set[Subscriber]] = {}
         self.on_abandoned: Callable[[str], object] = lambda channel: None
-        self.cut_clients = 0
+        self.counts = Counts()
         self._max_backlog = max_backlog
         self._heartbeat = heartbeat
         # A position may go out only between two bursts: in the midst of one, some
@@ -1127,7 +1185,7 @@ class Hub:
         for frame in frames:
             if frame.channel in self.channels:
                 by_channel.setdefault(frame.channel, []).append(frame)
-        plan: list[tuple[bytes, list[Subscriber]]] = []
+        plan: list[tuple[bytes, int, list[Subscriber]]] = []
         several: dict[Subscriber, list[str]] = {}
         for channel, its_frames in by_channel.items():
             alone = []
@@ -1138,13 +1196,13 @@ class Hub:
                     else:
                         several.setdefault(subscriber, []).append(channel)
             if alone:
-                plan.append((join_blocks(its_frames, several=False), alone))
+                plan.append((join_blocks(its_frames, several=False), len(its_frames), alone))
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
         for hit, subscribers in together.items():
             mixed = [frame for frame in frames if frame.channel in hit]
-            plan.append((join_blocks(mixed, several=True), subscribers))
+            plan.append((join_blocks(mixed, several=True), len(mixed), subscribers))
         await self._carry_out(plan)
 
     async def send_gaps(self, reason: str, position: bytes) -> None:
@@ -1153,19 +1211,22 @@ class Hub:
         for subscriber in self.subscribers:
             if subscriber.resume is None:
                 by_channels.setdefault(subscriber.channels, []).append(subscriber)
+                self.counts.gaps[reason] += len(subscriber.channels)
         await self._carry_out(
             [
-                (encode_gaps(dict.fromkeys(channels, reason), None, position), subscribers)
+                (encode_gaps(dict.fromkeys(channels, reason), None, position), 0, subscribers)
                 for channels, subscribers in by_channels.items()
             ]
         )
 
-    async def _carry_out(self, plan: Sequence[tuple[bytes, Sequence[Subscriber]]]) -> None:
+    async def _carry_out(self, plan: Sequence[tuple[bytes, int, Sequence[Subscriber]]]) -> None:
+        """Write blocks, each of so many events, each to its subscribers."""
         async with self._writing:
             now = asyncio.get_running_loop().time()
             left = WRITES_PER_TURN
-            for block, subscribers in plan:
+            for block, events, subscribers in plan:
                 chunk = as_chunk(block)
+                writes = 0
                 for subscriber in subscribers:
                     transport = subscriber.transport
                     if transport is None or transport.is_closing():
@@ -1176,10 +1237,13 @@ class Hub:
                         continue
                     transport.write(chunk if subscriber.chunked else block)
                     subscriber.written = now
+                    writes += 1
                     left -= 1
                     if not left:
                         await asyncio.sleep(0)
                         left = WRITES_PER_TURN
+                self.counts.deliveries += writes * events
+                self.counts.sent_bytes += writes * len(chunk)
 
     def _cut(self, subscriber: Subscriber, transport: asyncio.Transport) -> None:
         now = asyncio.get_running_loop().time()
@@ -1187,7 +1251,7 @@ class Hub:
         if len(self._cuts) >= 10_000:
             self._cuts.clear()
         self._cuts[subscriber.key] = now, count
-        self.cut_clients += 1
+        self.counts.cut_clients += 1
         log.info(
             "cut a slow client: %d bytes waited for it, --max-backlog is %d",
             transport.get_write_buffer_size(),
@@ -1228,7 +1292,7 @@ class Hub:
             position: Gives the present position; None while there is none, or while
                 some subscribers have not got all the events up to it.
         """
-        period = self._heartbeat / 4
+        period = min(self._heartbeat, POSITION_INTERVAL) / 4
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(period)
@@ -1247,12 +1311,12 @@ class Hub:
                     )
                     if not due and max(subscriber.written, subscriber.beat) > late:
                         continue
-                    subscriber.beat = now
-                    if due:
-                        subscriber.marked = now
                     # Where bytes wait already, a heartbeat would only add to them.
                     if subscriber.transport is None or subscriber.transport.get_write_buffer_size():
                         continue
+                    subscriber.beat = now
+                    if due:
+                        subscriber.marked = now
                     # A stream that became live in the midst of this has its position.
                     subscriber.write(mark if due else b":\n")
                     left -= 1
@@ -1378,6 +1442,8 @@ class Inbox:
     def __init__(self, canary: str, on_canary: Callable[[str], object]) -> None:
         self.arrived = asyncio.Event()
         self.heard = 0
+        # Loop time at which the oldest of what `take` gives arrived.
+        self.since = 0.0
         self._canary = canary
         self._on_canary = on_canary
         self._items: list[psycopg2.extensions.Notify] = []
@@ -1387,8 +1453,10 @@ class Inbox:
         if notification.channel == self._canary:
             self._on_canary(notification.payload)
         else:
+            if not self._items:
+                self.since = asyncio.get_running_loop().time()
+                self.arrived.set()
             self._items.append(notification)
-            self.arrived.set()
 
     def __bool__(self) -> bool:
         return False
@@ -1566,8 +1634,12 @@ class Source(Protocol):
     async def connected(self) -> None:
         """All that was wanted is confirmed and the canary is back; deliveries follow."""
 
-    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
-        """Take notifications, in the order of their commits."""
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
+        """Take notifications, in the order of their commits.
+
+        Args:
+            since: Loop time at which the oldest arrived.
+        """
 
     async def serve(self) -> None:
         """Do the source's own work while there is a connection. Never returns."""
@@ -1589,6 +1661,8 @@ class Listener:
         ready: Whether the last canary came back.
         trouble: Why it is not ready, in one line.
         round_trip: Seconds that the last canary took.
+        queue_usage: How full PostgreSQL's notification queue is, 0 to 1.
+        reconnects: Sessions that were lost.
         listened: Channels with a confirmed LISTEN, the canary's apart.
     """
 
@@ -1597,6 +1671,8 @@ class Listener:
         self.ready = asyncio.Event()
         self.trouble = "not connected yet"
         self.round_trip = 0.0
+        self.queue_usage = 0.0
+        self.reconnects = 0
         self.listened: set[str] = set()
         self._dsn = dsn
         self._changed = asyncio.Event()
@@ -1630,6 +1706,9 @@ class Listener:
         """
         failures = 0
         first = True
+        # Each trouble is logged once until the connection stands again: the last is the
+        # one to mend.
+        told: set[str] = set()
         loop = asyncio.get_running_loop()
         while True:
             started = loop.time()
@@ -1644,13 +1723,17 @@ class Listener:
                 self.trouble = one_line(error, self._dsn)
             finally:
                 was_ready = self.ready.is_set()
+                self.reconnects += was_ready
                 self.ready.clear()
                 self._disconnect()
             first = False
             if was_ready and loop.time() - started > BACKOFF_MOST:
                 failures = 0
             failures += 1
-            if failures == 1 or was_ready:
+            if was_ready:
+                told.clear()
+            if self.trouble not in told:
+                told.add(self.trouble)
                 kind = "lost PostgreSQL" if was_ready else "cannot reach PostgreSQL"
                 log.warning("%s, trying again until it is back: %s", kind, self.trouble)
             wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10))
@@ -1665,8 +1748,10 @@ class Listener:
         await first_of(self._watch(self._listening), self._watch(self._querying), self._work(dsn))
 
     async def _watch(self, connection: aiopg.Connection) -> None:
-        # The inbox takes every notification, so this only ever ends with the connection.
-        await connection.notifies.get()
+        # Raises when the connection ends. A transaction pooler may hand this session what
+        # the other one listens to.
+        while True:
+            await connection.notifies.get()
 
     async def _work(self, dsn: str) -> None:
         assert self._listening is not None
@@ -1696,9 +1781,10 @@ class Listener:
     async def _pump(self) -> None:
         while True:
             await self._inbox.arrived.wait()
+            since = self._inbox.since
             notifications = self._inbox.take()
             for start in range(0, len(notifications), BURST_EVENTS):
-                await self.source.deliver(notifications[start : start + BURST_EVENTS])
+                await self.source.deliver(notifications[start : start + BURST_EVENTS], since)
 
     async def _follow_interest(self) -> None:
         while True:
@@ -1735,7 +1821,11 @@ class Listener:
         token = str(next(self._canaries))
         echo: asyncio.Future[None] = loop.create_future()
         self._echo = token, echo
-        await self.query("SELECT pg_notify(%s, %s)", (self._canary, token), timeout=CANARY_TIMEOUT)
+        ((self.queue_usage, _),) = await self.query(
+            "SELECT pg_notification_queue_usage(), pg_notify(%s, %s)",
+            (self._canary, token),
+            timeout=CANARY_TIMEOUT,
+        )
         heard = self._inbox.heard
         while not (await asyncio.wait([echo], timeout=CANARY_TIMEOUT))[0]:
             # Others that arrive meanwhile show that it is on its way behind them.
@@ -1879,7 +1969,7 @@ class NotifySource:
         await self._hub.send_gaps("outage", self.position())
         self.on_listening()
 
-    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         frames = []
         epoch = self._epoch.encode()
         for notification in notifications:
@@ -1899,6 +1989,7 @@ class NotifySource:
             await self._hub.broadcast(frames)
         finally:
             self._delivering = False
+        self._hub.counts.observe(asyncio.get_running_loop().time() - since, len(frames))
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2609,7 +2700,7 @@ class LogSource:
         self._connected = True
         self.on_listening()
 
-    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify]) -> None:
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         for notification in notifications:
             # Only a number can name a transaction; all else just wakes the reader. Who sent
             # it is PostgreSQL's own word: a stranger cannot name another's transaction.
@@ -2714,6 +2805,7 @@ class LogSource:
                 await self._hub.broadcast(frames)
             finally:
                 self._delivering = False
+            self._hub.counts.observe(time.time() - rows[0][-1], len(frames))
 
     def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
         """Encode the rows of a page; tell whether the page was full, so that more may follow."""
@@ -2926,6 +3018,7 @@ class Streams:
         come back.
         """
         log.info("refused with %d: %s", refused.status, refused.reason)
+        self._hub.counts.refusals[refused.status] += 1
         passing = refused.status == 503
         retry = retry_after(self._retry, len(self._hub.subscribers))
         if in_band:
@@ -3040,6 +3133,7 @@ class Streams:
                     if resume.gaps
                     else encode_position(position)
                 )
+                self._hub.counts.gaps.update(resume.gaps.values())
                 subscriber.resume = None
                 subscriber.written = subscriber.marked = asyncio.get_running_loop().time()
                 subscriber.write(block, head)
@@ -3082,12 +3176,103 @@ class Streams:
             subscriber.task = None
         self._advance(subscriber)
 
-    def _join(self, subscriber: Subscriber, resume: Resume, frames: Iterable[Frame]) -> bytes:
+    def _join(self, subscriber: Subscriber, resume: Resume, frames: Sequence[Frame]) -> bytes:
         """Join the blocks of frames, without those that the client's page showed already."""
         snapshot = resume.position.snapshot if resume.position else None
         if snapshot is not None:
             frames = [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
+        self._hub.counts.replayed += len(frames)
+        self._hub.counts.deliveries += len(frames)
         return join_blocks(frames, several=len(subscriber.channels) > 1)
+
+
+# ==== Admin ===================================================================
+
+
+def metric_families(relay: Relay) -> list[Any]:
+    """Give all metrics, for prometheus-client to write; names and units by its conventions."""
+    from prometheus_client import core
+
+    counts, listener = relay.hub.counts, relay.listener
+    gauges = {
+        "clients": ("Open streams.", len(relay.hub.subscribers)),
+        "channels": ("Channels with clients.", len(relay.hub.channels)),
+        "ready": ("1 while notifications make the round trip through PostgreSQL.", listener.ready.is_set()),
+        "round_trip_seconds": ("Time that the last canary took through PostgreSQL.", listener.round_trip),
+        "notification_queue_usage_ratio": (
+            "How full PostgreSQL's notification queue is; at 1, NOTIFY fails.",
+            listener.queue_usage,
+        ),
+    }
+    counters = {
+        "events": ("Events from the source.", counts.events),
+        "deliveries": ("Events written to clients, live or replayed.", counts.deliveries),
+        "replayed_events": ("Events written to clients that came back.", counts.replayed),
+        "sent_bytes": ("Bytes written to streams.", counts.sent_bytes),
+        "cut_clients": ("Slow clients that were cut.", counts.cut_clients),
+        "reconnects": ("Connections to PostgreSQL that were lost and made anew.", listener.reconnects),
+    }
+    families: list[Any] = [
+        core.GaugeMetricFamily(f"sse_relay_{name}", text, value) for name, (text, value) in gauges.items()
+    ]
+    families += [
+        core.CounterMetricFamily(f"sse_relay_{name}", text, value) for name, (text, value) in counters.items()
+    ]
+    gaps = core.CounterMetricFamily("sse_relay_gaps", "Gap events sent.", labels=["reason"])
+    for reason, count in counts.gaps.items():
+        gaps.add_metric([reason], count)
+    refusals = core.CounterMetricFamily("sse_relay_refusals", "Requests refused.", labels=["status"])
+    for status, count in counts.refusals.items():
+        refusals.add_metric([str(status)], count)
+    sums = list(itertools.accumulate(counts.delays))
+    limits = [*map(str, DELAY_BUCKETS), "+Inf"]
+    delay = core.HistogramMetricFamily(
+        "sse_relay_delivery_delay_seconds",
+        "From the arrival (source notify) or the numbering (source log) of an event to its write.",
+        buckets=list(zip(limits, sums, strict=True)),
+        sum_value=counts.delay_sum,
+    )
+    return [*families, gaps, refusals, delay]
+
+
+async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+    """Answer a request on the admin listener."""
+    headers = {"Cache-Control": "no-store"}
+    if request.method not in ("GET", "HEAD"):
+        return web.Response(status=405, headers={**headers, "Allow": "GET, HEAD"})
+    match request.raw_path.partition("?")[0]:
+        case "/live":
+            return web.json_response({"live": True}, headers=headers)
+        case "/ready":
+            ready = relay.listener.ready.is_set() and not relay.streams.draining
+            reason = "stopping" if relay.streams.draining else relay.listener.trouble
+            answer = {"round_trip_seconds": relay.listener.round_trip} if ready else {"reason": reason}
+            return web.json_response(
+                {"ready": ready, **answer}, status=200 if ready else 503, headers=headers
+            )
+        case "/channels":
+            counted = {channel: len(watchers) for channel, watchers in relay.hub.channels.items()}
+            return web.json_response(
+                {"clients": len(relay.hub.subscribers), "channels": counted}, headers=headers
+            )
+        case "/metrics":
+            try:
+                from prometheus_client import exposition, registry
+            except ImportError:
+                text = "metrics need prometheus-client: pip install 'sse-relay[metrics]'\n"
+                return web.Response(status=501, text=text, headers=headers)
+
+            class Scrape(registry.Collector):
+                def collect(self) -> list[Any]:
+                    return metric_families(relay)
+
+            scrape = registry.CollectorRegistry(auto_describe=False)
+            scrape.register(Scrape())
+            return web.Response(
+                body=exposition.generate_latest(scrape),
+                headers={**headers, "Content-Type": exposition.CONTENT_TYPE_LATEST},
+            )
+    return web.Response(status=404, text="/live, /ready, /metrics, /channels\n", headers=headers)
 
 
 # ==== systemd =================================================================
@@ -3106,6 +3291,34 @@ def sd_notify(state: str) -> None:
         channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
+def inherited_sockets() -> list[tuple[str, socket.socket]]:
+    """Take the listening sockets that systemd has opened for this process, with their names.
+
+    https://www.freedesktop.org/software/systemd/man/sd_listen_fds.html
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    sockets = []
+    for descriptor, name in itertools.zip_longest(range(3, 3 + count), names[:count], fillvalue=""):
+        sock = socket.socket(fileno=int(descriptor))
+        sock.set_inheritable(False)
+        sockets.append((str(name), sock))
+    # A child of ours must not take them for its own.
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
+    return sockets
+
+
+def watchdog_interval() -> float | None:
+    """Give how often systemd wants to hear from this process, in seconds; None if it does not."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    return int(microseconds) / 2e6 if microseconds.isdigit() else None
+
+
 # ==== Relay ===================================================================
 
 
@@ -3115,7 +3328,8 @@ class Settings:
 
     dsn: str
     source: str = "notify"
-    bind: tuple[str, ...] = ("127.0.0.1:8008",)
+    bind: tuple[str, ...] = ()
+    admin: str | None = None
     path: str = "/events"
     heartbeat: float = 15.0
     retry: int = 2000
@@ -3162,7 +3376,7 @@ def is_local(bind: str) -> bool:
     return isinstance(address, Path) or address[0] in ("localhost", "::1") or address[0].startswith("127.")
 
 
-def open_socket(bind: str) -> socket.socket:
+def open_socket(bind: str, option: str = "--bind") -> socket.socket:
     """Bind a listening socket.
 
     Raises:
@@ -3184,9 +3398,9 @@ def open_socket(bind: str) -> socket.socket:
             raise
         return sock
     except OSError as error:
-        hint = "choose another with --bind"
+        hint = f"choose another with {option}"
         if error.errno == errno.EADDRINUSE:
-            hint = "another program, perhaps another relay, listens there; choose another with --bind"
+            hint = f"another program, perhaps another relay, listens there; {hint}"
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise click.ClickException(f"cannot listen on {bind}: {reason}; {hint}") from None
 
@@ -3234,8 +3448,19 @@ def read_keys(files: Iterable[Path]) -> list[Key]:
     return keys
 
 
-def make_access(settings: Settings) -> Access:
+def address_of(sock: socket.socket) -> str:
+    """Give a listening socket's address in the form of --bind."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
+
+
+def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     """Decide who may read what.
+
+    Args:
+        addresses: Where streams are served, in the form of --bind.
 
     Raises:
         click.UsageError: Strangers could reach the relay, and nothing says what they may read.
@@ -3248,7 +3473,7 @@ def make_access(settings: Settings) -> Access:
             read_keys(settings.jwt_key_file),
             settings.jwt_cookie,
         )
-    strange = [bind for bind in settings.bind if not is_local(bind)]
+    strange = [address for address in addresses if not is_local(address)]
     if strange:
         raise click.UsageError(
             f"{strange[0]} can be reached from other machines, and nothing says who may read what. Give "
@@ -3327,9 +3552,26 @@ class Relay:
     def __init__(self, settings: Settings, pages: Mapping[tuple[str, str], Handler] | None = None) -> None:
         """Args:
         pages: Further routes, by method and path, in front of the streams.
+
+        Raises:
+            click.ClickException: An address cannot be listened on, a key cannot be read.
+            click.UsageError: Nothing says what strangers may read.
         """
         self._settings = settings
         self._pages = pages or {}
+        most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
+        inherited = inherited_sockets()
+        self._sockets = [sock for name, sock in inherited if name != "admin"]
+        self._admin_sockets = [sock for name, sock in inherited if name == "admin"]
+        addresses = [address_of(sock) for sock in self._sockets]
+        # Without a socket from systemd or an option, the default.
+        own = settings.bind or (() if self._sockets else ("127.0.0.1:8008",))
+        self.access = make_access(settings, [*addresses, *own])
+        self._sockets += [open_socket(bind) for bind in own]
+        if settings.admin is not None:
+            self._admin_sockets.append(open_socket(settings.admin, option="--admin"))
+        binds = [*own, settings.admin] if settings.admin else own
+        self._own_paths = [path for path in map(split_address, binds) if isinstance(path, Path)]
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
         self.source: Source = (
@@ -3338,8 +3580,6 @@ class Relay:
             else NotifySource(self.hub, memory, settings.linger, settings.max_channels)
         )
         self.listener = self.source.listener = Listener(settings.dsn, self.source)
-        self._most = most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
-        self.access = make_access(settings)
         self.streams = Streams(
             self.hub,
             self.source,
@@ -3350,6 +3590,8 @@ class Relay:
             max_clients=min(settings.max_clients or most * 3 // 4, most),
             max_backlog=settings.max_backlog,
         )
+        self._most = most
+        self._told = False
 
     async def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -3359,24 +3601,24 @@ class Relay:
 
         Raises:
             UnusableDatabaseError: The first connection showed it.
-            click.ClickException: An address cannot be listened on.
         """
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        sockets = [open_socket(bind) for bind in self._settings.bind]
         door = Door(self._handle, self._most, lambda: len(self.hub.subscribers))
         runner = web.ServerRunner(door, shutdown_timeout=0.1)
-        await runner.setup()
-        sites = []
-        for sock in sockets:
-            sites.append(web.SockSite(runner, sock, backlog=ACCEPTS_PER_TURN))
-            await sites[-1].start()
-            sock.listen(LISTEN_BACKLOG)
-        for bind, sock in zip(self._settings.bind, sockets, strict=True):
-            log.info("listening on %s", _show_address(bind, sock, self._settings.path))
+        sites = await serve_on(runner, self._sockets)
+        admin = web.ServerRunner(
+            web.Server(functools.partial(answer_admin, self), access_log=None, logger=_quiet_http_log()),
+            shutdown_timeout=0.1,
+        )
+        await serve_on(admin, self._admin_sockets)
+        for sock in self._sockets:
+            log.info("listening on %s, path %s", address_of(sock), self._settings.path)
+        for sock in self._admin_sockets:
+            log.info("listening on %s for /live, /ready, /metrics, /channels", address_of(sock))
         # Most objects that exist now stay for ever; collecting them again and again slows
         # down the arrival of clients, and so does collecting after every 700 new objects.
         gc.freeze()
@@ -3387,11 +3629,35 @@ class Relay:
                 self.hub.beat(self.source.sent_position),
                 self.hub.end_expired(time.time, self._last_block),
                 door.close_silent(),
+                self._report(),
                 self._tell(on_ready),
                 _wait(stop),
             )
         finally:
-            await self._stop(runner, sites, sockets)
+            await self._stop(runner, sites)
+            await admin.cleanup()
+
+    async def _report(self) -> None:
+        """Keep systemd informed: that the loop turns, and what it does or waits for."""
+        watchdog = watchdog_interval()
+        interval = min(STATUS_INTERVAL, watchdog or STATUS_INTERVAL)
+        while True:
+            if self.listener.ready.is_set():
+                counts = self.hub.counts
+                status = (
+                    f"{len(self.hub.subscribers)} clients, {len(self.hub.channels)} channels, "
+                    f"{counts.events} events"
+                )
+            else:
+                status = f"waiting for PostgreSQL: {self.listener.trouble}"
+            state = f"STATUS={status}\n"
+            if watchdog:
+                # What a restart cannot mend, a lost database, is told by /ready.
+                state += "WATCHDOG=1\n"
+            if not self._told:
+                state += f"EXTEND_TIMEOUT_USEC={int(4e6 * STATUS_INTERVAL)}\n"
+            sd_notify(state)
+            await asyncio.sleep(interval)
 
     def _reload(self) -> None:
         try:
@@ -3413,6 +3679,7 @@ class Relay:
     async def _tell(self, on_ready: Callable[[], object]) -> None:
         await self.listener.ready.wait()
         log.info("ready")
+        self._told = True
         sd_notify("READY=1")
         on_ready()
         await asyncio.Event().wait()
@@ -3421,9 +3688,7 @@ class Relay:
         page = self._pages.get((request.method, request.raw_path)) if self._pages else None
         return await (page(request) if page else self.streams.handle(request))
 
-    async def _stop(
-        self, runner: web.ServerRunner, sites: Sequence[web.SockSite], sockets: Sequence[socket.socket]
-    ) -> None:
+    async def _stop(self, runner: web.ServerRunner, sites: Sequence[web.SockSite]) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + STOP_TIMEOUT
         sd_notify("STOPPING=1")
@@ -3432,15 +3697,13 @@ class Relay:
 
         # Stop accepting. asyncio resets what it accepted in the turn in which a server is
         # closed, so take the readers away and let that turn pass.
-        for sock in sockets:
+        for sock in self._sockets:
             loop.remove_reader(sock.fileno())
         await asyncio.sleep(0)
         for site in sites:
             await site.stop()
-        for bind in self._settings.bind:
-            address = split_address(bind)
-            if isinstance(address, Path):
-                address.unlink(missing_ok=True)
+        for path in self._own_paths:
+            path.unlink(missing_ok=True)
 
         # End every stream, each with its own moment to come back.
         clients = len(self.hub.subscribers)
@@ -3462,6 +3725,17 @@ class Relay:
         await runner.cleanup()
 
 
+async def serve_on(runner: web.ServerRunner, sockets: Iterable[socket.socket]) -> list[web.SockSite]:
+    """Serve on sockets, with few accepts in one turn of the loop but a long queue."""
+    await runner.setup()
+    sites = []
+    for sock in sockets:
+        sites.append(web.SockSite(runner, sock, backlog=ACCEPTS_PER_TURN))
+        await sites[-1].start()
+        sock.listen(LISTEN_BACKLOG)
+    return sites
+
+
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
 
@@ -3475,13 +3749,6 @@ def _quiet_http_log() -> logging.Logger:
     logger = log.getChild("http")
     logger.addFilter(lambda record: not str(record.msg).startswith("Error handling request"))
     return logger
-
-
-def _show_address(bind: str, sock: socket.socket, path: str) -> str:
-    if isinstance(split_address(bind), Path):
-        return f"{bind}, path {path}"
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}{path}" if ":" in host else f"http://{host}:{port}{path}"
 
 
 # ==== Embedded PostgreSQL =====================================================
@@ -3905,11 +4172,42 @@ def check_origins(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     return value
 
 
-def start_log(level: str) -> None:
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines for journald, which keeps the time itself and reads the severity from a prefix.
+
+    https://www.freedesktop.org/software/systemd/man/sd-daemon.html
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        severity = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        return "\n".join(f"<{severity}>{line}" for line in super().format(record).splitlines())
+
+
+def start_log(level: str, form: str = "text") -> None:
     """Write the log to standard error, one line an entry."""
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    status = os.fstat(sys.stderr.fileno())
+    if form == "json":
+        handler.setFormatter(JsonFormatter())
+    elif os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
@@ -3952,11 +4250,16 @@ def cli() -> None:
     "--bind",
     envvar="SSE_RELAY_BIND",
     multiple=True,
-    default=("127.0.0.1:8008",),
-    show_default=True,
     metavar="HOST:PORT|unix:PATH",
     callback=check_bind,
-    help="Where to listen. Repeatable.",
+    help="Where to serve streams. Repeatable.  [default: systemd's sockets, else 127.0.0.1:8008]",
+)
+@click.option(
+    "--admin",
+    envvar="SSE_RELAY_ADMIN",
+    metavar="HOST:PORT|unix:PATH",
+    callback=lambda ctx, param, value: value and check_bind(ctx, param, (value,))[0],
+    help="Where to serve /live, /ready, /metrics and /channels, to whoever can reach it.  [default: nowhere]",
 )
 @click.option(
     "--path",
@@ -4058,6 +4361,14 @@ def cli() -> None:
     help="Look for a token in this cookie too, beside the Authorization header and ?access_token=.",
 )
 @click.option(
+    "--log-format",
+    envvar="SSE_RELAY_LOG_FORMAT",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How a line of the log looks.",
+)
+@click.option(
     "--log-level",
     envvar="SSE_RELAY_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -4065,7 +4376,7 @@ def cli() -> None:
     show_default=True,
     help="Least severity that is logged.",
 )
-def run(dsn: str | None, dsn_file: Path | None, log_level: str, **options: Any) -> None:
+def run(dsn: str | None, dsn_file: Path | None, log_level: str, log_format: str, **options: Any) -> None:
     """Run the relay until SIGTERM.
 
     Every option can also be given as an environment variable: --max-clients as
@@ -4075,7 +4386,7 @@ def run(dsn: str | None, dsn_file: Path | None, log_level: str, **options: Any) 
     Example:
         sse_relay.py run --dsn postgresql://app@localhost/app --bind unix:/run/sse-relay/http.sock
     """
-    start_log(log_level)
+    start_log(log_level, log_format)
     run_relay(Settings(dsn=resolve_dsn(dsn, dsn_file), **options))
 
 
