@@ -1,0 +1,337 @@
+"""Taking a connection away from aiohttp, which has no public way, with each version supported."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import pytest
+from aiohttp import web
+
+import harness
+from harness import Database, RawStream, Relay
+from sse_relay import Door, Hub, Resume, Subscriber, encode_head, park
+
+pytestmark = pytest.mark.aiohttp_versions
+
+GET = b"GET /stream HTTP/1.1\r\nHost: relay\r\n\r\n"
+PLAIN = b"GET /plain HTTP/1.1\r\nHost: relay\r\n\r\n"
+
+
+@dataclass
+class Lot:
+    """The relay's HTTP server and hub in this process; ``/plain`` answers, every other path parks."""
+
+    hub: Hub = field(default_factory=lambda: Hub(max_backlog=1 << 18, heartbeat=15))
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Requests wait for it before they park."""
+    arrived: int = 0
+    answered: int = 0
+    prepare: Callable[[asyncio.Transport], object] = lambda transport: None
+    """Called right before parking."""
+    door: web.Server = field(init=False)
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self.door = Door(self._handle, 1_000, lambda: len(self.hub.subscribers))
+        self.gate.set()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/plain":
+            self.answered += 1
+            return web.Response(text="pong")
+        self.arrived += 1
+        await self.gate.wait()
+        assert request.transport is not None
+        self.prepare(request.transport)
+        now = asyncio.get_running_loop().time()
+        subscriber = Subscriber(self.hub, ("orders",), Resume(None, None), 0, now)
+        park(request, subscriber)
+        self.hub.enter(subscriber)
+        subscriber.write(b":\n", encode_head(int(subscriber.chunked), {}))
+        return web.Response()
+
+    @asynccontextmanager
+    async def client(self, request: bytes) -> AsyncIterator[Client]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(request)
+            yield Client(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    @property
+    def subscriber(self) -> Subscriber:
+        (subscriber,) = self.hub.subscribers
+        return subscriber
+
+    async def wait_empty(self) -> None:
+        await eventually(lambda: not self.hub.subscribers)
+
+
+@dataclass
+class Client:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def expect(self, end: bytes) -> bytes:
+        """Read up to and with ``end``."""
+        return await asyncio.wait_for(self.reader.readuntil(end), 5)
+
+    async def head(self) -> str:
+        """Read the headers and the first comment of a stream."""
+        head = (await self.expect(b"\r\n\r\n")).decode()
+        assert head.split(" ", 2)[1] == str(HTTPStatus.OK.value)
+        await self.expect(b":\n")
+        return head
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # nothing in aiohttp tells of it
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def lot(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Lot]:
+    """A server that runs, and that must have logged nothing at the end: every error would show there."""
+    caplog.set_level(logging.DEBUG, "sse_relay")
+    caplog.set_level(logging.WARNING, "asyncio")
+    made = Lot()
+    runner = web.ServerRunner(made.door, shutdown_timeout=0.1)
+    await runner.setup()
+    sock = socket.create_server(("127.0.0.1", 0))
+    await web.SockSite(runner, sock).start()
+    made.port = sock.getsockname()[1]
+    yield made
+    for subscriber in tuple(made.hub.subscribers):
+        assert subscriber.transport is not None
+        subscriber.transport.abort()
+    await asyncio.wait_for(runner.cleanup(), 2)
+    assert [record.getMessage() for record in caplog.records if "Executing" not in record.getMessage()] == []
+
+
+def held_by_aiohttp() -> list[object]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, web.RequestHandler | web.BaseRequest)]
+
+
+async def test_aiohttp_keeps_nothing_of_a_parked_stream(lot: Lot) -> None:
+    tasks = asyncio.all_tasks()
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(20):
+            client = await stack.enter_async_context(lot.client(GET))
+            await client.head()
+            assert len(lot.hub.subscribers) == number + 1
+        await eventually(lambda: asyncio.all_tasks() == tasks)
+        assert lot.door.connections == []
+        assert held_by_aiohttp() == []
+
+
+async def test_the_socket_stays_open_and_takes_chunks(lot: Lot) -> None:
+    async with lot.client(GET) as client:
+        head = await client.head()
+        assert "Transfer-Encoding: chunked" in head
+        # Until aiohttp's own clean-up has run, and afterwards.
+        await eventually(lambda: held_by_aiohttp() == [])
+        for number in range(3):
+            lot.subscriber.write(b"data: %d\n\n" % number)
+            await client.expect(b"data: %d\n\n\r\n" % number)
+        # One response alone: the empty one that the handler returned went nowhere.
+        lot.subscriber.end(b"retry: 1\n\n")
+        rest = await asyncio.wait_for(client.reader.read(), 5)
+        assert rest == b"a\r\nretry: 1\n\n\r\n"
+    await lot.wait_empty()
+
+
+async def test_what_the_client_still_sends_is_ignored(lot: Lot) -> None:
+    async with lot.client(GET) as client:
+        await client.head()
+        for _ in range(64):
+            client.writer.write(b"\0junk\r\n\r\n" * 2_000)
+            await asyncio.wait_for(client.writer.drain(), 5)
+        client.writer.write(PLAIN)
+        lot.subscriber.write(b"data: x\n\n")
+        await client.expect(b"data: x\n\n\r\n")
+        assert (lot.arrived, lot.answered) == (1, 0)
+    await lot.wait_empty()
+
+
+@pytest.mark.parametrize("how", ["close", "half-close", "reset"])
+async def test_leaving_is_noticed_at_once(lot: Lot, how: str) -> None:
+    async with lot.client(GET) as client:
+        await client.head()
+        lot.subscriber.write(b"data: x\n\n")
+        began = asyncio.get_running_loop().time()
+        if how == "close":
+            client.writer.close()
+        elif how == "half-close":
+            client.writer.write_eof()
+        else:
+            client.writer.transport.abort()
+        await lot.wait_empty()
+        assert asyncio.get_running_loop().time() - began < 0.5
+
+
+async def test_a_client_that_left_while_it_waited_is_no_error(lot: Lot) -> None:
+    lot.gate.clear()
+    async with lot.client(GET):
+        await eventually(lambda: lot.arrived == 1)
+    await eventually(lambda: lot.door.connections == [])
+    lot.gate.set()
+    await eventually(lambda: held_by_aiohttp() == [])
+    assert not lot.hub.subscribers
+
+
+async def test_a_connection_that_is_closing_is_not_parked(lot: Lot) -> None:
+    lot.prepare = lambda transport: transport.abort()
+    async with lot.client(GET) as client:
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(client.reader.read(), 5) == b""
+    await eventually(lambda: held_by_aiohttp() == [])
+    assert not lot.hub.subscribers
+
+
+@pytest.mark.parametrize("count", [1, 2_000])
+async def test_pipelined_requests_behind_the_stream_are_harmless(lot: Lot, count: int) -> None:
+    async with lot.client(GET + PLAIN * count) as client:
+        await client.head()
+        lot.subscriber.write(b"data: x\n\n")
+        await client.expect(b"data: x\n\n\r\n")
+        assert lot.answered == 0
+        # As many as these make aiohttp stop reading: the end must be noticed all the same.
+    await lot.wait_empty()
+    await eventually(lambda: held_by_aiohttp() == [])
+
+
+async def test_a_stream_may_come_late_on_a_kept_alive_connection(lot: Lot) -> None:
+    async with lot.client(PLAIN * 2) as client:
+        for answered in (1, 2):
+            await client.expect(b"pong")
+            assert lot.answered >= answered
+        client.writer.write(PLAIN)
+        await client.expect(b"pong")
+        client.writer.write(GET)
+        await client.head()
+        lot.subscriber.write(b"data: x\n\n")
+        await client.expect(b"data: x\n\n\r\n")
+        await eventually(lambda: held_by_aiohttp() == [])
+    await lot.wait_empty()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Content-Length: 4\r\n\r\nbody",
+        "Content-Length: 1000000\r\n\r\nnot all of it",
+        "Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n",
+        "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n\x81\x00",
+        "Connection: close\r\n\r\n",
+        "Expect: 100-continue\r\nContent-Length: 4\r\n\r\n",
+    ],
+    ids=lambda fields: re.sub(r"\s.*", "", fields.partition(" ")[2], flags=re.DOTALL),
+)
+async def test_odd_requests_are_parked_like_others(lot: Lot, fields: str) -> None:
+    async with lot.client(b"GET /stream HTTP/1.1\r\nHost: relay\r\n" + fields.encode("latin-1")) as client:
+        await client.head()
+        client.writer.write(b"more")
+        lot.subscriber.write(b"data: x\n\n")
+        await client.expect(b"data: x\n\n\r\n")
+        await eventually(lambda: held_by_aiohttp() == [])
+    await lot.wait_empty()
+
+
+@pytest.mark.parametrize("fields", [b"", b"Connection: keep-alive\r\n"], ids=["plain", "keep-alive"])
+async def test_http_1_0_gets_no_chunks(lot: Lot, fields: bytes) -> None:
+    async with lot.client(b"GET /stream HTTP/1.0\r\n" + fields + b"\r\n") as client:
+        head = await client.head()
+        assert head.startswith("HTTP/1.0 ")
+        assert "chunked" not in head
+        assert "Connection: close" in head
+        lot.subscriber.write(b"data: x\n\n")
+        assert await client.expect(b"\n\n") == b"data: x\n\n"
+    await lot.wait_empty()
+
+
+async def test_a_full_socket_pauses_its_subscriber_until_the_client_reads(lot: Lot) -> None:
+    async with lot.client(GET) as client:
+        await client.head()
+        subscriber = lot.subscriber
+        while not subscriber.paused:
+            subscriber.write(b"data: %b\n\n" % (b"x" * 65_536))
+            await asyncio.sleep(0)
+        drained = asyncio.ensure_future(subscriber.drained())
+        subscriber.write(b"data: last\n\n")
+        await asyncio.wait_for(drain_to(client.reader, b"data: last\n\n\r\n"), 10)
+        await asyncio.wait_for(drained, 5)
+        assert not subscriber.paused
+
+
+async def drain_to(reader: asyncio.StreamReader, end: bytes) -> None:
+    tail = b""
+    while not tail.endswith(end):
+        tail = (tail + await reader.read(1 << 20))[-len(end) :]
+
+
+async def test_stopping_the_server_leaves_parked_streams_alone(lot: Lot) -> None:
+    async with lot.client(GET) as client:
+        await client.head()
+        await eventually(lambda: lot.door.connections == [])
+        await asyncio.wait_for(lot.door.shutdown(1), 0.5)
+        lot.subscriber.write(b"data: x\n\n")
+        await client.expect(b"data: x\n\n\r\n")
+
+
+def clients_at_stop(relay: Relay) -> str:
+    assert relay.stop() == 0
+    return relay.wait_for_log("stopping:").rpartition("stopping: ")[2]
+
+
+@pytest.fixture
+def streams(relay: Relay) -> Iterator[list[RawStream]]:
+    """Streams of every kind at once: alone, late on a connection, with a request behind it, over HTTP/1.0."""
+    with contextlib.ExitStack() as stack:
+        request = harness.http_request(relay.url("orders"))
+        head = harness.http_request(relay.url("orders"), method="HEAD")
+        opened = [stack.enter_context(RawStream(relay.bind, request=raw)) for raw in (request, request * 2)]
+        opened.append(stack.enter_context(RawStream(relay.bind, relay.url("orders"), version="1.0")))
+        late = stack.enter_context(RawStream(relay.bind, request=head))
+        harness.wait_until(lambda: late.status == HTTPStatus.OK, what="an answer to HEAD")
+        late.received.clear()
+        late.socket.sendall(request)
+        yield [*opened, late]
+
+
+def test_the_whole_relay_parks(relay: Relay, database: Database, streams: list[RawStream]) -> None:
+    for stream in streams:
+        stream.wait_for(b"id: ")
+    database.notify("orders", "x")
+    for stream in streams:
+        assert stream.wait_for(b"data: x\n\n").count(b"data: ") == 1
+    assert clients_at_stop(relay) == f"{len(streams)} clients"
+    for stream in streams:
+        assert stream.wait_for_end().endswith(b"\n\n")
+        assert not stream.finished
+    assert "Traceback" not in relay.log
+
+
+def test_the_whole_relay_forgets_those_who_leave(
+    relay: Relay, database: Database, streams: list[RawStream]
+) -> None:
+    for stream in streams:
+        stream.wait_for(b"id: ")
+    for stream in streams[1:]:
+        stream.close()
+    database.notify("orders", "x")
+    streams[0].wait_for(b"data: x\n\n")
+    assert clients_at_stop(relay) == "1 clients"
