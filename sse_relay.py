@@ -89,6 +89,7 @@ import click
 import psycopg2
 import psycopg2.extensions
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 __version__ = "0.1.0"
 
@@ -762,16 +763,6 @@ def sign_token(key: Key, channels: Sequence[str], expires: int) -> str:
         {"channels": list(channels), "exp": expires}, key.material, algorithm=key.algorithm
     )
     return token
-
-
-def find_token(
-    headers: Mapping[str, str], cookies: Mapping[str, str], cookie: str | None, queried: str | None
-) -> str | None:
-    """Give a request's token: bearer header, then cookie, then ``?access_token=``."""
-    scheme, _, value = headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    return (cookies.get(cookie) if cookie else None) or queried
 
 
 # ==== Replay memory ===========================================================
@@ -1721,6 +1712,9 @@ class Listener:
                 self.trouble = str(error)
             except (psycopg2.Error, OSError, LostConnectionError) as error:
                 self.trouble = one_line(error, self._dsn)
+            except Exception:
+                self.trouble = "an error of sse-relay's own, see the log"
+                log.exception("this should not happen; the connection is made anew")
             finally:
                 was_ready = self.ready.is_set()
                 self.reconnects += was_ready
@@ -1888,10 +1882,8 @@ class NotifySource:
     def want(self, channels: Iterable[str]) -> None:
         for channel in channels:
             if self._lingering.pop(channel, None) is None and channel not in self._listened:
-                if len(self._hub.channels) + len(self._lingering) > self._max_channels:
-                    raise RefusedError(503, "too many channels are watched at present")
-                if self.listener is not None:
-                    self.listener.interest_changed()
+                self._make_room()
+                self._interest_changed()
 
     def listens(self, channels: Iterable[str]) -> bool:
         return self._connected and self._listened.issuperset(channels)
@@ -1999,8 +1991,8 @@ class NotifySource:
             expired = [channel for channel, end in self._lingering.items() if end <= now]
             for channel in expired:
                 del self._lingering[channel]
-            if expired and self.listener is not None:
-                self.listener.interest_changed()
+            if expired:
+                self._interest_changed()
 
     def lost(self) -> None:
         if self._connected:
@@ -2011,7 +2003,22 @@ class NotifySource:
         self._memory.clear()
 
     def _abandon(self, channel: str) -> None:
-        self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
+        if channel in self._listened:
+            self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
+        else:
+            self._interest_changed()
+
+    def _make_room(self) -> None:
+        """Let go of the channel that has been without clients for longest, if that helps."""
+        if len(self._hub.channels) + len(self._lingering) <= self._max_channels:
+            return
+        if not self._lingering:
+            raise RefusedError(503, "too many channels are watched at present")
+        del self._lingering[next(iter(self._lingering))]
+
+    def _interest_changed(self) -> None:
+        if self.listener is not None:
+            self.listener.interest_changed()
 
     def _warn(self, channel: str, fields: tuple[str, ...]) -> None:
         # Once for each channel and field: a publisher must not be able to fill the log.
@@ -2962,6 +2969,8 @@ class Streams:
         self._retry = retry
         self._max_clients = max_clients
         self._max_backlog = max_backlog
+        # asyncio itself keeps no task alive.
+        self._waking: asyncio.Task[None] | None = None
         source.on_listening = self._wake
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -2979,20 +2988,23 @@ class Streams:
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
             target = parse_target(request.raw_path, self._path)
-            token = find_token(request.headers, request.cookies, self._access.cookie, target.token)
-            expires = self._access.check(target.channels, token, time.time())
+            expires = self._access.check(target.channels, self._token(request, target), time.time())
             if len(self._hub.subscribers) >= self._max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
             return await self._open(request, target, headers, expires)
-        except RefusedError as refused:
-            in_band = (
-                is_stream
-                and request.method == "GET"
-                and any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
-            )
-            return self._refuse(refused, headers, in_band)
+        except RefusedError as error:
+            refused = error
+        except ConnectionError:
+            raise
+        except Exception:
+            # A status of 500 would leave a native EventSource dead for good.
+            log.exception("this should not happen; the client is told to come back")
+            refused = RefusedError(503, "an error of sse-relay's own")
+        accepts = request.headers.getall("Accept", ())
+        in_band = is_stream and request.method == "GET" and any(EVENT_STREAM in value for value in accepts)
+        return self._refuse(refused, headers, in_band)
 
     def _cors(self, request_headers: Mapping[str, str]) -> dict[str, str]:
         """Give the CORS headers of an allowed foreign origin; refuse the others."""
@@ -3083,6 +3095,14 @@ class Streams:
         resume.swept = True
         return resume
 
+    def _token(self, request: web.BaseRequest, target: Target) -> str | None:
+        """Give the request's token: bearer header, then cookie, then ``?access_token=``."""
+        scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return value.strip()
+        cookie = self._access.cookie
+        return (request.cookies.get(cookie) if cookie else None) or target.token
+
     def _key(self, request: web.BaseRequest, target: Target) -> int:
         headers = request.headers
         return hash(
@@ -3090,9 +3110,15 @@ class Streams:
         )
 
     def _wake(self) -> None:
-        for subscriber in tuple(self._hub.waiting):
+        if self._hub.waiting:
+            self._waking = asyncio.create_task(self._advance_waiting())
+
+    async def _advance_waiting(self) -> None:
+        for count, subscriber in enumerate(tuple(self._hub.waiting), 1):
             if self._source.listens(subscriber.channels):
                 self._advance(subscriber)
+            if count % WRITES_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def _advance(self, subscriber: Subscriber, head: bytes = b"", opening: bytes = b"") -> None:
         """Bring a stream towards live: write what it has missed, as its socket takes it.
@@ -3747,7 +3773,9 @@ def _quiet_http_log() -> logging.Logger:
     traceback; a stranger could fill the log with it.
     """
     logger = log.getChild("http")
-    logger.addFilter(lambda record: not str(record.msg).startswith("Error handling request"))
+    logger.addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    )
     return logger
 
 
@@ -4209,7 +4237,9 @@ def start_log(level: str, form: str = "text") -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logger = logging.getLogger("asyncio")
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], psycopg2.Error)))
 
 
 def run_relay(
