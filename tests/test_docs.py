@@ -1,0 +1,273 @@
+"""README.md says what is true: its commands, help texts, output and code.
+
+Run as a program with ``--write``, this brings the README's help texts up to date.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+from click.testing import CliRunner
+
+# As a program too: the relay as it stands here, not the copy that pip installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness import PROGRAM, ROOT, free_port, require
+from sse_relay import cli
+
+README = ROOT / "README.md"
+HELP_WIDTH = 100
+HELP = re.compile(r"(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block of the README."""
+
+    language: str
+    text: str
+
+
+def readme() -> str:
+    return README.read_text()
+
+
+def blocks(language: str) -> list[Block]:
+    """Return the README's fenced blocks of a language; there is at least one."""
+    found = [Block(*match.groups()) for match in FENCE.finditer(readme())]
+    assert all(block.language for block in found), "each block names its language"
+    chosen = [block for block in found if block.language == language]
+    assert chosen, f"no block in {language}"
+    return chosen
+
+
+def marked(name: str) -> str:
+    """Return the text of the fenced block between ``<!-- name -->`` and ``<!-- /name -->``."""
+    match = re.search(rf"<!-- {name} -->\n```text\n(.*?)```\n<!-- /{name} -->", readme(), re.DOTALL)
+    assert match, f"no block marked {name}"
+    return match[1]
+
+
+def help_text(*command: str) -> str:
+    done = CliRunner().invoke(cli, [*command, "--help"], prog_name="sse_relay.py", terminal_width=HELP_WIDTH)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def help_section() -> str:
+    """Return what stands between the README's help marks: a block for each command."""
+    order = sorted(cli.commands, key=lambda name: (name != "run", name))
+    return "".join(f"\n#### `{name}`\n\n```text\n{help_text(name)}```\n" for name in order) + "\n"
+
+
+def with_current_help(text: str) -> str:
+    assert HELP.search(text), "the README has lost its marks <!-- help --> and <!-- /help -->"
+    return HELP.sub(lambda match: help_section(), text, count=1)
+
+
+def test_help_texts_are_current() -> None:
+    assert readme() == with_current_help(readme()), "run: python tests/test_docs.py --write"
+
+
+def test_each_command_is_explained_by_an_example() -> None:
+    for name in cli.commands:
+        assert f"sse_relay.py {name}" in help_text(name).partition("Example:")[2], name
+
+
+def test_each_option_has_a_help_text() -> None:
+    for name, command in cli.commands.items():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts[0]}"
+
+
+def invocations() -> Iterator[list[str]]:
+    """Yield the arguments of each call of the relay in the README."""
+    for block in blocks("sh"):
+        for line in block.text.splitlines():
+            if match := re.search(
+                r"(?:python3? |uv run (?:--extra \w+ )?)(?:sse_relay\.py|sse-relay)\b(.*)", line
+            ):
+                yield shlex.split(match[1])
+    for match in re.finditer(r"`(?:sse_relay\.py|sse-relay) ([^`]+)`", readme()):
+        yield shlex.split(match[1])
+
+
+def test_each_call_of_the_relay_is_understood() -> None:
+    calls = list(invocations())
+    assert len(calls) >= 4, calls
+    for arguments in calls:
+        name, *rest = arguments if arguments[0] in cli.commands else ["run", *arguments]
+        cli.commands[name].make_context(name, rest)
+
+
+def test_each_option_named_in_the_readme_exists() -> None:
+    known = {option for command in cli.commands.values() for one in command.params for option in one.opts}
+    prose = FENCE.sub("", readme())
+    named = set(re.findall(r"`(--[a-z-]+)", prose))
+    assert named - known - {"--help"} == set()
+
+
+def test_the_set_up_commands_are_those_of_ci() -> None:
+    demo, tests = blocks("sh")[0].text.splitlines()
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert demo == tests.replace("[test]", "[demo]").replace(
+        ".venv/bin/pytest", ".venv/bin/python sse_relay.py demo"
+    )
+
+
+def test_each_extra_named_in_the_readme_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set(re.findall(r"--extra (\w+)|\.\[(\w+)\]", readme()))
+    assert named
+    assert {one or other for one, other in named} <= extras.keys()
+
+
+def test_the_script_block_agrees_with_pyproject() -> None:
+    block = re.search(
+        r"^# /// script\n((?:#.*\n)*?)# ///$", (ROOT / "sse_relay.py").read_text(), re.MULTILINE
+    )
+    assert block
+    script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert script == {name: project[name] for name in ("requires-python", "dependencies")}
+
+
+def test_links_within_the_readme_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", readme()), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for text, target in re.findall(r"\[([^]\n]+)\]\(([^)\s]+)\)", readme()):
+        if target.startswith("#"):
+            assert target[1:] in anchors, text
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), text
+
+
+def check(*command: str | Path, source: str = "") -> None:
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr + source
+
+
+def check_nginx(tmp_path: Path) -> None:
+    """Let nginx read the blocks, each in the context that its first line names."""
+    contexts = {"http": "", "server": ""}
+    for block in blocks("nginx"):
+        match = re.match(r"# Inside (http|server) \{ \}\n", block.text)
+        assert match, block.text
+        contexts[match[1]] += block.text.replace("/var/log/nginx", str(tmp_path))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
+        f"http {{\n{folders}access_log off;\n{contexts['http']}"
+        f"server {{\nlisten unix:{tmp_path}/listen;\n{contexts['server']}}}\n}}\n"
+    )
+    check(require("nginx"), "-t", "-c", config)
+
+
+def check_javascript(tmp_path: Path) -> None:
+    for block in blocks("js"):
+        module = tmp_path / "block.mjs"
+        module.write_text(block.text)
+        check(require("node"), "--check", module)
+
+
+def check_shell(tmp_path: Path) -> None:
+    for block in blocks("sh"):
+        check(require("bash"), "-n", source=block.text)
+
+
+def check_python(tmp_path: Path) -> None:
+    for block in blocks("python"):
+        ast.parse(block.text)
+
+
+def check_json(tmp_path: Path) -> None:
+    for block in blocks("json"):
+        json.loads(block.text)
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "nginx": check_nginx,
+    "js": check_javascript,
+    "sh": check_shell,
+    "python": check_python,
+    "json": check_json,
+}
+# Output is compared by a test of its own; the rest is run elsewhere or too short to go wrong.
+UNCHECKED = {"text", "sql", "ini"}
+
+
+@pytest.mark.parametrize("language", CHECKS)
+def test_code_is_read_by_its_own_tool(language: str, tmp_path: Path) -> None:
+    CHECKS[language](tmp_path)
+
+
+def test_no_language_goes_unchecked() -> None:
+    assert {match[1] for match in FENCE.finditer(readme())} <= CHECKS.keys() | UNCHECKED
+
+
+def without_chance(text: str, bind: str = "127.0.0.1:8008") -> str:
+    """Replace what differs from one run of the demo to the next."""
+    for pattern, constant in (
+        (re.escape(bind), "ADDRESS"),
+        (r"port=\d+", "port=PORT"),
+        (r"password=\w+", "password=PASSWORD"),
+        (r"(?m)^    \S+python\S* \S*sse_relay\.py", "    PROGRAM"),
+        (r"retry: \d+", "retry: WAIT"),
+        (r"(?m)^id: \w+-", "id: EPOCH-"),
+    ):
+        text = re.sub(pattern, constant, text)
+    return text
+
+
+def test_the_first_minute_shows_what_the_readme_shows() -> None:
+    bind = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, str(PROGRAM), "demo", "--bind", bind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        try:
+            assert demo.stdout
+            printed = ""
+            while not printed.endswith("Ctrl-C ends it.\n"):
+                line = demo.stdout.readline()
+                assert line, printed
+                printed += line
+            assert without_chance(printed, bind) == without_chance(marked("demo"))
+
+            curl = [require("curl"), "-sN", "--max-time", "30", f"http://{bind}/events/orders"]
+            with subprocess.Popen(curl, stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout
+                received = ""
+                while not received.endswith("\n\n") or "id:" not in received:
+                    line = client.stdout.readline()
+                    assert line, received
+                    received += line
+                dsn = printed.splitlines()[1].strip()
+                check(sys.executable, PROGRAM, "publish", "--dsn", dsn, "orders", "hello")
+                while not received.endswith("data: hello\n\n"):
+                    line = client.stdout.readline()
+                    assert line, received
+                    received += line
+                client.terminate()
+            assert without_chance(received) == without_chance(marked("curl"))
+        finally:
+            demo.terminate()
+    assert demo.returncode == 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(f"usage: {sys.argv[0]} --write")
+    README.write_text(with_current_help(readme()))
