@@ -3482,6 +3482,10 @@ def address_of(sock: socket.socket) -> str:
     return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
 
 
+# Of pages that runserver or Vite serves on another port.
+DEVELOPMENT_ORIGINS: Final = ("http://localhost:*", "http://127.0.0.1:*")
+
+
 def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     """Decide who may read what.
 
@@ -3510,9 +3514,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
         "--allow-channel is given"
     )
-    # For development: a page served by runserver or Vite on another port.
-    development = ("http://localhost:*", "http://127.0.0.1:*")
-    return Access(compile_globs(["*"]), compile_globs(settings.allow_origin or development))
+    return Access(compile_globs(["*"]), compile_globs(settings.allow_origin or DEVELOPMENT_ORIGINS))
 
 
 class Door(web.Server):
@@ -4640,7 +4642,13 @@ def demo(source: str, bind: str, data: Path | None) -> None:
     with EmbeddedPostgres(data) as postgres:
         if source == "log":
             apply_schema(postgres.dsn)
-        settings = Settings(postgres.dsn, source=source, bind=(bind,), allow_channel=("*",))
+        settings = Settings(
+            postgres.dsn,
+            source=source,
+            bind=(bind,),
+            allow_channel=("*",),
+            allow_origin=DEVELOPMENT_ORIGINS,
+        )
         notify = "pg_notify" if source == "notify" else "sse_relay.publish"
         address = f"http://{bind}" if not bind.startswith("unix:") else bind
 

@@ -246,7 +246,10 @@ def test_the_first_minute_shows_what_the_readme_shows() -> None:
                 printed += line
             assert without_chance(printed, bind) == without_chance(marked("demo"))
 
-            curl = [require("curl"), "-sN", "--max-time", "30", f"http://{bind}/events/orders"]
+            # As a page that runserver serves would ask: one reads the demo's streams too.
+            origin = "Origin: http://localhost:8000"
+            stream = f"http://{bind}/events/orders"
+            curl = [require("curl"), "-sN", "--max-time", "30", "-H", origin, stream]
             with subprocess.Popen(curl, stdout=subprocess.PIPE, text=True) as client:
                 assert client.stdout
                 received = ""
