@@ -12,6 +12,7 @@ import http.server
 import json
 import os
 import random
+import selectors
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
@@ -269,6 +270,24 @@ class Server(EmbeddedPostgres):
         if self.pid:
             self.database.close()
         super().stop(mode)
+
+    @property
+    def log(self) -> str:
+        """What the server has written since its last start."""
+        return self._log.read_text(errors="replace")
+
+    def demote(self) -> None:
+        """Restart as a hot standby that waits for a primary; ``SELECT pg_promote()`` ends that."""
+        self.stop()
+        mark = self._data / "standby.signal"
+        mark.touch()
+        os.chown(mark, *self._user)
+        self.start()
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return super()._is_ready() or "standby" in (self._data / "postmaster.pid").read_text().split()
+        return False
 
     @contextlib.contextmanager
     def fresh_database(self) -> Iterator[Database]:
@@ -541,6 +560,21 @@ class SseReader:
         assert not self._thread.is_alive()
 
 
+def http_request(
+    target: str,
+    host: str = "relay",
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    version: str = "1.1",
+) -> bytes:
+    """Write a request without a body; arguments as of `RawStream`."""
+    parts = urlsplit(target)
+    path = parts._replace(scheme="", netloc="").geturl() or "/"
+    fields = {"Host": parts.netloc or host, "Accept": "text/event-stream", **(headers or {})}
+    lines = [f"{method} {path} HTTP/{version}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+    return "\r\n".join(lines).encode()
+
+
 class RawStream:
     """One HTTP request on a bare socket; keeps every byte that comes back.
 
@@ -567,11 +601,7 @@ class RawStream:
         reading: bool = True,
     ) -> None:
         if request is None:
-            parts = urlsplit(target)
-            path = parts._replace(scheme="", netloc="").geturl() or "/"
-            fields = {"Host": parts.netloc or address, "Accept": "text/event-stream", **(headers or {})}
-            lines = [f"{method} {path} HTTP/{version}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
-            request = "\r\n".join(lines).encode()
+            request = http_request(target, address, method, headers, version)
         self.received: list[tuple[float, bytes]] = []
         """What each read of the socket gave, with its time.monotonic()."""
         self.ended = False
@@ -681,6 +711,78 @@ class RawStream:
             self._thread.join(10)
             assert not self._thread.is_alive()
         self.socket.close()
+
+
+class Crowd:
+    """Many streams on bare sockets, read by one thread.
+
+    Args:
+        address: HOST:PORT.
+        urls: One for each client, as from `Relay.url`.
+    """
+
+    def __init__(self, address: str, urls: Iterable[str]) -> None:
+        self.received: list[bytearray] = []
+        """All bytes that each client has got."""
+        self.ended: set[int] = set()
+        """The clients, by number, whose connection is closed."""
+        self._selector = selectors.DefaultSelector()
+        self._closing = False
+        host, _, port = address.rpartition(":")
+        try:
+            for number, url in enumerate(urls):
+                client = socket.create_connection((host, int(port)), 10)
+                self._selector.register(client, selectors.EVENT_READ, number)
+                self.received.append(bytearray())
+                client.sendall(http_request(url))
+                client.setblocking(False)
+        except BaseException:
+            self._close_sockets()
+            raise
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        while not self._closing and len(self.ended) < len(self.received):
+            for key, _ in self._selector.select(0.1):
+                assert isinstance(key.fileobj, socket.socket)
+                try:
+                    data = key.fileobj.recv(1 << 16)
+                except OSError:
+                    data = b""
+                self.received[key.data] += data
+                if not data:
+                    self.ended.add(key.data)
+                    self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+    def wait_for(self, text: bytes, timeout: float = 20.0, clients: slice = slice(None)) -> None:
+        """Wait until every client, or those of a slice, has got ``text``."""
+        wait_until(
+            lambda: all(text in data for data in self.received[clients]), timeout, f"{text!r} at each client"
+        )
+
+    def wait_for_end(self, timeout: float = 20.0) -> None:
+        """Wait until every client's connection is closed."""
+        wait_until(lambda: len(self.ended) == len(self.received), timeout, "the end of all streams")
+
+    def _close_sockets(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        self._selector.close()
+
+    def close(self) -> None:
+        self._closing = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self._close_sockets()
 
 
 # ==== The browser =============================================================

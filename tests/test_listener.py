@@ -1,0 +1,534 @@
+"""The real relay and its two connections to PostgreSQL: LISTEN, and every way to lose them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pwd
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import psycopg2.extensions
+import pytest
+
+import harness
+
+StartRelay = Callable[..., harness.Relay]
+
+LISTEN = re.compile(r'(UN)?LISTEN "((?:[^"]|"")*)"')
+CANARY = re.compile(r"sse_relay_canary_[0-9a-f]+")
+
+
+@pytest.fixture(scope="module")
+def logging_server() -> Iterator[harness.Server]:
+    """A PostgreSQL that logs every statement, with the backend's pid and database."""
+    with harness.Server(log_statement="all", log_line_prefix="%p|%d|") as running:
+        yield running
+
+
+class Logged:
+    """A database, and what a relay on it has said by the log of the server."""
+
+    def __init__(self, server: harness.Server, database: harness.Database) -> None:
+        self.database = database
+        name = re.escape(psycopg2.extensions.parse_dsn(database.dsn)["dbname"])
+        self._server = server
+        self._statement = re.compile(rf"^(\d+)\|{name}\|LOG:  statement: ((?:UN)?LISTEN .*)$", re.MULTILINE)
+        self._error = re.compile(rf"^\d+\|{name}\|ERROR:.*$", re.MULTILINE)
+
+    @property
+    def statements(self) -> list[tuple[int, str]]:
+        """The backend's pid and the text of each statement with LISTEN or UNLISTEN, in order."""
+        log = self._server.log
+        assert not self._error.findall(log)
+        found = self._statement.findall(log)
+        assert not [text for _, text in found if LISTEN.sub("", text).strip("; ")]
+        return [(int(pid), text) for pid, text in found]
+
+    @property
+    def channels(self) -> set[str]:
+        """What the one listening backend listens to now, its canary apart.
+
+        pg_listening_channels() would show its own session's channels alone.
+        """
+        backends: dict[int, set[str]] = collections.defaultdict(set)
+        for pid, text in self.statements:
+            for stop, name in LISTEN.findall(text):
+                change = backends[pid].discard if stop else backends[pid].add
+                change(name.replace('""', '"'))
+        (channels,) = backends.values()
+        (canary,) = [name for name in channels if CANARY.fullmatch(name)]
+        return channels - {canary}
+
+
+@pytest.fixture
+def logged(logging_server: harness.Server) -> Iterator[Logged]:
+    with logging_server.fresh_database() as fresh:
+        yield Logged(logging_server, fresh)
+
+
+def relay_backends(database: harness.Database) -> list[int]:
+    return [pid for pid, name, _ in database.backends() if name == "sse-relay"]
+
+
+# ==== LISTEN ==================================================================
+
+
+def test_500_clients_on_20_channels_take_two_backends_and_leave_nothing_behind(
+    logged: Logged, start_relay: StartRelay
+) -> None:
+    database = logged.database
+    relay = start_relay("--linger", "1", dsn=logged.database.dsn)
+    channels = [f"channel {n}" for n in range(20)]
+    with harness.Crowd(relay.bind, [relay.url(channels[n % 20]) for n in range(500)]) as crowd:
+        crowd.wait_for(b"\nid: ")
+        assert len(database.backends()) == 2
+        assert logged.channels == set(channels)
+        for channel in channels:
+            database.notify(channel, f"for {channel}.")
+        for number, channel in enumerate(channels):
+            crowd.wait_for(f"data: for {channel}.\n\n".encode(), clients=slice(number, None, 20))
+        assert all(data.count(b"data: ") == 1 for data in crowd.received)
+        assert len(database.backends()) == 2
+    harness.wait_until(lambda: not logged.channels, what="UNLISTEN of what nobody watches")
+    assert len(database.backends()) == 2
+    with harness.SseReader(relay.url(channels[0])) as reader:
+        reader.wait_for_id()
+        assert logged.channels == {channels[0]}
+
+
+def test_the_channels_of_one_request_are_listened_to_in_one_round_trip(
+    logged: Logged, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=logged.database.dsn)
+    before = len(logged.statements)
+    channels = [f"channel {n}" for n in range(50)]
+    with harness.SseReader(relay.url(*channels)) as reader:
+        reader.wait_for_id()
+    ((_, statement),) = logged.statements[before:]
+    assert sorted(name for _, name in LISTEN.findall(statement)) == sorted(channels)
+
+
+def test_channels_that_come_at_once_share_round_trips(logged: Logged, start_relay: StartRelay) -> None:
+    relay = start_relay(dsn=logged.database.dsn)
+    before = len(logged.statements)
+    channels = {f"channel {n}" for n in range(64)}
+    relay.suspend()
+    with harness.Crowd(relay.bind, [relay.url(channel) for channel in channels]) as crowd:
+        relay.resume()
+        crowd.wait_for(b"\nid: ")
+    assert logged.channels == channels
+    assert len(logged.statements) - before <= 16
+
+
+def test_a_client_that_comes_back_within_the_linger_finds_its_channel_listened_to(
+    logged: Logged, start_relay: StartRelay
+) -> None:
+    relay = start_relay("--linger", "60", dsn=logged.database.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        position = reader.wait_for_id()
+    before = len(logged.statements)
+    logged.database.notify("orders", "meanwhile")
+    with harness.SseReader(relay.url("orders"), last_event_id=position) as reader:
+        reader.wait_for_data("meanwhile")
+        assert [event.event for event in reader.events] == ["message"]
+    assert len(logged.statements) == before
+
+
+def test_sql_in_a_channels_name_is_a_name(logged: Logged, start_relay: StartRelay) -> None:
+    database = logged.database
+    database.execute("CREATE TABLE victims ()")
+    relay = start_relay("--linger", "0", dsn=logged.database.dsn)
+    names = {
+        'a"; DROP TABLE victims; --',
+        "a'; DROP TABLE victims; --",
+        '""',
+        '"',
+        "UNLISTEN *",
+        "A",
+        "a",
+        "%s",
+    }
+    for name in names:
+        with harness.SseReader(relay.url(name)) as reader:
+            reader.wait_for_id()
+            assert logged.channels >= {name}
+            database.notify(name, "heard")
+            reader.wait_for_data("heard")
+    harness.wait_until(lambda: not logged.channels)
+    assert database.execute("SELECT * FROM victims") == []
+
+
+# ==== Loss ====================================================================
+
+
+def listening_backend(database: harness.Database) -> int:
+    (pid,) = [pid for pid, name, query in database.backends() if name == "sse-relay" and "LISTEN" in query]
+    return pid
+
+
+def querying_backend(database: harness.Database) -> int:
+    listening = listening_backend(database)
+    (pid,) = [pid for pid in relay_backends(database) if pid != listening]
+    return pid
+
+
+def expect_gap_and_later_events(
+    reader: harness.SseReader, database: harness.Database, before: int = 0, timeout: float = 20.0
+) -> None:
+    """Publish until events arrive again; the first of them must be the gap."""
+
+    def publish() -> list[str]:
+        with contextlib.suppress(psycopg2.OperationalError):
+            database.notify("orders", "later")
+        assert not reader.ended, reader.error
+        return reader.data[before:]
+
+    harness.wait_until(publish, timeout, "events after the loss")
+    gap = reader.events[before]
+    assert gap.event == "relay.gap"
+    assert json.loads(gap.data) == {"channel": "orders", "reason": "outage", "since": None}
+    assert gap.id
+    assert all(event.data == "later" for event in reader.events[before + 1 :])
+
+
+def terminate_the_listening_backend(database: harness.Database) -> None:
+    database.execute("SELECT pg_terminate_backend(%s)", (listening_backend(database),))
+
+
+def terminate_the_querying_backend(database: harness.Database) -> None:
+    database.execute("SELECT pg_terminate_backend(%s)", (querying_backend(database),))
+
+
+@pytest.mark.parametrize("lose", [terminate_the_listening_backend, terminate_the_querying_backend])
+def test_a_terminated_backend_is_a_gap_and_no_more(
+    lose: Callable[[harness.Database], None], database: harness.Database, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        lose(database)
+        relay.wait_for_log("lost PostgreSQL", 5)
+        expect_gap_and_later_events(reader, database)
+    assert len(relay_backends(database)) == 2
+    assert "Traceback" not in relay.log
+
+
+def test_a_server_that_stops_and_starts_is_a_gap_and_no_more(
+    own_server: harness.Server, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=own_server.dsn)
+    modes: tuple[Literal["fast", "immediate"], ...] = ("fast", "immediate")
+    for mode in modes:
+        with harness.SseReader(relay.url("orders")) as reader:
+            reader.wait_for_id()
+            lines = len(relay.lines)
+            own_server.stop(mode)
+            relay.wait_for_log("lost PostgreSQL", 5, after=lines)
+            own_server.start()
+            expect_gap_and_later_events(reader, own_server.database)
+    assert len(relay_backends(own_server.database)) == 2
+    assert "Traceback" not in relay.log
+
+
+@pytest.mark.parametrize("which", [listening_backend, querying_backend])
+def test_a_frozen_backend_is_given_up_within_five_seconds(
+    which: Callable[[harness.Database], int], database: harness.Database, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        frozen = which(database)
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            relay.wait_for_log("lost PostgreSQL", 5)
+            expect_gap_and_later_events(reader, database)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+
+
+def test_streams_outlive_a_connection_that_is_frozen_for_15_seconds(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    # Fifteen seconds are what NAT tables and failing switches take; nothing shorter shows that
+    # attempts to connect, which also freeze, do not hold up the streams.
+    with harness.FreezableProxy.before(database) as proxy:
+        relay = start_relay("--heartbeat", "1", dsn=proxy.dsn(database))
+        with (
+            harness.SseReader(relay.url("orders")) as reader,
+            harness.RawStream(relay.bind, relay.url("orders")) as beats,
+        ):
+            reader.wait_for_id()
+            beats.wait_for(b"\nid: ")
+            database.notify("orders", "before")
+            reader.wait_for_data("before")
+            proxy.freeze()
+            frozen = time.monotonic()
+            relay.wait_for_log("lost PostgreSQL", 5)
+            with harness.SseReader(relay.url("orders")) as newcomer:
+                database.notify("orders", "lost")
+                harness.wait_until(lambda: time.monotonic() > frozen + 15, 16)
+                thawed = time.monotonic()
+                proxy.thaw()
+                expect_gap_and_later_events(newcomer, database)
+            expect_gap_and_later_events(reader, database, before=1)
+            assert "lost" not in reader.data
+        while_frozen = [when for when, _ in beats.received if frozen <= when <= thawed]
+        pauses = [later - earlier for earlier, later in itertools.pairwise(while_frozen)]
+        assert len(while_frozen) >= 10
+        assert max(pauses) < 3
+        harness.wait_until(lambda: len(relay_backends(database)) == 2, what="the end of old backends")
+
+
+def test_a_relay_starts_without_postgresql_and_is_ready_when_it_comes(
+    own_server: harness.Server, start_relay: StartRelay
+) -> None:
+    own_server.stop()
+    relay = start_relay("--heartbeat", "1", dsn=own_server.dsn, wait=False)
+    relay.wait_for_log("cannot reach PostgreSQL")
+    assert harness.READY not in relay.log.split()
+    with harness.RawStream(relay.bind, relay.url("orders")) as stream:
+        stream.wait_for(b"retry: ")
+        stream.wait_for(b"\n\n:\n:\n")
+        assert b"id:" not in stream.body
+        own_server.start()
+        relay.wait_for_log(harness.READY, 10)
+        stream.wait_for(b"event: relay.gap\nid: ")
+        own_server.database.notify("orders", "first")
+        body = stream.wait_for(b"data: first\n\n")
+        assert body.index(b"relay.gap") < body.index(b"data: first")
+        assert b'"reason":"outage"' in body
+    assert relay.stop() == 0
+
+
+def test_reconnecting_after_many_failures_stays_within_five_seconds(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    # The wait doubles from 0.1 s: it takes some twelve seconds until it has reached its most.
+    with harness.FreezableProxy.before(database) as proxy:
+        relay = start_relay(dsn=proxy.dsn(database))
+        with harness.SseReader(relay.url("orders")) as reader:
+            reader.wait_for_id()
+            proxy.refuse()
+            proxy.drop()
+            refused = time.monotonic()
+            relay.wait_for_log("lost PostgreSQL")
+            harness.wait_until(lambda: time.monotonic() > refused + 14, 15)
+            lines = len(relay.lines)
+            assert lines < 15, f"every attempt is logged:\n{relay.log}"
+            proxy.accept()
+            relay.wait_for_log("connected to PostgreSQL", 5.5, after=lines)
+            expect_gap_and_later_events(reader, database)
+
+
+def test_timeouts_of_the_role_do_not_end_the_session(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    (name,) = database.execute("SELECT current_database()")[0]
+    for setting in (
+        "statement_timeout",
+        "lock_timeout",
+        "idle_session_timeout",
+        "idle_in_transaction_session_timeout",
+    ):
+        database.execute(f"ALTER ROLE postgres IN DATABASE {name} SET {setting} = '300ms'")
+    relay = start_relay(dsn=database.dsn)
+    database.close()
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        backends = relay_backends(database)
+        born = time.monotonic()
+        # Two canaries and many timeouts later.
+        harness.wait_until(lambda: time.monotonic() > born + 4, 5)
+        # The tests' own session has the role's timeouts: it is gone.
+        with pytest.raises(psycopg2.OperationalError):
+            database.execute("SELECT 1")
+        database.notify("orders", "still there")
+        reader.wait_for_data("still there")
+        assert relay_backends(database) == backends
+    assert "lost" not in relay.log
+
+
+def test_a_statement_cancelled_on_the_server_is_a_gap_and_no_more(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        # NOTIFY takes a lock that is held until the commit is done, which waits for a standby that
+        # never comes: the relay's canary hangs behind it, where one can cancel it.
+        database.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        database.execute("SELECT pg_reload_conf()")
+        other = harness.Database(database.dsn)
+        waits = "SELECT pg_logical_emit_message(true, 'tests', ''), pg_notify('elsewhere', '')"
+        cancelled = threading.Event()
+
+        def publish() -> None:
+            while not cancelled.is_set():
+                other.execute(waits)
+
+        thread = threading.Thread(target=publish)
+        thread.start()
+        try:
+            waiting = (
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'sse-relay'"
+                " AND state = 'active' AND wait_event_type = 'Lock'"
+            )
+            ((pid,),) = harness.wait_until(lambda: database.execute(waiting))
+            assert database.execute("SELECT pg_cancel_backend(%s)", (pid,)) == [(True,)]
+            relay.wait_for_log("lost PostgreSQL", 2)
+        finally:
+            cancelled.set()
+            database.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            database.execute("SELECT pg_reload_conf()")
+            thread.join(10)
+            other.close()
+        expect_gap_and_later_events(reader, database)
+    assert "Traceback" not in relay.log
+
+
+# ==== Databases that cannot work ==============================================
+
+
+def expect_end(relay: harness.Relay, words: str) -> None:
+    """Check that the relay ends with status 1 and says why in one line."""
+    assert relay.wait(15) == 1
+    assert words in relay.lines[-1]
+    assert [line for line in relay.lines if "Error" in line] == [relay.lines[-1]]
+    assert "Traceback" not in relay.log
+
+
+def test_a_wrong_password_at_the_first_connection_ends_it(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    dsn = psycopg2.extensions.make_dsn(database.dsn, password="open sesame")
+    relay = start_relay(dsn=dsn, wait=False)
+    expect_end(relay, "password authentication failed")
+    assert "open sesame" not in relay.log
+
+
+def test_an_sql_ascii_database_at_the_first_connection_ends_it(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    database.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    try:
+        relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, dbname="ascii"), wait=False)
+        expect_end(relay, "SQL_ASCII")
+    finally:
+        database.execute("DROP DATABASE ascii WITH (FORCE)")
+
+
+def test_a_hot_standby_at_the_first_connection_ends_it_and_later_does_not(
+    own_server: harness.Server, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=own_server.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        own_server.demote()
+        relay.wait_for_log("lost PostgreSQL")
+        expect_end(start_relay(dsn=own_server.dsn, wait=False), "hot standby")
+        assert not reader.ended
+        assert own_server.database.execute("SELECT pg_promote()") == [(True,)]
+        expect_gap_and_later_events(reader, own_server.database)
+
+
+@pytest.fixture
+def role(database: harness.Database) -> Iterator[str]:
+    """A role with the password ``first``."""
+    name = "app_of_" + psycopg2.extensions.parse_dsn(database.dsn)["dbname"]
+    database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'first'")
+    yield name
+    database.execute(f"DROP ROLE {name}")
+
+
+def test_a_password_that_is_changed_later_is_tried_until_it_is_right(
+    database: harness.Database, role: str, start_relay: StartRelay
+) -> None:
+    relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, user=role, password="first"))
+    with harness.SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        database.execute(f"ALTER ROLE {role} PASSWORD 'second'")
+        database.terminate_backends()
+        relay.wait_for_log("password authentication failed")
+        assert "first" not in relay.log
+        database.execute(f"ALTER ROLE {role} PASSWORD 'first'")
+        expect_gap_and_later_events(reader, database)
+
+
+# ==== Poolers =================================================================
+
+
+@contextlib.contextmanager
+def pgbouncer(database: harness.Database, mode: str, folder: Path) -> Iterator[str]:
+    """Run a real pgbouncer in front of a database; give the DSN that leads through it."""
+    program = harness.require("pgbouncer")
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    port = harness.free_port()
+    users = folder / "users"
+    users.write_text(f'"{parts["user"]}" "{parts["password"]}"\n')
+    settings = folder / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\n* = host={parts['host']} port={parts['port']}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {mode}\n"
+    )
+    command = [program, str(settings)]
+    if os.geteuid() == 0:
+        # It refuses to run as root.
+        nobody = pwd.getpwnam("nobody")
+        for path in (folder, users, settings):
+            os.chown(path, nobody.pw_uid, nobody.pw_gid)
+        command[1:1] = ["-u", "nobody"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            pooled = harness.Database(psycopg2.extensions.make_dsn(database.dsn, port=port))
+
+            def answers() -> bool:
+                assert process.poll() is None, (folder / "log").read_text()
+                with contextlib.suppress(psycopg2.OperationalError):
+                    return bool(pooled.execute("SELECT 1"))
+                return False
+
+            harness.wait_until(answers, what="pgbouncer")
+            pooled.close()
+            yield pooled.dsn
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can reach, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_a_pooler_in_transaction_mode_is_named(
+    database: harness.Database, start_relay: StartRelay, open_folder: Path
+) -> None:
+    with pgbouncer(database, "transaction", open_folder) as dsn:
+        expect_end(start_relay(dsn=dsn, wait=False), "pooler in transaction mode")
+
+
+def test_a_pooler_in_session_mode_works(
+    database: harness.Database, start_relay: StartRelay, open_folder: Path
+) -> None:
+    with pgbouncer(database, "session", open_folder) as dsn:
+        relay = start_relay(dsn=dsn)
+        with harness.SseReader(relay.url("orders")) as reader:
+            reader.wait_for_id()
+            database.notify("orders", "through")
+            reader.wait_for_data("through")
+        relay.close()
