@@ -49,6 +49,7 @@ Contents, in the order in which an event travels:
 from __future__ import annotations
 
 import asyncio
+import base64
 import bisect
 import contextlib
 import errno
@@ -667,10 +668,15 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     Raises:
         UnusableKeyError: With what is wrong and what to do.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    if b"-----BEGIN" not in content:
+    if not _is_pem(content):
+        if _is_public(content):
+            raise UnusableKeyError(
+                "this is a public key, but not in PEM form, which begins with -----BEGIN PUBLIC KEY-----"
+            )
         secret = content.removesuffix(b"\n").removesuffix(b"\r")
         if len(secret) < MIN_SECRET_BYTES:
             raise UnusableKeyError(
@@ -691,10 +697,13 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
             if private
             else serialization.load_pem_public_key(content)
         )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        encrypted = isinstance(error, TypeError)
+    except TypeError:
+        raise UnusableKeyError("the key is encrypted with a password") from None
+    except (ValueError, UnsupportedAlgorithm):
         raise UnusableKeyError(
-            "the key is encrypted with a password" if encrypted else "this is no key in PEM form"
+            "this is a certificate; its key alone is needed: openssl x509 -in FILE -noout -pubkey"
+            if b"BEGIN CERTIFICATE" in content
+            else "this is no key in PEM form"
         ) from None
     if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
         return Key("RS256", key)
@@ -704,6 +713,36 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     elif isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
         return Key("EdDSA", key)
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
+
+
+def _is_pem(content: bytes) -> bool:
+    # Without NULs: PowerShell writes UTF-16.
+    return b"-----BEGIN" in content.replace(b"\0", b"")
+
+
+def _is_public(content: bytes) -> bool:
+    """Tell whether what would be a secret is known to others: a public key, but not in PEM form.
+
+    Taken as the secret of HS256 it would let everybody sign.
+    """
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+
+    if content.startswith((b"ssh-", b"ecdsa-", b"---- BEGIN")):
+        return True
+    with contextlib.suppress(ValueError):
+        jwk = json.loads(content)
+        return isinstance(jwk, dict) and bool({"kty", "keys"} & jwk.keys())
+    candidates = [content]
+    with contextlib.suppress(ValueError):
+        candidates.append(base64.b64decode(content))
+    for der in candidates:
+        for load in (serialization.load_der_public_key, x509.load_der_x509_certificate):
+            with contextlib.suppress(ValueError, UnsupportedAlgorithm):
+                load(der)
+                return True
+    return False
 
 
 def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
@@ -718,8 +757,9 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
     jwt = import_jwt()
     if len(token) > MAX_TOKEN_BYTES:
         raise RefusedError(401, "the token is too long")
-    # Times are compared below, to the fraction of a second and with a clock that is given.
-    options = {"verify_exp": False, "verify_nbf": False, "verify_iat": False}
+    # Times are compared below, to the fraction of a second and with a clock that is given. sub
+    # and jti mean nothing here; some versions refuse what others sign, sub as a number.
+    options = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "sub", "jti")}
     claims = None
     for key in keys:
         try:
@@ -3571,7 +3611,10 @@ class Door(web.Server):
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         self._silent.pop(request.protocol, None)
-        return await self._handler(request)
+        try:
+            return await self._handler(request)
+        except ConnectionResetError:
+            return web.Response()  # the client has left, which aiohttp would log as an error of ours
 
 
 class Relay:
@@ -4570,7 +4613,7 @@ def token(key_file: Path, lifetime: int, channels: tuple[str, ...]) -> None:
     import_jwt()
     try:
         content = key_file.read_bytes()
-        key = read_key(content, private=b"-----BEGIN" in content)
+        key = read_key(content, private=_is_pem(content))
     except OSError as error:
         raise click.ClickException(f"cannot read {key_file}: {error.strerror}") from None
     except UnusableKeyError as error:

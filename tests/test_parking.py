@@ -193,7 +193,7 @@ async def test_a_client_that_left_while_it_waited_is_no_error(lot: Lot) -> None:
     assert not lot.hub.subscribers
 
 
-async def test_a_connection_that_is_closing_is_not_parked(lot: Lot) -> None:
+async def test_a_client_that_leaves_at_the_moment_of_parking_is_no_error(lot: Lot) -> None:
     lot.prepare = lambda transport: transport.abort()
     async with lot.client(GET) as client:
         with contextlib.suppress(ConnectionError):
