@@ -1,0 +1,486 @@
+"""The replay memory, against a plain model that keeps everything."""
+
+from __future__ import annotations
+
+import functools
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sse_relay import FRAME_OVERHEAD_BYTES, Frame, Memory, NotCoveredError
+
+CHANNELS = ["a", "b", "c", "d", "e", "f"]
+EVERYTHING = 10**9
+
+
+def make_frame(number: int, channel: str, size: int = FRAME_OVERHEAD_BYTES + 50) -> Frame:
+    """Make a frame that counts ``size`` bytes in memory."""
+    return Frame(number, channel, b"x" * (size - FRAME_OVERHEAD_BYTES), False)
+
+
+def size_of(frame: Frame) -> int:
+    return len(frame.block) + FRAME_OVERHEAD_BYTES
+
+
+def numbers(frames: list[Frame]) -> list[int]:
+    return [frame.number for frame in frames]
+
+
+def kept(memory: Memory, channel: str, upto: int) -> list[int]:
+    """The numbers that a channel's client can still get, by asking from every number."""
+    for number in range(upto + 1):
+        if memory.covers(channel, number):
+            return numbers(memory.page([channel], number, EVERYTHING)[0])
+    return []
+
+
+@dataclass
+class Model:
+    """What `Memory` says of itself, in the plainest way: all frames ever, and who was dropped."""
+
+    limit: int
+    history: list[Frame] = field(default_factory=list)
+    kept: list[Frame] = field(default_factory=list)
+    floors: dict[str, int] = field(default_factory=dict)
+
+    def held(self, channel: str) -> int:
+        return sum(size_of(frame) for frame in self.kept if frame.channel == channel)
+
+    def append(self, frame: Frame) -> None:
+        if frame.channel not in self.floors:
+            return
+        self.history.append(frame)
+        self.kept.append(frame)
+        while sum(map(size_of, self.kept)) > self.limit:
+            loud = [old for old in self.kept if self.held(old.channel) > self.limit / 8]
+            victim = min(loud or self.kept)
+            self.kept.remove(victim)
+            self.floors[victim.channel] = victim.number
+
+    def end(self, channel: str) -> None:
+        self.floors.pop(channel, None)
+        self.kept = [frame for frame in self.kept if frame.channel != channel]
+
+    def clear(self) -> None:
+        self.floors.clear()
+        self.kept.clear()
+
+    def after(self, channels: set[str], number: int) -> list[Frame]:
+        return [frame for frame in self.history if frame.channel in channels and frame.number > number]
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Any order of begin, append, end, clear; the memory agrees with the model at every step."""
+
+    @initialize(
+        limit=st.sampled_from([0, 200, 900, 2_400, 4_000, 9_000]), channels=st.sets(st.sampled_from(CHANNELS))
+    )
+    def start(self, limit: int, channels: set[str]) -> None:
+        self.number = 0
+        self.memory = Memory(limit)
+        self.model = Model(limit)
+        for channel in sorted(channels):
+            self.begin(channel)
+
+    def next_number(self) -> int:
+        self.number += 1
+        return self.number
+
+    @rule(channel=st.sampled_from(CHANNELS))
+    def begin(self, channel: str) -> None:
+        number = self.next_number()
+        if channel not in self.model.floors:
+            self.memory.begin(channel, number)
+            self.model.floors[channel] = number
+
+    @rule(channel=st.sampled_from(CHANNELS))
+    def end(self, channel: str) -> None:
+        self.memory.end(channel)
+        self.model.end(channel)
+
+    @precondition(lambda self: self.number > 20)
+    @rule()
+    def clear(self) -> None:
+        self.next_number()
+        self.memory.clear()
+        self.model.clear()
+
+    @rule(
+        burst=st.lists(
+            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([1, 40, 41, 200, 900])),
+            min_size=1,
+            max_size=12,
+        ),
+    )
+    def append(self, burst: list[tuple[str, int]]) -> None:
+        for channel, size in burst:
+            frame = make_frame(self.next_number(), channel, FRAME_OVERHEAD_BYTES + size)
+            self.memory.append(frame)
+            self.model.append(frame)
+
+    @rule(channel=st.sampled_from(CHANNELS), count=st.integers(1, 30))
+    def append_loudly(self, channel: str, count: int) -> None:
+        self.append([(channel, 40)] * count)
+
+    @rule(
+        channels=st.lists(st.sampled_from(CHANNELS), unique=True),
+        back=st.integers(0, 60),
+        most=st.sampled_from([1, FRAME_OVERHEAD_BYTES + 1, 700, 2_000, EVERYTHING]),
+    )
+    def page_through(self, channels: list[str], back: int, most: int) -> None:
+        number = max(0, self.number - back)
+        uncovered = [channel for channel in channels if not self.memory.covers(channel, number)]
+        if uncovered:
+            with pytest.raises(NotCoveredError) as caught:
+                self.memory.page(channels, number, most)
+            assert caught.value.channel == uncovered[0]
+            return
+        expected = self.model.after(set(channels), number)
+        found: list[Frame] = []
+        complete = False
+        while not complete:
+            frames, complete = self.memory.page(channels, found[-1].number if found else number, most)
+            assert frames or complete
+            assert sum(map(size_of, frames[:-1])) < most
+            assert complete or sum(map(size_of, frames)) >= most
+            found += frames
+        assert found == expected
+
+    @invariant()
+    def what_is_covered_and_counted_agrees_with_the_model(self) -> None:
+        assert self.memory.size == sum(map(size_of, self.model.kept)) <= self.memory.limit
+        for channel in CHANNELS:
+            floor = self.model.floors.get(channel)
+            for number in {0, (floor or 1) - 1, floor or 0, self.number}:
+                covered = floor is not None and floor <= number
+                assert self.memory.covers(channel, number) is covered
+                if covered:
+                    missed = self.model.after({channel}, number)
+                    assert self.memory.missed(channel, number) == (len(missed), sum(map(size_of, missed)))
+
+
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class WholeLogMachine(RuleBasedStateMachine):
+    """Every channel covered from the start, as for a log: it covers no less than it can know to hold."""
+
+    @initialize(limit=st.sampled_from([200, 900, 2_400, 6_000]), base=st.integers(0, 3))
+    def start(self, limit: int, base: int) -> None:
+        self.number = base
+        self.base = base
+        self.memory = Memory(limit)
+        self.memory.begin_all(base)
+        self.history: list[Frame] = []
+
+    @rule(
+        burst=st.lists(
+            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([1, 40, 900])), min_size=1, max_size=15
+        )
+    )
+    def append(self, burst: list[tuple[str, int]]) -> None:
+        for channel, size in burst:
+            self.number += 1
+            frame = make_frame(self.number, channel, FRAME_OVERHEAD_BYTES + size)
+            self.memory.append(frame)
+            self.history.append(frame)
+
+    @rule(channels=st.sets(st.sampled_from([*CHANNELS, "never"]), min_size=1), back=st.integers(0, 40))
+    def read(self, channels: set[str], back: int) -> None:
+        number = max(0, self.number - back)
+        if all(self.memory.covers(channel, number) for channel in channels):
+            frames, complete = self.memory.page(channels, number, EVERYTHING)
+            assert complete
+            assert frames == [f for f in self.history if f.channel in channels and f.number > number]
+
+    @invariant()
+    def it_covers_the_present_and_nothing_from_before_it_began(self) -> None:
+        assert self.memory.size <= self.memory.limit
+        for channel in [*CHANNELS, "never"]:
+            assert self.memory.covers(channel, self.number)
+            assert not self.memory.covers(channel, self.base - 1)
+
+
+TestWholeLog = WholeLogMachine.TestCase
+TestWholeLog.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+
+
+def test_a_channel_is_covered_from_its_begin_until_its_end() -> None:
+    memory = Memory(100_000)
+    assert not memory.covers("a", 0)
+    memory.append(make_frame(1, "a"))
+    assert memory.size == 0
+    memory.begin("a", 2)
+    memory.append(make_frame(3, "a"))
+    assert [memory.covers("a", number) for number in (0, 1, 2, 3, 99)] == [False, False, True, True, True]
+    assert not memory.covers("b", 2)
+    memory.end("a")
+    memory.end("a")
+    memory.end("never begun")
+    assert memory.size == 0
+    assert not memory.covers("a", 99)
+    memory.begin("a", 5)
+    memory.append(make_frame(6, "a"))
+    assert numbers(memory.page(["a"], 5, EVERYTHING)[0]) == [6]
+    assert not memory.covers("a", 4)
+
+
+def test_clear_leaves_nothing_and_memory_works_on() -> None:
+    memory = Memory(3_000)
+    memory.begin_all(0)
+    memory.begin("a", 0)
+    for number in range(1, 30):
+        memory.append(make_frame(number, "ab"[number % 2]))
+    memory.clear()
+    assert memory.size == 0
+    assert not memory.covers("a", 99)
+    assert not memory.covers("b", 99)
+    memory.begin("a", 30)
+    for number in range(31, 60):
+        memory.append(make_frame(number, "a"))
+    assert numbers(memory.page(["a"], 55, EVERYTHING)[0]) == [56, 57, 58, 59]
+
+
+def test_a_loud_channel_gives_its_oldest_first_and_quiet_ones_keep_theirs() -> None:
+    memory = Memory(300 * 80)
+    for channel in ("quiet", "loud"):
+        memory.begin(channel, 0)
+    for number in range(1, 10):
+        memory.append(make_frame(number, "quiet", 300))
+    for number in range(10, 1_000):
+        memory.append(make_frame(number, "loud", 300))
+    assert kept(memory, "quiet", 1_000) == list(range(1, 10))
+    assert kept(memory, "loud", 1_000) == list(range(929, 1_000))
+
+
+def test_an_eighth_is_not_loud_and_one_frame_more_is() -> None:
+    memory = Memory(300 * 80)
+    for channel in ("a", "b", "x", "y"):
+        memory.begin(channel, 0)
+    # "a" holds an eighth exactly, "b" one frame more, the rest is spread over many.
+    number = 0
+    for channel, count in (("a", 10), ("b", 11)):
+        for _ in range(count):
+            number += 1
+            memory.append(make_frame(number, channel, 300))
+    for other in range(59):
+        memory.begin(f"other {other}", 0)
+        number += 1
+        memory.append(make_frame(number, f"other {other}", 300))
+    assert memory.size == memory.limit
+    memory.append(make_frame(81, "x", 300))
+    assert kept(memory, "a", 99) == list(range(1, 11))
+    assert kept(memory, "b", 99) == list(range(12, 22))
+    # Nobody is loud any more: the oldest of all goes.
+    memory.append(make_frame(82, "y", 300))
+    assert kept(memory, "a", 99) == list(range(2, 11))
+    assert kept(memory, "b", 99) == list(range(12, 22))
+
+
+def test_of_several_loud_channels_the_oldest_frame_goes() -> None:
+    memory = Memory(3_000)
+    for channel in "ab":
+        memory.begin(channel, 0)
+    for number, channel in enumerate("bababababa", 1):
+        memory.append(make_frame(number, channel, 300))
+    memory.append(make_frame(11, "a", 300))
+    memory.append(make_frame(12, "a", 300))
+    assert kept(memory, "b", 99) == [3, 5, 7, 9]
+    assert kept(memory, "a", 99) == [4, 6, 8, 10, 11, 12]
+
+
+def test_what_is_larger_than_memory_is_not_kept_and_not_covered() -> None:
+    memory = Memory(3_000)
+    memory.begin("a", 0)
+    memory.begin("b", 0)
+    memory.append(make_frame(1, "a", 300))
+    memory.append(make_frame(2, "b", 300))
+    memory.append(make_frame(3, "a", 3_001))
+    assert memory.size == 300
+    assert not memory.covers("a", 2)
+    assert memory.covers("a", 3)
+    assert memory.page(["a", "b"], 3, EVERYTHING) == ([], True)
+    assert kept(memory, "b", 9) == [2]
+
+
+def test_a_page_ends_with_the_frame_that_reaches_its_size_across_channels() -> None:
+    memory = Memory(100_000)
+    for channel in "abc":
+        memory.begin(channel, 0)
+    for number in range(1, 13):
+        memory.append(make_frame(number, "abc"[number % 3], 300))
+    frames, complete = memory.page(["c", "a", "b"], 2, 901)
+    assert (numbers(frames), complete) == ([3, 4, 5, 6], False)
+    frames, complete = memory.page(["c", "a", "b"], 2, 900)
+    assert (numbers(frames), complete) == ([3, 4, 5], False)
+    frames, complete = memory.page(["c", "a"], 6, EVERYTHING)
+    assert (numbers(frames), complete) == ([8, 9, 11, 12], True)
+    assert memory.page([], 0, 1) == ([], True)
+    assert memory.page(["a"], 12, 1) == ([], True)
+
+
+def test_channels_that_come_and_go_leave_nothing_behind() -> None:
+    memory = Memory(10**9)
+
+    def come_and_go(first: int) -> None:
+        for number in range(first, first + 3_000, 2):
+            memory.begin("a", number)
+            memory.append(make_frame(number + 1, "a"))
+            memory.end("a")
+
+    assert growth(come_and_go) < 10_000
+
+
+def test_frames_too_large_for_an_eighth_leave_nothing_behind() -> None:
+    memory = Memory(2_000)
+    memory.begin_all(0)
+
+    def append_large(first: int) -> None:
+        for number in range(first, first + 3_000):
+            memory.append(make_frame(number, f"channel {number}", 1_500))
+
+    assert growth(append_large) < 10_000
+    assert memory.size == 1_500
+
+
+def growth(work: Callable[[int], None]) -> int:
+    """Bytes that Python holds more after a second round of the same work."""
+    tracemalloc.start()
+    try:
+        work(1)
+        before = tracemalloc.get_traced_memory()[0]
+        work(10_001)
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+class Counted(int):
+    """A number that counts how often it is compared, sums included."""
+
+    comparisons: ClassVar[int] = 0
+
+    def __lt__(self, other: int) -> bool:
+        Counted.comparisons += 1
+        return int(self) < int(other)
+
+    def __le__(self, other: int) -> bool:
+        Counted.comparisons += 1
+        return int(self) <= int(other)
+
+    def __gt__(self, other: int) -> bool:
+        Counted.comparisons += 1
+        return int(self) > int(other)
+
+    def __ge__(self, other: int) -> bool:
+        Counted.comparisons += 1
+        return int(self) >= int(other)
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return isinstance(other, int) and int(self) == int(other)
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+    def __add__(self, other: int) -> Counted:
+        return Counted(int(self) + int(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: int) -> Counted:
+        return Counted(int(self) - int(other))
+
+
+class CountedBlock(bytes):
+    """A block that counts how often somebody looks at its length."""
+
+    looks: ClassVar[int] = 0
+
+    def __len__(self) -> int:
+        CountedBlock.looks += 1
+        return super().__len__()
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Count the comparisons of numbers and the looks at blocks that some work takes."""
+    Counted.comparisons = CountedBlock.looks = 0
+    work()
+    return Counted.comparisons + CountedBlock.looks
+
+
+def filled(frames: int, limit: int = EVERYTHING) -> Memory:
+    """A memory whose channels hold so many frames in turn."""
+    memory = Memory(Counted(limit))
+    for channel in "abc":
+        memory.begin(channel, Counted(0))
+    for number in range(1, frames + 1):
+        memory.append(Frame(Counted(number), "abc"[number % 3], CountedBlock(b"x" * 50), False))
+    return memory
+
+
+@pytest.mark.parametrize("missed", [0, 1, 30])
+def test_resuming_costs_what_was_missed_and_not_what_is_kept(missed: int) -> None:
+    def cost(frames: int) -> int:
+        memory = filled(frames)
+        since = Counted(frames - missed)
+        found = [frame.number for frame in memory.page("abc", since, Counted(EVERYTHING))[0]]
+        assert found == list(range(frames - missed + 1, frames + 1))
+        return operations(lambda: memory.page("abc", since, Counted(EVERYTHING)))
+
+    few, many = cost(100), cost(12_800)
+    # 128 times as much is seven doublings: seven more comparisons at most for each search.
+    assert many <= few + 3 * 2 * 8
+    assert many < 100 + 12 * missed
+
+
+def test_a_small_page_of_a_long_absence_costs_what_the_page_holds() -> None:
+    memory = filled(12_800)
+    frames, complete = memory.page("abc", Counted(0), Counted(3_000))
+    assert (numbers(frames), complete) == (list(range(1, 11)), False)
+    assert operations(lambda: memory.page("abc", Counted(0), Counted(3_000))) < 300
+
+
+def test_counting_what_was_missed_does_not_grow_with_it() -> None:
+    memory = filled(12_800)
+    for since in (0, 6_000, 12_800):
+        count, size = memory.missed("a", Counted(since))
+        assert size == 300 * count
+        assert operations(functools.partial(memory.missed, "a", Counted(since))) < 20
+
+
+@pytest.mark.parametrize("frames", [100, 12_800])
+def test_keeping_a_frame_costs_the_same_whatever_is_kept(frames: int) -> None:
+    roomy = filled(frames)
+    full = filled(2 * frames, limit=300 * frames)
+    for memory in (roomy, full):
+        frame = Frame(Counted(99_999), "a", CountedBlock(b"x" * 50), False)
+        assert operations(functools.partial(memory.append, frame)) < 40
+
+
+@pytest.mark.parametrize("channels", [100, 3_000])
+def test_dropping_the_oldest_of_many_quiet_channels_does_not_look_at_them_all(channels: int) -> None:
+    memory = Memory(Counted(300 * channels))
+    memory.begin_all(Counted(0))
+    number = 0
+    for _ in range(2):
+        for channel in range(channels):
+            number += 1
+            memory.append(Frame(Counted(number), f"c{channel}", CountedBlock(b"x" * 50), False))
+
+    def append_hundred() -> None:
+        for extra in range(1, 101):
+            memory.append(
+                Frame(Counted(number + extra), f"c{extra % channels}", CountedBlock(b"x" * 50), False)
+            )
+
+    # Nearly every frame replaces one: some comparisons for each, in a heap of at most 2**13 entries.
+    assert operations(append_hundred) < 100 * 100
+    assert memory.size == memory.limit
