@@ -1,0 +1,483 @@
+"""Tokens and keys, without a relay: what opens a channel, and everything that must not."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime as dt
+import functools
+import hmac
+import json
+import math
+import re
+import string
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jwt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x25519
+from hypothesis import example, given
+from hypothesis import strategies as st
+from jwt.algorithms import RSAAlgorithm
+
+from sse_relay import (
+    MAX_TOKEN_BYTES,
+    Grant,
+    Key,
+    RefusedError,
+    UnusableKeyError,
+    compile_globs,
+    read_key,
+    sign_token,
+    verify_token,
+)
+
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+SECRET = b"a secret of the tests, of 32 bytes or more"
+NOW = 1_700_000_000.0
+
+
+@functools.cache
+def private_key(kind: str) -> Any:
+    """Return a private key, made once for the whole run."""
+    makers: dict[str, Callable[[], Any]] = {
+        "RSA": lambda: rsa.generate_private_key(65537, 2048),
+        "another RSA": lambda: rsa.generate_private_key(65537, 2048),
+        "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+        "Ed25519": ed25519.Ed25519PrivateKey.generate,
+        "RSA of 1024 bits": lambda: rsa.generate_private_key(65537, 1024),  # noqa: S505  # to be refused
+        "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+        "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+        "Ed448": ed448.Ed448PrivateKey.generate,
+        "X25519": x25519.X25519PrivateKey.generate,
+        "DSA": lambda: dsa.generate_private_key(2048),
+    }
+    return makers[kind]()
+
+
+ALGORITHMS = {"RSA": "RS256", "P-256": "ES256", "Ed25519": "EdDSA"}
+UNFIT = ["RSA of 1024 bits", "P-384", "secp256k1", "Ed448", "X25519", "DSA"]
+
+
+def public_pem(kind: str) -> bytes:
+    pem: bytes = (
+        private_key(kind)
+        .public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return pem
+
+
+def private_pem(
+    kind: str,
+    form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
+    password: bytes | None = None,
+) -> bytes:
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password:
+        encryption = serialization.BestAvailableEncryption(password)
+    pem: bytes = private_key(kind).private_bytes(serialization.Encoding.PEM, form, encryption)
+    return pem
+
+
+def encode_part(part: object) -> str:
+    content = part if isinstance(part, bytes) else json.dumps(part).encode()
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
+
+
+def jwk_of(kind: str) -> dict[str, Any]:
+    return RSAAlgorithm.to_jwk(private_key(kind).public_key(), as_dict=True)
+
+
+HEADER: Mapping[str, object] = {"alg": "HS256", "typ": "JWT"}
+
+
+def forge(
+    claims: object,
+    header: object = HEADER,
+    secret: bytes = SECRET,
+    digest: str = "sha256",
+) -> str:
+    """Sign by hand, with HMAC, what a library would refuse to sign."""
+    signed = f"{encode_part(header)}.{encode_part(claims)}"
+    return f"{signed}.{encode_part(hmac.digest(secret, signed.encode(), digest))}"
+
+
+@functools.cache
+def forged_tokens(now: float) -> dict[str, str]:
+    """Return tokens of which none may open the channel ``orders``.
+
+    The relay knows `SECRET` and the public key of RSA; it must refuse each with 401.
+    """
+    good = {"exp": now + 3600, "channels": ["orders"]}
+    unsigned = f"{encode_part({'alg': 'none', 'typ': 'JWT'})}.{encode_part(good)}."
+    good_token = forge(good)
+    head, body, signature = good_token.split(".")
+
+    def without(claim: str) -> dict[str, object]:
+        return {key: value for key, value in good.items() if key != claim}
+
+    odd_times: dict[str, object] = {
+        "true": True, "a string": str(int(now + 3600)), "NaN": math.nan, "infinite": math.inf,
+        "1e308": 1e308, "below -1e308": -1e308, "too many digits": 10**400, "null": None,
+        "a list": [now + 3600], "an object": {"exp": now + 3600},
+    }  # fmt: skip
+    odd_lists: dict[str, object] = {
+        "a string": "orders", "the glob alone": "*", "an object": {"orders": True}, "null": None,
+        "true": True, "a number": 7, "numbers in it": [7], "null in it": ["orders", None],
+        "a list in it": [["orders"]], "an object in it": [{"orders": 1}],
+    }  # fmt: skip
+    return {
+        "alg none": unsigned,
+        "alg None": unsigned.replace(head, encode_part({"alg": "None"})),
+        "alg none, with a signature": unsigned + signature,
+        "alg none, no second dot": unsigned.rstrip("."),
+        "no alg": forge(good, {"typ": "JWT"}),
+        "alg a number": forge(good, {"alg": 256}),
+        "alg a list": forge(good, {"alg": ["HS256"]}),
+        "alg hs256": forge(good, {"alg": "hs256"}),
+        "alg HS384": forge(good, {"alg": "HS384"}, digest="sha384"),
+        "alg HS512": forge(good, {"alg": "HS512"}, digest="sha512"),
+        "alg RS256, signed with the secret": forge(good, {"alg": "RS256"}),
+        "another secret": jwt.encode(good, b"another secret of 32 bytes or more", "HS256"),
+        "the secret's first half": forge(good, secret=SECRET[:20]),
+        "no secret": forge(good, secret=b""),
+        "another private key": jwt.encode(good, private_key("another RSA"), "RS256"),
+        "HS256 by the public key": forge(good, secret=public_pem("RSA")),
+        "HS256 by the public key, one line end less": forge(good, secret=public_pem("RSA").strip()),
+        "PS256 by the right key": jwt.encode(good, private_key("RSA"), "PS256"),
+        "RS512 by the right key": jwt.encode(good, private_key("RSA"), "RS512"),
+        "a key of its own (jwk)": jwt.encode(
+            good, private_key("another RSA"), "RS256",
+            {"jwk": jwk_of("another RSA")},
+        ),
+        "a path for a key (kid)": forge(good, {"alg": "HS256", "kid": "/dev/null"}, b""),
+        "a critical extension": forge(good, {"alg": "HS256", "crit": ["exp"], "exp": 1}),
+        "a detached body": forge(good, {"alg": "HS256", "b64": False, "crit": ["b64"]}),
+        "no signature": f"{head}.{body}.",
+        "a signature cut short": good_token[:-2],
+        "a body changed": f"{head}.{encode_part({**good, 'channels': ['*']})}.{signature}",
+        "a header changed": f"{encode_part({'alg': 'HS256'})}.{body}.{signature}",
+        "five parts": f"{good_token}.{body}.{signature}",
+        "expired": forge({**good, "exp": now - 1}),
+        "expired long ago": forge({**good, "exp": 0}),
+        "not yet valid": forge({**good, "nbf": now + 1800}),
+        "nbf a string": forge({**good, "nbf": "0"}),
+        "nbf NaN": forge({**good, "nbf": math.nan}),
+        "no exp": forge(without("exp")),
+        "no channels": forge(without("channels")),
+        "Channels, not channels": forge({**without("channels"), "Channels": ["orders"]}),
+        "a scope instead": forge({**without("channels"), "scope": "orders *"}),
+        "meant for others": forge({**good, "aud": "billing"}),
+        "meant for several others": forge({**good, "aud": ["billing", "orders"]}),
+        "claims a list": forge(["orders"]),
+        "claims a string": forge("orders"),
+        "claims no JSON": forge(b"orders"),
+        "claims nested deeply": forge(b"[" * 5_500),
+        "claims a long number": forge(b'{"exp": ' + b"9" * 5_000 + b"}"),
+        "a header no JSON": forge(good, b"HS256"),
+        "a header nested deeply": forge(good, b"[" * 5_500),
+        "the secret itself": SECRET.decode(),
+        "the public key itself": encode_part(public_pem("RSA")),
+        "8 kB of letters": "a" * 8_000,
+        "8 kB of dots": "." * 8_000,
+        "8 kB in three parts": ".".join(["a" * 2_600] * 3),
+        **{f"exp {kind}": forge({**good, "exp": value}) for kind, value in odd_times.items()},
+        **{f"channels {kind}": forge({**good, "channels": value}) for kind, value in odd_lists.items()},
+    }  # fmt: skip
+
+
+# Well signed, but none of them opens the channel orders: 403.
+OTHER_GRANTS: dict[str, list[str]] = {
+    "an empty list": [],
+    "an empty name": [""],
+    "another channel": ["stock"],
+    "upper case": ["ORDERS", "Orders"],
+    "a Cyrillic o": ["\N{CYRILLIC SMALL LETTER O}rders"],
+    "full-width letters": ["\uff4f\uff52\uff44\uff45\uff52\uff53"],
+    "a long s": ["order\N{LATIN SMALL LETTER LONG S}"],
+    "a zero-width space": ["orders\u200b", "\u200borders"],
+    "blanks": [" orders", "orders ", "orders\n", "orders\0"],
+    "a part": ["order", "rders", "orders-"],
+    "a regular expression": [".*", ".+", "o.*", "orders|x", "[o]rders", "^orders$", "(orders)", "orders?"],
+    "other wildcards": ["order?", "order%", "order_", "orders/**", "[a-z]rders", "{orders,stock}"],
+    "an escape": [r"\*", r"order\s", r"\orders"],
+    "a star that does not fit": ["*-orders", "orders-*", "tenant-*", "o*x", "*orders*orders*"],
+    "a star of another script": ["\u2217", "\uff0a", "order\u2217"],
+}
+
+KEYS = [read_key(SECRET)]
+
+
+def verify(token: str, now: float = NOW, keys: list[Key] | None = None) -> Grant:
+    return verify_token(token, KEYS if keys is None else keys, now)
+
+
+def opens(grant: Grant, channel: str) -> bool:
+    return grant.channels.fullmatch(channel) is not None
+
+
+# ==== Tokens ==================================================================
+
+
+@pytest.mark.parametrize("kind", [*ALGORITHMS, "secret"])
+def test_a_token_of_each_algorithm_opens_its_channels_until_it_ends(kind: str) -> None:
+    if kind == "secret":
+        signer = verifier = read_key(SECRET)
+    else:
+        signer, verifier = read_key(private_pem(kind), private=True), read_key(public_pem(kind))
+    assert signer.algorithm == verifier.algorithm == ALGORITHMS.get(kind, "HS256")
+    grant = verify(sign_token(signer, ["orders", "tenant-7-*"], int(NOW) + 60), keys=[verifier])
+    assert grant.expires == NOW + 60
+    names = ["orders", "tenant-7-", "tenant-7-x", "tenant-77", "stock"]
+    assert [opens(grant, name) for name in names] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("name", forged_tokens(NOW))
+def test_a_forged_token_is_refused_whatever_else_is_tried(name: str) -> None:
+    keys = [read_key(public_pem("RSA")), read_key(SECRET)]
+    token = forged_tokens(NOW)[name]
+    with pytest.raises(RefusedError) as refused:
+        verify(token, keys=keys)
+    assert refused.value.status == 401
+    for part in token.split("."):
+        assert len(part) < 8 or part not in refused.value.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("expired", "the token has expired"),
+        ("not yet valid", "the token is not valid yet (nbf)"),
+        ("no exp", "the token does not say when it ends (exp)"),
+        ("meant for others", "the token is meant for others (aud)"),
+        ("alg none", "the token is not signed with a key of this relay"),
+        ("no channels", "the token's claim channels is no list of names or globs"),
+    ],
+)
+def test_the_reason_says_what_to_mend(name: str, reason: str) -> None:
+    with pytest.raises(RefusedError, match=re.escape(reason)):
+        verify(forged_tokens(NOW)[name])
+
+
+@pytest.mark.parametrize("name", OTHER_GRANTS)
+def test_a_glob_opens_what_it_says_and_nothing_that_looks_like_it(name: str) -> None:
+    assert not opens(verify(forge({"exp": NOW + 60, "channels": OTHER_GRANTS[name]})), "orders")
+
+
+def test_there_is_no_leeway_at_either_end() -> None:
+    token = forge({"nbf": NOW, "exp": NOW + 10.5, "channels": ["orders"]})
+    for moment, reason in ((NOW - 0.001, "valid yet"), (NOW + 10.5, "expired"), (NOW + 11, "expired")):
+        with pytest.raises(RefusedError, match=reason):
+            verify(token, now=moment)
+    for moment in (NOW, NOW + 10.499):
+        assert verify(token, now=moment).expires == NOW + 10.5
+
+
+def test_claims_that_mean_nothing_here_do_no_harm() -> None:
+    """A library that signs sub as a number, or iat in the future of this clock, is common."""
+    claims = {"exp": NOW + 60, "channels": ["orders"], "sub": 7, "jti": 8, "iss": "app", "iat": NOW + 5}
+    assert opens(verify(forge(claims)), "orders")
+
+
+def test_any_of_several_keys_verifies_and_each_by_its_own_algorithm() -> None:
+    keys = [read_key(content) for content in (public_pem("RSA"), SECRET, public_pem("P-256"))]
+    claims = {"exp": NOW + 60, "channels": ["orders"]}
+    for key, algorithm in (
+        (SECRET, "HS256"), (private_key("RSA"), "RS256"), (private_key("P-256"), "ES256"),
+    ):  # fmt: skip
+        assert opens(verify(jwt.encode(claims, key, algorithm), keys=keys), "orders")
+    with pytest.raises(RefusedError):
+        verify(jwt.encode(claims, private_key("Ed25519"), "EdDSA"), keys=keys)
+
+
+def test_the_longest_token_is_read_and_a_longer_one_is_not() -> None:
+    channels = ["orders", ""]
+    exp = int(NOW) + 60
+    missing = MAX_TOKEN_BYTES - len(forge({"exp": exp, "channels": channels}))
+    # Base64 makes four characters of three bytes.
+    channels[1] = "x" * (missing * 3 // 4 - 3)
+    longest = forge({"exp": exp, "channels": channels})
+    assert MAX_TOKEN_BYTES - 8 <= len(longest) <= MAX_TOKEN_BYTES
+    assert opens(verify(longest), "orders")
+    channels[1] += "x" * 12
+    with pytest.raises(RefusedError, match="too long"):
+        verify(forge({"exp": exp, "channels": channels}))
+
+
+def test_many_stars_cost_no_time() -> None:
+    pattern = compile_globs(["*a" * 30 + "*b"] * 100)
+    start = time.perf_counter()
+    for _ in range(10):
+        assert pattern.fullmatch("a" * 63) is None
+    assert time.perf_counter() - start < 1
+
+
+ALPHABET = st.sampled_from(
+    [*string.ascii_letters, *string.digits, ".", "-", "_", "=", " ", "é", "\udcff", "\0"]
+)
+
+
+@given(st.text(ALPHABET, max_size=200) | st.text(max_size=50))
+def test_any_text_is_refused_and_raises_nothing_else(text: str) -> None:
+    with pytest.raises(RefusedError):
+        verify(text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["exp", "nbf", "iat", "aud", "iss", "sub", "jti", "channels"]),
+        JSON | st.just(NOW + 60) | st.just(["orders"]),
+    )
+)
+@example({"exp": NOW + 60, "channels": ["orders"]})
+def test_any_claims_give_a_grant_with_an_end_or_a_refusal(claims: dict[str, object]) -> None:
+    with contextlib.suppress(RefusedError):
+        grant = verify(forge(claims))
+        assert math.isfinite(grant.expires)
+        assert grant.expires > NOW
+        assert isinstance(claims["channels"], list)
+
+
+@given(JSON)
+def test_any_header_is_refused_but_the_algorithm_of_the_key(header: object) -> None:
+    with pytest.raises(RefusedError):
+        verify(forge({"exp": NOW + 60, "channels": ["orders"]}, header))
+
+
+# ==== Key files ===============================================================
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_line_end_does_not_belong_to_a_secret(end: bytes) -> None:
+    assert read_key(SECRET + end) == Key("HS256", SECRET)
+
+
+def test_only_one_line_end_is_taken_off_and_nothing_else() -> None:
+    for secret in (SECRET + b"\n\n", b" " + SECRET + b" ", SECRET + b"\t", b"\n" + SECRET):
+        assert read_key(secret).material == secret.removesuffix(b"\n")
+
+
+def test_a_binary_secret_is_taken_as_it_is() -> None:
+    for secret in (bytes(range(128, 160)), b"{" + bytes(31), b"0" * 64, b"[" + SECRET, b"1" * 40):
+        assert read_key(secret) == Key("HS256", secret)
+
+
+@pytest.mark.parametrize("secret", [b"", b"\n", b"x" * 31, b"x" * 31 + b"\n", b"x" * 31 + b"\r\n"])
+def test_a_short_secret_is_refused_with_the_way_to_make_one(secret: bytes) -> None:
+    with pytest.raises(UnusableKeyError, match=r"at least 32 .*openssl rand -hex 32"):
+        read_key(secret)
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_a_private_key_is_refused_where_a_public_one_is_meant(kind: str) -> None:
+    with pytest.raises(UnusableKeyError, match="openssl pkey -in FILE -pubout"):
+        read_key(private_pem(kind))
+    with pytest.raises(UnusableKeyError, match="no private key"):
+        read_key(public_pem(kind), private=True)
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_other_keys_are_refused_with_those_that_fit(kind: str) -> None:
+    for content, private in ((public_pem(kind), False), (private_pem(kind), True)):
+        with pytest.raises(UnusableKeyError, match="RSA of 2048 bits or more, P-256, Ed25519"):
+            read_key(content, private=private)
+
+
+def test_every_form_of_a_private_key_signs() -> None:
+    traditional = serialization.PrivateFormat.TraditionalOpenSSL
+    for content in (private_pem("RSA", traditional), private_pem("P-256", traditional)):
+        assert read_key(content, private=True).algorithm in ("RS256", "ES256")
+        with pytest.raises(UnusableKeyError, match="this is a private key"):
+            read_key(content)
+
+
+@pytest.mark.parametrize(
+    "form", [serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL]
+)
+def test_an_encrypted_key_is_named_as_such(form: serialization.PrivateFormat) -> None:
+    content = private_pem("RSA", form, b"password")
+    with pytest.raises(UnusableKeyError, match="encrypted with a password"):
+        read_key(content, private=True)
+    with pytest.raises(UnusableKeyError, match="this is a private key"):
+        read_key(content)
+
+
+def certificate() -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "app")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private_key("RSA").public_key())
+        .serial_number(1)
+        .not_valid_before(EPOCH)
+        .not_valid_after(EPOCH.replace(year=2100))
+    )
+    return builder.sign(private_key("RSA"), hashes.SHA256())
+
+
+def public_forms() -> dict[str, bytes]:
+    """Return what is known to everybody, in the forms that are about besides PEM of a public key."""
+    public = private_key("RSA").public_key()
+    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    openssh = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    jwk = jwk_of("RSA")
+    chain = certificate()
+    return {
+        "DER": der,
+        "DER in base64": base64.b64encode(der),
+        "DER in base64, in lines": base64.encodebytes(der),
+        "OpenSSH": openssh,
+        "RFC 4716": b"---- BEGIN SSH2 PUBLIC KEY ----\n" + base64.encodebytes(openssh.split()[1]),
+        "JWK": json.dumps(jwk).encode(),
+        "JWK set": json.dumps({"keys": [jwk]}, indent=2).encode(),
+        "UTF-16": public_pem("RSA").decode().encode("utf-16"),
+        "UTF-16 without its mark": public_pem("RSA").decode().encode("utf-16-le"),
+        "a certificate": chain.public_bytes(serialization.Encoding.PEM),
+        "a certificate as DER": chain.public_bytes(serialization.Encoding.DER),
+    }
+
+
+@pytest.mark.parametrize("form", public_forms())
+def test_what_everybody_knows_is_never_taken_as_a_secret(form: str) -> None:
+    with pytest.raises(UnusableKeyError):
+        read_key(public_forms()[form])
+
+
+def test_a_certificate_is_refused_with_the_way_to_its_key() -> None:
+    with pytest.raises(UnusableKeyError, match="openssl x509 -in FILE -noout -pubkey"):
+        read_key(public_forms()["a certificate"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n",
+        b"-----BEGIN PUBLIC KEY-----\nnonsense, but long enough to be a secret\n-----END PUBLIC KEY-----\n",
+        b"-----BEGIN PUBLIC KEY-----",
+        b"-----BEGIN NOTHING-----\n" * 3,
+    ],
+)
+def test_broken_pem_is_refused_and_not_taken_as_a_secret(content: bytes) -> None:
+    with pytest.raises(UnusableKeyError, match="no key in PEM form"):
+        read_key(content)
+
+
+@given(st.binary(max_size=200))
+@example(b"-----BEGIN EC PRIVATE KEY-----\n\xff\n-----END EC PRIVATE KEY-----")
+def test_any_content_is_a_key_or_refused(content: bytes) -> None:
+    for private in (False, True):
+        with contextlib.suppress(UnusableKeyError):
+            assert read_key(content, private=private) == Key("HS256", re.sub(rb"\r?\n?\Z", b"", content))
