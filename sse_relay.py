@@ -4718,7 +4718,301 @@ def main() -> None:
 
 # ==== Pages ===================================================================
 
-DEMO_PAGE: Final = r"""<!doctype html><title>sse-relay</title>"""
+DEMO_PAGE: Final = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>sse-relay demo</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #f6f7f8; --card: #fff; --text: #1b1f24; --quiet: #57606a; --line: #d0d5da; --field: #8a929a;
+  --action: #0b5cad; --on-action: #fff; --good: #176b34; --wait: #8a5300; --bad: #b3261e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171a; --card: #1d2125; --text: #e6e9ec; --quiet: #a4adb6; --line: #3a4148; --field: #7b858f;
+    --action: #7db8f5; --on-action: #10243a; --good: #6fd08c; --wait: #f0b45a; --bad: #ff9a92;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif; }
+header, main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
+header { padding-bottom: 0; }
+h1, h2, p { margin: 0 0 .5rem; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1.05rem; }
+main { display: grid; gap: 1rem; align-items: start; }
+main > * { min-width: 0; }
+@media (min-width: 50rem) {
+  main { grid-template-columns: 22rem minmax(0, 1fr); grid-template-rows: auto 1fr; }
+  .events { grid-column: 2; grid-row: 1 / span 2; }
+}
+.controls { display: grid; gap: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
+form { display: grid; gap: .6rem; }
+label { display: grid; gap: .2rem; font-weight: 600; font-size: .9rem; }
+input, textarea, button { font: inherit; border-radius: .3rem; padding: .4rem .6rem; width: 100%; }
+input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; font-weight: 400; }
+textarea { resize: vertical; min-height: 4.5rem; }
+button { border: 1px solid var(--action); background: var(--card); color: var(--action); font-weight: 600; }
+button { cursor: pointer; }
+button.primary { background: var(--action); color: var(--on-action); }
+:focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
+.buttons { display: flex; flex-wrap: wrap; gap: .5rem; }
+.buttons button { flex: 1; }
+.quiet { color: var(--quiet); font-size: .85rem; }
+code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
+#state strong { color: var(--wait); }
+#state strong::before { content: "●"; margin-right: .4rem; }
+#state[data-state="live"] strong, .good { color: var(--good); }
+#state[data-state="refused"] strong, #state[data-state="closed"] strong, .bad { color: var(--bad); }
+#events { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
+#events li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; min-width: 0; }
+#events .facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .85rem; color: var(--quiet); }
+#events .facts, #events .data { margin: 0; }
+#events .facts > * { overflow-wrap: anywhere; min-width: 0; }
+#events .facts b { color: var(--text); }
+#events .data { white-space: pre-wrap; }
+#events .start { border-color: var(--good); }
+#events .gap { border-color: var(--wait); }
+#events .gap .data { color: var(--wait); font-weight: 600; }
+#events .refused { border-color: var(--bad); }
+#events .refused .data { color: var(--bad); font-weight: 600; }
+</style>
+</head>
+<body>
+<header>
+  <h1>sse-relay demo</h1>
+  <p>Each event goes through PostgreSQL's <code>NOTIFY</code> and comes back as a Server-Sent Event.</p>
+</header>
+<main spellcheck="false">
+  <div class="controls">
+    <section class="card" aria-labelledby="stream-title">
+      <h2 id="stream-title">Stream</h2>
+      <div role="status"><p id="state"><strong></strong> <span></span></p></div>
+      <p class="quiet"><code id="address"></code></p>
+      <div class="buttons"><button type="button" id="cut"></button></div>
+    </section>
+    <section class="card" aria-labelledby="publish-title">
+      <h2 id="publish-title">Publish</h2>
+      <form id="publish" autocomplete="off">
+        <label>Channel <input name="channel" value="orders" required></label>
+        <label>Event name, or empty <input name="event"></label>
+        <label>Data
+          <textarea name="data" aria-describedby="publish-hint">{"id": 42, "state": "paid"}</textarea>
+        </label>
+        <button class="primary">Publish</button>
+        <p class="quiet" id="publish-hint">Ctrl+Enter in the data publishes too.</p>
+      </form>
+      <div role="status"><p id="published"></p></div>
+    </section>
+  </div>
+  <section class="card events" aria-labelledby="events-title">
+    <h2 id="events-title">Events</h2>
+    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay.</p>
+    <div role="log" aria-labelledby="events-title" aria-live="polite" aria-relevant="additions">
+      <ol id="events"></ol>
+    </div>
+  </section>
+  <section class="card" aria-labelledby="watch-title">
+    <h2 id="watch-title">Watch</h2>
+    <form id="watch" autocomplete="off">
+      <label>Channels, with blanks between
+        <input name="channels" value="orders" required aria-describedby="channels-hint">
+      </label>
+      <p class="quiet" id="channels-hint">With several, an event without a name carries its channel as its
+        name. One with a name does not tell its channel.</p>
+      <label>Listen for names, with blanks between
+        <input name="names" aria-describedby="names-hint">
+      </label>
+      <p class="quiet" id="names-hint">EventSource gives a page only events without a name, and those whose
+        names it listens for. Names published on this page are added by themselves.</p>
+      <button>Watch</button>
+    </form>
+  </section>
+</main>
+<script type="module">
+const MOST_ROWS = 200;
+// Names that are EventSource's own, or the relay's.
+const RESERVED = /^(error|open|relay\..*)$/;
+// A position of no history. The relay answers it with a gap, and that carries the present
+// position: without it, a page that has seen no event yet could not resume after a cut.
+const START = "start-0";
+const STATES = {
+  connecting: ["connecting", ""],
+  live: ["live", "connected to the relay."],
+  waiting: ["waiting to retry", "the connection is lost; the browser comes back by itself."],
+  cut: ["cut", "publish something, then resume: it has not been lost."],
+  refused: ["refused", ""],
+  closed: ["closed", "the browser does not come back by itself."],
+};
+const GAPS = {
+  restart: "the relay was started anew",
+  evicted: "the relay no longer has them in memory",
+  outage: "the relay had no connection to PostgreSQL",
+  "too-many": "too many were missed",
+  pruned: "they were deleted from the log",
+  unreadable: "the position cannot be read",
+  ahead: "the position lies ahead of the relay",
+};
+
+const element = (id) => document.getElementById(id);
+const words = (text) => text.split(/\s+/).filter(Boolean);
+
+let source = null;
+let channels = [];
+let position = START;
+let count = 0;
+let rows = [];
+const names = new Set(["message"]);
+
+function show(state, detail = STATES[state][1]) {
+  const [label, text] = element("state").children;
+  element("state").dataset.state = state;
+  label.textContent = STATES[state][0];
+  text.textContent = detail;
+  element("cut").textContent = source ? "Cut the connection" : state === "cut" ? "Resume" : "Try again";
+}
+
+function make(tag, className, text) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
+function drawRows() {
+  element("events").prepend(...rows.reverse());
+  rows = [];
+  while (element("events").children.length > MOST_ROWS) element("events").lastChild.remove();
+  element("count").textContent = count === 1 ? "1 event." : `${count} events.`;
+}
+
+function addRow(kind, channel, name, id, data) {
+  const now = new Date();
+  const thousandths = String(now.getMilliseconds()).padStart(3, "0");
+  const time = make("time", "", `${now.toTimeString().slice(0, 8)}.${thousandths}`);
+  time.dateTime = now.toISOString();
+  const facts = make("p", "facts", "");
+  const parts = [time, make("b", "", channel), make("span", "", name), make("span", "position", id)];
+  // Blanks, so that it reads as words where the layout does not count.
+  facts.append(...parts.flatMap((part) => [part, " "]));
+  const row = make("li", kind, "");
+  row.append(facts, make("p", "data", data));
+  if (rows.length === 0) requestAnimationFrame(drawRows);
+  rows.push(row);
+  if (rows.length > MOST_ROWS) rows.shift();
+}
+
+function onEvent(event) {
+  count += 1;
+  position = event.lastEventId || position;
+  const told = channels.find((name) => name === event.type || `channel:${name}` === event.type);
+  const channel = channels.length === 1 ? channels[0] : told ?? "(one of several)";
+  addRow("", channel, event.type, event.lastEventId, event.data);
+}
+
+function onGap(event) {
+  const { channel, reason, since } = JSON.parse(event.data);
+  position = event.lastEventId || position;
+  if (since === START) return addRow("start", channel, "start", event.lastEventId, "Live from here on.");
+  const text = `Events may be missing here: ${GAPS[reason] ?? "see the reason"} (${reason}).`;
+  addRow("gap", channel, event.type, event.lastEventId, text);
+}
+
+function onRefused(event) {
+  const { status, reason } = JSON.parse(event.data);
+  disconnect();
+  show("refused", `${status}: ${reason}`);
+  addRow("refused", channels.join(" "), event.type, "", `${status}: ${reason}`);
+}
+
+function listenFor(name) {
+  if (RESERVED.test(name) || names.has(name)) return;
+  names.add(name);
+  source?.addEventListener(name, onEvent);
+}
+
+function disconnect() {
+  source?.close();
+  source = null;
+}
+
+function connect() {
+  disconnect();
+  const url = new URL("/events", location.origin);
+  const [first] = channels;
+  const inPath = channels.length === 1 && first !== "." && first !== "..";
+  if (inPath) url.pathname += `/${encodeURIComponent(first)}`;
+  else for (const channel of channels) url.searchParams.append("channel", channel);
+  element("address").textContent = url;
+  url.searchParams.set("lastEventId", position);
+  source = new EventSource(url);
+  source.onopen = () => show("live");
+  source.onerror = () => {
+    if (source.readyState === EventSource.CONNECTING) return show("waiting");
+    disconnect();
+    show("closed");
+  };
+  source.addEventListener("relay.gap", onGap);
+  source.addEventListener("relay.refused", onRefused);
+  for (const name of names) source.addEventListener(name, onEvent);
+  show("connecting");
+}
+
+element("cut").onclick = () => {
+  if (!source) return connect();
+  disconnect();
+  show("cut");
+};
+
+element("watch").onsubmit = (event) => {
+  event.preventDefault();
+  const fields = event.target.elements;
+  const asked = [...new Set(words(fields.channels.value))];
+  for (const name of words(fields.names.value)) listenFor(name);
+  if (asked.length > 1) for (const name of asked) listenFor(RESERVED.test(name) ? `channel:${name}` : name);
+  if (asked.join(" ") !== channels.join(" ")) {
+    disconnect();
+    channels = asked;
+    position = START;
+  }
+  if (!source) connect();
+};
+
+element("publish").onsubmit = async (event) => {
+  event.preventDefault();
+  const fields = event.target.elements;
+  const channel = fields.channel.value;
+  const name = fields.event.value || null;
+  if (name) listenFor(name);
+  let problem = "";
+  try {
+    const body = JSON.stringify({ channel, event: name, data: fields.data.value });
+    const headers = { "Content-Type": "application/json" };
+    const response = await fetch("/publish", { method: "POST", headers, body });
+    if (!response.ok) problem = (await response.json()).detail;
+  } catch {
+    problem = "the relay cannot be reached";
+  }
+  const unseen = channels.includes(channel) ? "" : " This page does not watch that channel.";
+  const result = problem ? `Not published: ${problem}.` : `Published to ${channel}.${unseen}`;
+  element("published").className = problem ? "bad" : "good";
+  element("published").textContent = result;
+};
+
+element("publish").onkeydown = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.currentTarget.requestSubmit();
+};
+
+element("watch").requestSubmit();
+</script>
+</body>
+</html>
+"""
 
 
 if __name__ == "__main__":
