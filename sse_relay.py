@@ -42,6 +42,7 @@ Contents, in the order in which an event travels:
     systemd                     notifications and inherited sockets
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
+    Doctor                      looks at a deployment, one finding for each check
     Command line
     Pages
 """
@@ -65,10 +66,12 @@ import random
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -78,13 +81,14 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
+import aiohttp
 import aiopg
 import click
 import psycopg2
@@ -2600,6 +2604,25 @@ LOG_PUBLISH_SQL: Final = "SELECT sse_relay.publish(%s, %s, %s)"
 # ==== Source log ==============================================================
 
 
+def check_log(cursor: psycopg2.extensions.cursor) -> None:
+    """Raise `UnusableDatabaseError` if the durable log is missing, closed, or of another version."""
+    try:
+        cursor.execute(LOG_VERSION_SQL)
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.InvalidSchemaName):
+        raise UnusableDatabaseError(NOT_INSTALLED) from None
+    except psycopg2.errors.InsufficientPrivilege:
+        raise UnusableDatabaseError(
+            "this role may not read the durable log: grant it what section 'Roles' of the README lists"
+        ) from None
+    (version,) = cursor.fetchone() or (None,)
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise UnusableDatabaseError(
+            f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}: "
+            + ("install a newer sse-relay" if newer else "run sse_relay.py schema --apply")
+        )
+
+
 class LogSource:
     """Numbers what was published, reads the log, and hands it to memory and hub.
 
@@ -2713,21 +2736,7 @@ class LogSource:
     # What the listener tells.
 
     def check(self, cursor: psycopg2.extensions.cursor) -> None:
-        try:
-            cursor.execute(LOG_VERSION_SQL)
-        except (psycopg2.errors.UndefinedTable, psycopg2.errors.InvalidSchemaName):
-            raise UnusableDatabaseError(NOT_INSTALLED) from None
-        except psycopg2.errors.InsufficientPrivilege:
-            raise UnusableDatabaseError(
-                "this role may not read the durable log: grant it what section 'Roles' of the README lists"
-            ) from None
-        (version,) = cursor.fetchone() or (None,)
-        if version != SCHEMA_VERSION:
-            newer = isinstance(version, int) and version > SCHEMA_VERSION
-            raise UnusableDatabaseError(
-                f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}: "
-                + ("install a newer sse-relay" if newer else "run sse_relay.py schema --apply")
-            )
+        check_log(cursor)
 
     def wanted(self) -> Collection[str]:
         return (LOG_CHANNEL,)
@@ -2886,6 +2895,8 @@ STREAM_HEADERS: Final = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
+# Begins a stream that was asked for by HTTP/1.0: only so can `doctor` tell, behind a proxy.
+HTTP_10_COMMENT: Final = b": HTTP/1.0\n"
 
 
 @dataclass
@@ -3114,7 +3125,8 @@ class Streams:
         factor = min(CUT_FACTOR_MOST, 2 ** self._hub.cut_count(subscriber.key, now))
         retry = retry_after(self._retry, len(self._hub.subscribers), factor)
         head = encode_head(int(subscriber.chunked), headers)
-        self._advance(subscriber, head, b":\n" + encode_retry(retry))
+        comment = b":\n" if subscriber.chunked else HTTP_10_COMMENT
+        self._advance(subscriber, head, comment + encode_retry(retry))
         return web.Response()  # goes nowhere: aiohttp no longer has the connection
 
     def _resume(self, headers: Mapping[str, str], target: Target) -> Resume:
@@ -4140,6 +4152,654 @@ def _embedded_failure(output: str) -> click.ClickException:
     return click.ClickException("\n".join(["PostgreSQL did not start:", *last]))
 
 
+# ==== Doctor ==================================================================
+#
+# Looks at a deployment as it is, and changes nothing in it. With an address it publishes one event.
+
+# Seconds.
+DOCTOR_ANSWER_WAIT: Final = 5.0
+DOCTOR_EVENT_WAIT: Final = 10.0
+# Twice the default --heartbeat, and some.
+DOCTOR_HEARTBEAT_WAIT: Final = 40.0
+# What a person does not notice.
+DOCTOR_SLOW: Final = 0.25
+DOCTOR_ROUND_TRIPS: Final = 5
+# Pages have no listener for this name, so they do not notice the event.
+DOCTOR_EVENT: Final = "sse-relay-doctor"
+
+
+class Finding(NamedTuple):
+    """What one look found.
+
+    Attributes:
+        level: ``problem`` must be mended; ``unknown`` could not be looked at.
+        check: What was looked at, in a word or two.
+        what: What was found, in one line.
+        mend: The line that mends it.
+    """
+
+    level: Literal["ok", "unknown", "warning", "problem"]
+    check: str
+    what: str
+    mend: str = ""
+
+
+# Why PostgreSQL lets nobody in, and what helps.
+CONNECTION_MENDS: Final = (
+    (r"authentication failed|no password supplied", "correct user and password in the DSN or its file"),
+    (r"pg_hba\.conf", "add a line for this role, database and address to pg_hba.conf and reload PostgreSQL"),
+    (r"database \".*\" does not exist", "name an existing database in the DSN (psql -l lists them)"),
+    (r"role \".*\" does not exist", "create the role (CREATE ROLE ... LOGIN), or name another in the DSN"),
+    (r"not permitted to log in", "ALTER ROLE ... LOGIN"),
+    (r"permission denied for database", "GRANT CONNECT ON DATABASE ... TO ..."),
+    (
+        r"too many|connection slots",
+        "leave two connections for the relay: raise max_connections, or use fewer",
+    ),
+    (r"could not translate host name", "correct the host in the DSN, or the name server"),
+    (r"SSL|certificate", "set sslmode and sslrootcert in the DSN as this server needs them"),
+    (
+        r"refused|timeout|timed out|No such file|unreachable|No route",
+        "start PostgreSQL, or correct host and port in the DSN; in a systemd unit also IPAddressAllow=",
+    ),
+)
+
+
+def as_finding(check: str, error: Exception, dsn: str) -> Finding:
+    """Turn an error into a problem, with what helps against it."""
+    text = one_line(error, dsn)
+    for pattern, mend in CONNECTION_MENDS:
+        if re.search(pattern, text):
+            return Finding("problem", check, text, mend)
+    what, _, mend = text.partition(": ")
+    return Finding("problem", check, what, mend)
+
+
+def check_connection(dsn: str) -> tuple[Finding, str | None]:
+    """Connect as the relay does; with the DSN of the server that was found, if it can be used."""
+    try:
+        pinned = check_server(dsn, lambda cursor: None)
+    except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
+        return as_finding("connection", error, dsn), None
+    parts = parse_dsn(pinned)
+    return Finding("ok", "connection", f"PostgreSQL answers at {parts['host']} port {parts['port']}"), pinned
+
+
+def check_round_trip(dsn: str) -> Finding:
+    """Send notifications from one connection to another.
+
+    Nothing else shows a pooler in transaction mode, through which LISTEN succeeds.
+    """
+    channel = f"{RESERVED_CHANNEL_PREFIX}_doctor_{secrets.token_hex(8)}"
+    times = []
+    with (
+        contextlib.closing(psycopg2.connect(dsn)) as listening,
+        contextlib.closing(psycopg2.connect(dsn)) as sending,
+    ):
+        listening.autocommit = sending.autocommit = True
+        with listening.cursor() as listener, sending.cursor() as sender:
+            listener.execute(f"LISTEN {quote_name(channel)}")
+            for number in range(DOCTOR_ROUND_TRIPS):
+                started = time.monotonic()
+                sender.execute("SELECT pg_notify(%s, %s)", (channel, str(number)))
+                while not listening.notifies:
+                    if not select.select([listening], (), (), CANARY_TIMEOUT)[0]:
+                        return Finding(
+                            "problem",
+                            "notifications",
+                            "LISTEN succeeds but no notification arrives: a pooler in transaction mode "
+                            "stands in the way",
+                            "name PostgreSQL itself in the DSN, or a pool in session mode",
+                        )
+                    listening.poll()
+                listening.notifies.clear()
+                times.append(time.monotonic() - started)
+    middle = sorted(times)[len(times) // 2]
+    what = f"a notification makes the round trip in {middle * 1000:.1f} ms"
+    if middle > DOCTOR_SLOW:
+        return Finding(
+            "warning", "notifications", what, "run the relay near PostgreSQL, and look at the load there"
+        )
+    return Finding("ok", "notifications", what)
+
+
+def check_queue(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Look at PostgreSQL's notification queue; when it is full, NOTIFY fails in every transaction."""
+    cursor.execute("SELECT pg_notification_queue_usage()")
+    (usage,) = cursor.fetchone() or (0.0,)
+    what = f"PostgreSQL's notification queue is {usage:.0%} full"
+    if usage < 0.1:
+        return Finding("ok", "queue", what)
+    return Finding(
+        "problem" if usage >= 0.5 else "warning",
+        "queue",
+        what,
+        "end the session that listens within a long transaction: SELECT pid, xact_start, query FROM "
+        "pg_stat_activity WHERE state LIKE 'idle in transaction%' ORDER BY xact_start",
+    )
+
+
+# -> one GRANT a row, for what the relay's role lacks. By the catalogs: without USAGE on the schema,
+# names cannot be looked up.
+DOCTOR_GRANTS_SQL: Final = """
+WITH space AS (SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay')
+SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
+    FROM space WHERE NOT has_schema_privilege(oid, 'USAGE')
+UNION ALL
+SELECT format('GRANT SELECT ON %s TO %I', string_agg('sse_relay.' || relname, ', '), current_user)
+    FROM pg_class WHERE relnamespace = (SELECT oid FROM space)
+        AND relname IN ('settings', 'epoch', 'events') AND NOT has_table_privilege(oid, 'SELECT')
+    HAVING count(*) > 0
+UNION ALL
+SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure::text, ', '), current_user)
+    FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
+        AND proname IN ('attach', 'waiting', 'advance', 'prune')
+        AND NOT has_function_privilege(oid, 'EXECUTE')
+    HAVING count(*) > 0
+"""
+
+
+def check_grants(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Look whether the role may do what the relay does with the durable log."""
+    cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
+    if not cursor.fetchall():
+        what, _, mend = NOT_INSTALLED.partition(": ")
+        return Finding("problem", "schema", what, mend)
+    cursor.execute(DOCTOR_GRANTS_SQL)
+    lacking = [grant for (grant,) in cursor.fetchall()]
+    if lacking:
+        return Finding("problem", "grants", "this role may not use the durable log", "; ".join(lacking))
+    return Finding("ok", "grants", "this role may use the durable log")
+
+
+def check_schema(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Compare the version of the durable log with what this program knows."""
+    try:
+        check_log(cursor)
+    except UnusableDatabaseError as error:
+        return as_finding("schema", error, "")
+    return Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
+
+
+def check_epoch(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Look whether the log's epoch belongs to this database and its history."""
+    cursor.execute(
+        "SELECT epoch, xmin = xid::xid AND system = (SELECT system_identifier FROM pg_control_system())"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM sse_relay.epoch"
+    )
+    epoch, valid = cursor.fetchone() or (None, False)
+    if valid:
+        return Finding("ok", "epoch", f"the log's epoch is {epoch}")
+    return Finding(
+        "warning",
+        "epoch",
+        "the log comes from another server or another time: restored, promoted or copied",
+        "start a relay: it begins a new epoch, and every client gets relay.gap",
+    )
+
+
+def check_retention(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Look how long the log keeps events, and whether someone prunes it."""
+    cursor.execute(
+        "SELECT retention::text, retention < '10 minutes',"
+        " clock_timestamp() - retention - '5 minutes'::interval > (SELECT created FROM sse_relay.events"
+        "  WHERE id > pruned AND id < (SELECT max(id) FROM sse_relay.events) ORDER BY id LIMIT 1)"
+        " FROM sse_relay.settings"
+    )
+    retention, short, overdue = cursor.fetchone() or ("", False, False)
+    what = f"events are kept for {retention}"
+    if overdue:
+        return Finding(
+            "warning",
+            "retention",
+            f"{what}, but older ones are still there",
+            "start a relay: it prunes the log",
+        )
+    if short:
+        return Finding(
+            "warning",
+            "retention",
+            f"{what}: who is away for longer gets relay.gap",
+            "UPDATE sse_relay.settings SET retention = '24 hours'",
+        )
+    return Finding("ok", "retention", what)
+
+
+def check_backlog(cursor: psycopg2.extensions.cursor) -> Finding:
+    """Look whether committed events wait for longer than a sweep to be numbered."""
+    first: set[str] | None = None
+    while True:
+        cursor.execute(LOG_WAITING_SQL, (None,))
+        _, xids, _ = cursor.fetchone() or ("", [], [])
+        stuck = set(xids) if first is None else first & set(xids)
+        if not stuck:
+            return Finding("ok", "backlog", "no committed event waits to be numbered")
+        if first is not None:
+            break
+        first = stuck
+        time.sleep(SWEEP_INTERVAL + 1)
+    return Finding(
+        "warning",
+        "backlog",
+        f"the events of {len(stuck)} transaction(s) wait to be numbered, for more than {SWEEP_INTERVAL:g} s",
+        "start a relay with --source log on this database, or look at the log of the one that runs",
+    )
+
+
+def check_files() -> Finding:
+    """Look how many clients the limit of open files leaves room for."""
+    limit = raise_file_limit()
+    clients = max(0, limit - RESERVED_DESCRIPTORS) * 3 // 4
+    what = f"{limit} files may be open here, enough for {clients} clients"
+    if clients >= 7_500:
+        return Finding("ok", "open files", what)
+    return Finding(
+        "problem" if clients < 750 else "warning",
+        "open files",
+        what,
+        "LimitNOFILE=65536 in the systemd unit; ulimit -n 65536 in a shell; --ulimit nofile=65536 for docker",
+    )
+
+
+def examine_database(dsn: str, source: str) -> Iterator[Finding]:
+    """Look at all that the relay needs of PostgreSQL, until a problem hides the rest."""
+    finding, pinned = check_connection(dsn)
+    yield finding
+    if pinned is None:
+        return
+    checks: tuple[Callable[[psycopg2.extensions.cursor], Finding], ...] = (check_queue,)
+    if source == "log":
+        checks += (check_grants, check_schema, check_epoch, check_retention, check_backlog)
+    try:
+        yield check_round_trip(pinned)
+        with contextlib.closing(psycopg2.connect(pinned)) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                for check in checks:
+                    yield (finding := check(cursor))
+                    if finding.level == "problem":
+                        return
+    except psycopg2.Error as error:
+        yield as_finding("connection", error, dsn)
+
+
+@dataclass
+class Observation:
+    """What a browser would get of one stream. Times are seconds.
+
+    Attributes:
+        address: Scheme and host, as a page there would send as its Origin.
+        alpn: What TLS agreed on when HTTP/2 was offered; "" without TLS.
+        error: Why there was no answer.
+        head_status: Of a HEAD request with a page's own Origin; 0 without an answer.
+        status: Of the stream; 0 without an answer.
+        version: HTTP version of the answer.
+        headers: Of the stream, else of the HEAD request.
+        opened: From the request to the first byte of the stream.
+        body: All that came.
+        published: False: there was no way to publish. A text: why it failed.
+        delay: From before the commit to the event.
+        silence: From then to the next byte.
+        ended: From the request to the end of the stream, if it ended by itself.
+    """
+
+    address: str = ""
+    alpn: str | None = ""
+    error: Exception | None = None
+    head_status: int = 0
+    status: int = 0
+    version: tuple[int, int] = (0, 0)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    opened: float | None = None
+    body: bytes = b""
+    published: bool | str = False
+    delay: float | None = None
+    silence: float | None = None
+    ended: float | None = None
+
+
+def negotiate(host: str, port: int) -> str | None:
+    """Offer HTTP/2 by TLS and return what the server chose; None if it chose nothing."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with (
+        socket.create_connection((host, port), DOCTOR_ANSWER_WAIT) as sock,
+        context.wrap_socket(sock, server_hostname=host) as secured,
+    ):
+        return secured.selected_alpn_protocol()
+
+
+async def _read_until(
+    content: aiohttp.StreamReader, seen: Observation, wanted: bytes, started: float, timeout: float
+) -> float | None:
+    """Read until ``wanted`` has come, or anything if that is empty; tell how long it took."""
+    begin = time.monotonic()
+    before = len(seen.body)
+    try:
+        async with asyncio.timeout(timeout):
+            while seen.ended is None and not (wanted in seen.body if wanted else len(seen.body) > before):
+                data = await content.readany()
+                seen.body += data
+                if not data:
+                    seen.ended = time.monotonic() - started
+    except TimeoutError:
+        return None
+    except (aiohttp.ClientError, OSError):
+        # The relay ends streams without HTTP's final chunk.
+        seen.ended = time.monotonic() - started
+    came = wanted in seen.body if wanted else len(seen.body) > before
+    return time.monotonic() - begin if came else None
+
+
+async def observe(url: str, publish: Callable[[str], object] | None) -> Observation:
+    """Open a stream as a browser would, publish one event, and wait for a heartbeat.
+
+    Args:
+        publish: Sends an event with this data to a channel of the stream; blocks.
+    """
+    parts = urllib.parse.urlsplit(url)
+    seen = Observation(address=f"{parts.scheme}://{parts.netloc}")
+    browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=DOCTOR_ANSWER_WAIT)
+    try:
+        if parts.scheme == "https":
+            seen.alpn = await asyncio.to_thread(negotiate, parts.hostname or "", parts.port or 443)
+        async with aiohttp.ClientSession(headers=browser, timeout=limits) as session:
+            async with (
+                asyncio.timeout(DOCTOR_ANSWER_WAIT),
+                session.head(url, headers={"Origin": seen.address}) as head,
+            ):
+                seen.head_status, seen.version, seen.headers = head.status, _version(head), head.headers
+            started = time.monotonic()
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(DOCTOR_ANSWER_WAIT):
+                    stream = await stack.enter_async_context(session.get(url))
+                seen.status, seen.version, seen.headers = stream.status, _version(stream), stream.headers
+                if await _read_until(stream.content, seen, b"", started, DOCTOR_ANSWER_WAIT) is None:
+                    return seen
+                seen.opened = time.monotonic() - started
+                # The position goes out when the stream is live.
+                await _read_until(stream.content, seen, b"id: ", started, DOCTOR_ANSWER_WAIT)
+                if seen.ended is None and publish is not None:
+                    await _observe_event(stream.content, seen, publish, started)
+                seen.silence = await _read_until(stream.content, seen, b"", started, DOCTOR_HEARTBEAT_WAIT)
+    except TimeoutError as error:
+        if not seen.head_status:
+            seen.error = error
+    except (aiohttp.ClientError, OSError) as error:
+        seen.error = error
+    return seen
+
+
+def _version(response: aiohttp.ClientResponse) -> tuple[int, int]:
+    return (response.version.major, response.version.minor) if response.version else (0, 0)
+
+
+async def _observe_event(
+    content: aiohttp.StreamReader, seen: Observation, publish: Callable[[str], object], started: float
+) -> None:
+    text = secrets.token_hex(16)
+    begin = time.monotonic()
+    try:
+        await asyncio.to_thread(publish, text)
+    except psycopg2.Error as error:
+        seen.published = " ".join(str(error).split())
+        return
+    seen.published = True
+    if await _read_until(content, seen, text.encode(), started, DOCTOR_EVENT_WAIT) is not None:
+        seen.delay = time.monotonic() - begin
+
+
+PROXY_MEND: Final = "in nginx, for this location: "
+
+
+def judge_answer(seen: Observation) -> Finding:
+    """Tell whether a stream of the relay is there at all."""
+    refused = re.search(rb'event: relay\.refused\ndata: \{"status": ?(\d+), ?"reason": ?"(.*?)"\}', seen.body)
+    if isinstance(seen.error, ssl.SSLCertVerificationError | aiohttp.ClientConnectorCertificateError):
+        return Finding(
+            "problem",
+            "answer",
+            f"browsers will not trust the certificate: {seen.error}",
+            "install a valid certificate for this name, with its whole chain",
+        )
+    if seen.error is not None:
+        text = " ".join(str(seen.error).split()) or "no answer in time"
+        return Finding("problem", "answer", text, "start the proxy, or correct the address")
+    if refused:
+        status, reason = refused[1].decode(), refused[2].decode(errors="replace")
+        mend = "give an open channel, or a token as ?access_token=, or correct the relay's options"
+        return Finding("problem", "answer", f"the relay refuses this stream with {status}: {reason}", mend)
+    status = seen.status or seen.head_status
+    if status in (502, 503, 504) or (seen.ended is not None and b"id: " not in seen.body):
+        return Finding(
+            "problem",
+            "answer",
+            f"the relay is away or full: clients are sent away (status {status})",
+            "start it (systemctl start sse-relay), and compare its --bind with the proxy's upstream",
+        )
+    if status != 200:
+        return Finding(
+            "problem",
+            "answer",
+            f"the answer has status {status}",
+            "correct the address or the relay's --path",
+        )
+    return Finding("ok", "answer", "the relay answers")
+
+
+def judge_restart(seen: Observation) -> Finding:
+    """Tell what browsers get while the relay is away: to be seen only when it is."""
+    status = seen.status or seen.head_status
+    if status >= 500:
+        return Finding(
+            "problem",
+            "restart",
+            f"while the relay is away browsers get {status}, on which EventSource gives up for good",
+            PROXY_MEND + "error_page 502 503 504 = @sse_retry; with the block @sse_retry of the README",
+        )
+    if seen.status == 200 and seen.ended is not None and b"retry:" in seen.body and b"id: " not in seen.body:
+        return Finding("ok", "restart", "while the relay is away browsers are told to come back")
+    return Finding(
+        "unknown",
+        "restart",
+        "what browsers get while the relay is away shows only when it is",
+        "systemctl stop sse-relay, run this again, systemctl start sse-relay",
+    )
+
+
+def judge_http(seen: Observation) -> Finding:
+    """Tell which HTTP version browsers speak, and so how many streams they may open."""
+    if seen.version < (1, 1):
+        return Finding("problem", "HTTP", "the proxy answers by HTTP/1.0", "use a proxy that speaks HTTP/1.1")
+    if seen.alpn == "h2":
+        return Finding("ok", "HTTP", "browsers speak HTTP/2")
+    what = "browsers speak HTTP/1.1: at most six streams for each browser and host"
+    if seen.alpn == "":
+        return Finding("warning", "HTTP", f"{what}; HTTP/2 needs TLS", "serve it by https, with HTTP/2")
+    return Finding(
+        "warning", "HTTP", what, "in nginx: listen 443 ssl http2; from version 1.25.1 on: http2 on;"
+    )
+
+
+def judge_upstream(seen: Observation) -> Finding:
+    """Tell which HTTP version the proxy speaks to the relay: the relay says so in the opening."""
+    if HTTP_10_COMMENT in seen.body:
+        return Finding(
+            "warning",
+            "upstream",
+            "the proxy asks the relay by HTTP/1.0",
+            PROXY_MEND + 'proxy_http_version 1.1; proxy_set_header Connection "";',
+        )
+    return Finding("ok", "upstream", "the proxy asks the relay by HTTP/1.1")
+
+
+def judge_headers(seen: Observation) -> Finding:
+    """Tell whether the stream's headers come through, and the page's own Origin is known as such."""
+    media, cache = seen.headers.get("Content-Type", ""), seen.headers.get("Cache-Control", "")
+    if not media.startswith(EVENT_STREAM):
+        return Finding(
+            "problem",
+            "headers",
+            f"Content-Type is {media or 'missing'}: EventSource gives up for good",
+            "correct the address, or let the proxy pass the relay's headers on",
+        )
+    if "no-store" not in cache:
+        return Finding(
+            "warning",
+            "headers",
+            f"Cache-Control is {cache or 'missing'}: something may keep the stream",
+            PROXY_MEND + "proxy_cache off; and no expires or add_header for Cache-Control",
+        )
+    if seen.head_status == 403 and seen.status == 200:
+        return Finding(
+            "problem",
+            "headers",
+            f"the relay takes pages of {seen.address} for pages of another origin",
+            PROXY_MEND + "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto $scheme;",
+        )
+    return Finding("ok", "headers", "the stream's headers come through")
+
+
+def judge_compression(seen: Observation) -> Finding:
+    """Tell whether something compresses the stream."""
+    encoding = seen.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        return Finding(
+            "warning",
+            "compression",
+            f"something compresses the stream ({encoding}) and may hold events back until a block is full",
+            PROXY_MEND + "gzip off;",
+        )
+    return Finding("ok", "compression", "the stream is not compressed")
+
+
+BUFFERING_MEND: Final = (
+    PROXY_MEND + "proxy_buffering off; and no proxy_ignore_headers X-Accel-Buffering; elsewhere: "
+    "let text/event-stream pass unbuffered"
+)
+
+
+def judge_first_byte(seen: Observation) -> Finding:
+    """Tell how soon the opening comes, which the relay writes at once."""
+    if seen.opened is None:
+        return Finding(
+            "problem",
+            "first byte",
+            f"the proxy buffers: the relay answers HEAD, but no byte of a stream came in "
+            f"{DOCTOR_ANSWER_WAIT:g} s",
+            BUFFERING_MEND,
+        )
+    what = f"the first byte comes after {seen.opened * 1000:.0f} ms"
+    # The relay itself waits for a LISTEN.
+    if seen.opened > LISTEN_WAIT + DOCTOR_SLOW:
+        return Finding("warning", "first byte", what, BUFFERING_MEND)
+    return Finding("ok", "first byte", what)
+
+
+def judge_delay(seen: Observation) -> Finding:
+    """Tell how long an event takes from the commit to the browser."""
+    if seen.published is False:
+        return Finding(
+            "unknown",
+            "delay",
+            "no event was published: there is no connection to PostgreSQL",
+            "mend that first",
+        )
+    if isinstance(seen.published, str):
+        return Finding(
+            "unknown",
+            "delay",
+            f"no event could be published: {seen.published}",
+            "give the DSN of a role that may publish",
+        )
+    if seen.delay is None:
+        return Finding(
+            "problem",
+            "delay",
+            f"the published event did not come within {DOCTOR_EVENT_WAIT:g} s",
+            "give the DSN and the --source that this relay has; look at its /ready and its log",
+        )
+    what = f"a published event arrives {seen.delay * 1000:.0f} ms after its commit began"
+    return (
+        Finding("ok", "delay", what)
+        if seen.delay <= DOCTOR_SLOW
+        else Finding("warning", "delay", what, BUFFERING_MEND)
+    )
+
+
+def judge_heartbeat(seen: Observation) -> Finding:
+    """Tell whether an idle stream stays open and its heartbeats pass."""
+    if seen.silence is not None:
+        return Finding("ok", "heartbeat", f"an idle stream got its next byte after {seen.silence:.0f} s")
+    if seen.ended is not None:
+        return Finding(
+            "problem",
+            "heartbeat",
+            f"the proxy cut the stream after {seen.ended:.0f} s",
+            PROXY_MEND + "proxy_read_timeout 1h; or a --heartbeat below its limit",
+        )
+    return Finding(
+        "warning",
+        "heartbeat",
+        f"nothing passed within {DOCTOR_HEARTBEAT_WAIT:g} s",
+        "keep --heartbeat at 15, so that no proxy takes a quiet stream for a dead one",
+    )
+
+
+def judge(seen: Observation) -> list[Finding]:
+    """Judge all that was seen of a stream; without one, only what is left to say."""
+    answer = judge_answer(seen)
+    if seen.error is not None:
+        return [answer]
+    findings = [answer, judge_restart(seen), judge_http(seen)]
+    if answer.level == "problem":
+        return findings
+    findings += [judge_headers(seen), judge_first_byte(seen)]
+    if seen.opened is None:
+        return findings
+    return [
+        *findings,
+        *(look(seen) for look in (judge_upstream, judge_compression, judge_delay, judge_heartbeat)),
+    ]
+
+
+def examine_stream(url: str, dsn: str | None, source: str) -> list[Finding]:
+    """Open the stream at an address, publish to its first channel, and judge what comes.
+
+    Args:
+        dsn: None if PostgreSQL cannot be reached.
+    """
+    if dsn is None:
+        return judge(asyncio.run(observe(url, None)))
+    channel = channels_of(url)[0]
+
+    def publish(text: str) -> None:
+        with connection.cursor() as cursor:
+            if source == "notify":
+                payload = json.dumps({"event": DOCTOR_EVENT, "data": text})
+                cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+            else:
+                cursor.execute(LOG_PUBLISH_SQL, (channel, text, DOCTOR_EVENT))
+
+    # Connected before, so that the delay is the event's alone.
+    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection:
+        connection.autocommit = True
+        return judge(asyncio.run(observe(url, publish)))
+
+
+def channels_of(url: str) -> tuple[str, ...]:
+    """Give the channels of a stream's address, wherever the relay's --path is.
+
+    Raises:
+        RefusedError: With what is wrong.
+    """
+    parts = urllib.parse.urlsplit(url)
+    prefix = parts.path if "channel=" in parts.query else parts.path.rpartition("/")[0]
+    return parse_target(f"{parts.path}?{parts.query}", prefix or "/").channels
+
+
 # ==== Command line ============================================================
 
 
@@ -4709,6 +5369,69 @@ def demo(source: str, bind: str, data: Path | None) -> None:
             )
 
         run_relay(settings, demo_pages(postgres.dsn, source), show)
+
+
+def check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse what is not the address of a stream."""
+    if value is None:
+        return None
+    try:
+        parts = urllib.parse.urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+        channels_of(value)
+    except ValueError:
+        raise click.BadParameter("give the address of a stream, https://HOST/events/CHANNEL") from None
+    except RefusedError as refused:
+        raise click.BadParameter(refused.reason) from None
+    return value
+
+
+@cli.command()
+@dsn_options
+@source_option
+@click.option(
+    "--url",
+    envvar="SSE_RELAY_URL",
+    metavar="URL",
+    callback=check_url,
+    help="Open this stream, through the proxy, and measure what a browser would get. Publishes one event, "
+    f"named {DOCTOR_EVENT}, to its first channel. Takes up to a minute.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def doctor(
+    ctx: click.Context, dsn: str | None, dsn_file: Path | None, source: str, url: str | None, as_json: bool
+) -> None:
+    """Check a deployment from end to end, and say what to mend.
+
+    Exit status 1 if there is a problem; a warning can wait.
+
+    \b
+    Example:
+        sse_relay.py doctor --dsn-file /etc/sse-relay/dsn
+        sse_relay.py doctor --source log --url https://app.example/events/orders
+    """
+    dsn = resolve_dsn(dsn, dsn_file)
+    findings: list[Finding] = []
+
+    def look() -> Iterator[Finding]:
+        yield check_files()
+        yield from examine_database(dsn, source)
+        if url is not None:
+            reachable = not any(f.check == "connection" and f.level == "problem" for f in findings)
+            yield from examine_stream(url, dsn if reachable else None, source)
+
+    for finding in look():
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.level:8} {finding.check}: {finding.what}")
+            if finding.mend:
+                click.echo(f"{'':8} -> {finding.mend}")
+    healthy = all(finding.level != "problem" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}, indent=2))
+    ctx.exit(0 if healthy else 1)
 
 
 def main() -> None:
