@@ -101,6 +101,7 @@ class Relay:
         command: What stands before the options, without the program's own name.
         python: The interpreter, e.g. of another virtual environment.
         pass_fds: Descriptors that the process inherits.
+        prefix: Words before the interpreter's, of a program that becomes the relay by exec.
     """
 
     def __init__(
@@ -113,12 +114,13 @@ class Relay:
         command: tuple[str, ...] = (),
         python: str = sys.executable,
         pass_fds: tuple[int, ...] = (),
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.bind = bind or f"127.0.0.1:{free_port()}"
         arguments = [*command, "--bind", self.bind, *(["--dsn", dsn] if dsn else []), *options]
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [python, str(PROGRAM), *arguments],
+            [*prefix, python, str(PROGRAM), *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},
             pass_fds=pass_fds,

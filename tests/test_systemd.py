@@ -1,19 +1,26 @@
-"""The unit file, read by the real systemd-analyze, and what the relay says to systemd."""
+"""The unit files, by the real systemd-analyze; what the relay takes from systemd, and what it says to it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import harness
+from harness import RawStream, Relay, SseReader, free_port, wait_until
 
-UNIT = harness.ROOT / "systemd" / "sse-relay.service"
+UNITS = harness.ROOT / "systemd"
 INSTALLED_PYTHON = "/opt/sse-relay/venv/bin/python"
 
 
@@ -25,42 +32,183 @@ def systemd_analyze(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    # systemd wants the interpreter to be there, which it is on a machine where the relay is installed.
-    unit = tmp_path / UNIT.name
-    text = UNIT.read_text()
-    assert INSTALLED_PYTHON in text
-    unit.write_text(text.replace(f"ExecStart={INSTALLED_PYTHON}", f"ExecStart={sys.executable}"))
-    assert systemd_analyze("verify", "--recursive-errors=yes", str(unit)) == ""
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The folder of the units, as if the relay were installed: systemd wants the interpreter to be there."""
+    folder = tmp_path / "system"
+    shutil.copytree(UNITS, folder)
+    for unit in folder.glob("*.service"):
+        text = unit.read_text()
+        assert INSTALLED_PYTHON in text
+        unit.write_text(text.replace(f"ExecStart={INSTALLED_PYTHON}", f"ExecStart={sys.executable}"))
+    return folder
 
 
-def test_the_unit_exposes_little() -> None:
-    report = systemd_analyze("security", "--offline=true", "--threshold=10", "--no-pager", str(UNIT))
-    overall = re.search(r"Overall exposure level for sse-relay\.service: ([\d.]+)", report)
+def unix_only(folder: Path) -> None:
+    (folder / "sse-relay.service.d").mkdir()
+    shutil.copy(UNITS / "unix-only.conf", folder / "sse-relay.service.d")
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
+    names = {path.name for path in installed.glob("sse-relay*")}
+    assert names == {"sse-relay.service", "sse-relay.socket", "sse-relay@.service", "sse-relay@.socket"}
+    units = [str(installed / name) for name in sorted(names)]
+    assert systemd_analyze("verify", "--recursive-errors=yes", *units) == ""
+    unix_only(installed)
+    assert systemd_analyze("verify", "--recursive-errors=yes", str(installed / "sse-relay.service")) == ""
+
+
+def exposure(unit: Path) -> float:
+    report = systemd_analyze("security", "--offline=true", "--threshold=10", "--no-pager", str(unit))
+    overall = re.search(r"Overall exposure level for sse-relay\S*\.service: ([\d.]+)", report)
     assert overall, report
-    assert float(overall[1]) <= 1.0, report
+    return float(overall[1])
+
+
+def test_the_units_expose_little(installed: Path) -> None:
+    assert exposure(installed / "sse-relay.service") <= 1.0
+    assert exposure(installed / "sse-relay@.service") <= 1.0
+    unix_only(installed)
+    assert exposure(installed / "sse-relay.service") <= 0.2
+
+
+@pytest.mark.parametrize("kind", ["service", "socket"])
+def test_the_units_for_instances_are_copies_of_those_for_one(kind: str) -> None:
+    def settings(name: str) -> list[str]:
+        lines = (UNITS / name).read_text().splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
+
+    for one, instance in zip(settings(f"sse-relay.{kind}"), settings(f"sse-relay@.{kind}"), strict=True):
+        assert one in (
+            instance,
+            instance.replace("@%i", ""),
+            instance.replace("-%i", ""),
+            instance.replace(", number %i", ""),
+            instance.replace("%i.sock", "http.sock"),
+        )
+
+
+# ==== Sockets =================================================================
+
+
+def activated(*listen: str, names: str) -> tuple[str, ...]:
+    """Give the words that start a program as systemd does, when the first client comes."""
+    addresses = [word for address in listen for word in ("--listen", address)]
+    return (harness.require("systemd-socket-activate"), *addresses, f"--fdname={names}")
+
+
+def test_sockets_come_from_systemd_and_the_first_client_waits_in_their_queue(
+    start_relay: Callable[..., Relay], database: harness.Database
+) -> None:
+    streams, admin = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    relay = start_relay(dsn=database.dsn, prefix=activated(streams, admin, names="http:admin"), wait=False)
+    relay.wait_for_log("Listening on")
+    wait_until(lambda: relay.log.count("Listening on") == 2, what="both sockets")
+    with RawStream(streams, "/events/orders") as first:
+        first.wait_for(b"id: ")
+        relay.wait_for_log(harness.READY)
+        database.notify("orders", "hello")
+        first.wait_for(b"data: hello")
+        with RawStream(admin, "/ready") as ready:
+            ready.wait_for(b'"ready": true')
+        with RawStream(admin, "/events/orders") as not_there:
+            not_there.wait_for(b"/live")
+            assert not_there.status == 404
+        # --bind is served beside what systemd gives.
+        with SseReader(relay.url("orders")) as other:
+            assert other.status == 200
+    assert relay.stop() == 0
+
+
+def test_a_unix_socket_from_systemd_stays_when_the_relay_ends(
+    start_relay: Callable[..., Relay], database: harness.Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "http.sock"
+    relay = start_relay(dsn=database.dsn, prefix=activated(str(path), names="http"), wait=False)
+    relay.wait_for_log("Listening on")
+    with RawStream(f"unix:{path}", "/events/orders") as client:
+        client.wait_for(b"id: ")
+        assert relay.stop() == 0
+        assert b"retry: " in client.wait_for_end().rpartition(b"id: ")[2]
+    assert path.is_socket()
+
+
+# What systemd does for its children, with a socket that the test keeps.
+GIVE_SOCKET = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_no_client_is_refused_between_two_relays(
+    start_relay: Callable[..., Relay], database: harness.Database
+) -> None:
+    with socket.create_server(("127.0.0.1", free_port()), backlog=4096) as kept:
+        address = "127.0.0.1:%d" % kept.getsockname()[1]  # noqa: UP031  # a pair of two types
+        descriptors = (kept.fileno(),)
+        prefix = (sys.executable, "-c", GIVE_SOCKET, str(kept.fileno()))
+        first = start_relay(dsn=database.dsn, prefix=prefix, pass_fds=descriptors)
+        with RawStream(address, "/events/orders") as early:
+            early.wait_for(b"id: ")
+            assert first.stop() == 0
+            early.wait_for_end()
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(RawStream(address, "/events/orders")) for _ in range(50)]
+            start_relay(dsn=database.dsn, prefix=prefix, pass_fds=descriptors)
+            for client in waiting:
+                client.wait_for(b"id: ")
+                assert client.status == 200
+                assert client.error is None
+
+
+def test_sockets_of_another_process_are_left_alone(
+    start_relay: Callable[..., Relay], database: harness.Database
+) -> None:
+    env = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "http"}
+    relay = start_relay(dsn=database.dsn, env=env)
+    assert relay.log.count("listening on") == 1
+
+
+# ==== What the relay says =====================================================
 
 
 class NotifySocket:
-    """The receiving end of sd_notify, as systemd has it."""
+    """The receiving end of sd_notify, as systemd has it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.messages: list[str] = []
+    Args:
+        address: A path, or ``@`` and a name for a socket without one.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.env = {"NOTIFY_SOCKET": address}
+        self.messages: list[tuple[float, str]] = []
+        """When each was taken, as time.monotonic(), and its text."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
         self._socket.setblocking(False)
 
     def assignments(self) -> list[str]:
         """Return all that has been said so far, such as ``READY=1``, in order."""
         while True:
             try:
-                self.messages.append(self._socket.recv(65536).decode())
+                message = self._socket.recv(65536).decode()
             except BlockingIOError:
-                return "\n".join(self.messages).splitlines()
+                return [line for _, text in self.messages for line in text.splitlines()]
+            self.messages.append((time.monotonic(), message))
 
-    def wait_for(self, assignment: str) -> None:
-        harness.wait_until(lambda: assignment in self.assignments(), what=f"{assignment} in {self.messages}")
+    def wait_for(self, assignment: str, timeout: float = 10.0) -> None:
+        """Wait until something has been said that begins so."""
+        wait_until(
+            lambda: any(said.startswith(assignment) for said in self.assignments()),
+            timeout,
+            f"{assignment} in {self.messages}",
+        )
+
+    def forget(self) -> None:
+        self.assignments()
+        self.messages.clear()
 
     def close(self) -> None:
         self._socket.close()
@@ -68,34 +216,112 @@ class NotifySocket:
 
 @pytest.fixture
 def notify_socket(tmp_path: Path) -> Iterator[NotifySocket]:
-    notified = NotifySocket(tmp_path / "notify")
+    notified = NotifySocket(str(tmp_path / "notify"))
     yield notified
     notified.close()
 
 
 def test_it_says_when_it_is_ready_and_when_it_stops(
-    start_relay: Callable[..., harness.Relay], database: harness.Database, notify_socket: NotifySocket
+    start_relay: Callable[..., Relay], database: harness.Database, notify_socket: NotifySocket
 ) -> None:
-    relay = start_relay(dsn=database.dsn, env={"NOTIFY_SOCKET": str(notify_socket.path)}, wait=False)
+    relay = start_relay(dsn=database.dsn, env=notify_socket.env, wait=False)
     notify_socket.wait_for("READY=1")
     assert "STOPPING=1" not in notify_socket.assignments()
     assert relay.stop() == 0
     assert notify_socket.assignments()[-1] == "STOPPING=1"
 
 
-def test_it_is_not_ready_while_postgresql_is_away(
-    start_relay: Callable[..., harness.Relay], own_server: harness.Server, notify_socket: NotifySocket
+def test_the_notification_socket_may_be_abstract(
+    start_relay: Callable[..., Relay], database: harness.Database
+) -> None:
+    with contextlib.closing(NotifySocket(f"@sse-relay-{secrets.token_hex(8)}")) as abstract:
+        start_relay(dsn=database.dsn, env=abstract.env, wait=False)
+        abstract.wait_for("READY=1")
+
+
+def test_it_asks_for_time_while_postgresql_is_away(
+    start_relay: Callable[..., Relay], own_server: harness.Server, notify_socket: NotifySocket
 ) -> None:
     own_server.stop()
-    relay = start_relay(dsn=own_server.dsn, env={"NOTIFY_SOCKET": str(notify_socket.path)}, wait=False)
-    harness.wait_until(lambda: "PostgreSQL" in relay.log, what="word of the missing PostgreSQL")
+    watchdog = {"WATCHDOG_USEC": "400000"}  # makes it speak every 0.2 s
+    relay = start_relay(dsn=own_server.dsn, env={**notify_socket.env, **watchdog}, wait=False)
+    notify_socket.wait_for("STATUS=waiting for PostgreSQL: connection to server")
+    notify_socket.wait_for("EXTEND_TIMEOUT_USEC=20000000")
     assert "READY=1" not in notify_socket.assignments()
     own_server.start()
     notify_socket.wait_for("READY=1")
+    notify_socket.wait_for("STATUS=0 clients, 0 channels, 0 events")
+    notify_socket.forget()
+    notify_socket.wait_for("STATUS=")
+    assert not any(said.startswith("EXTEND_TIMEOUT_USEC") for said in notify_socket.assignments()), relay.log
+
+
+def test_its_status_tells_what_it_does(
+    start_relay: Callable[..., Relay], database: harness.Database, notify_socket: NotifySocket
+) -> None:
+    relay = start_relay(dsn=database.dsn, env={**notify_socket.env, "WATCHDOG_USEC": "400000"})
+    with SseReader(relay.url("orders", "stock")) as reader:
+        reader.wait_for_id()
+        database.notify("orders", "1")
+        database.notify("stock", "2")
+        notify_socket.wait_for("STATUS=1 clients, 2 channels, 2 events")
+
+
+def test_the_watchdog_hears_from_a_loop_that_turns_and_from_no_other(
+    start_relay: Callable[..., Relay], own_server: harness.Server, notify_socket: NotifySocket
+) -> None:
+    relay = start_relay(dsn=own_server.dsn, env={**notify_socket.env, "WATCHDOG_USEC": "1000000"})
+    own_server.stop()
+    relay.wait_for_log("lost PostgreSQL")
+    notify_socket.forget()
+    # No restart mends a database that is away.
+    wait_until(lambda: notify_socket.assignments().count("WATCHDOG=1") >= 4, what="word of the loop")
+    times = [when for when, _ in notify_socket.messages]
+    assert max(later - earlier for earlier, later in pairwise(times)) < 1.0
+    relay.suspend()
+    notify_socket.forget()
+    with pytest.raises(pytest.fail.Exception):
+        notify_socket.wait_for("WATCHDOG=1", timeout=1.5)
+    relay.resume()
+    notify_socket.wait_for("WATCHDOG=1")
+
+
+def test_the_watchdog_of_another_process_hears_nothing(
+    start_relay: Callable[..., Relay], database: harness.Database, notify_socket: NotifySocket
+) -> None:
+    env = {**notify_socket.env, "WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"}
+    start_relay(dsn=database.dsn, env=env, wait=False)
+    notify_socket.wait_for("READY=1")
+    notify_socket.wait_for("STATUS=")
+    assert "WATCHDOG=1" not in notify_socket.assignments()
 
 
 def test_it_runs_where_nobody_listens_to_sd_notify(
-    start_relay: Callable[..., harness.Relay], database: harness.Database, tmp_path: Path
+    start_relay: Callable[..., Relay], database: harness.Database, tmp_path: Path
 ) -> None:
     relay = start_relay(dsn=database.dsn, env={"NOTIFY_SOCKET": str(tmp_path / "missing")})
     assert relay.stop() == 0
+
+
+# ==== Log =====================================================================
+
+# Standard error is the journal's, as far as the relay can tell.
+AS_JOURNAL = ("sh", "-c", 'export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec "$@"', "sh")
+
+
+def test_the_journal_gets_severities(start_relay: Callable[..., Relay], own_server: harness.Server) -> None:
+    relay = start_relay(dsn=own_server.dsn, prefix=AS_JOURNAL)
+    assert relay.wait_for_log("ready") == "<6>ready"
+    assert relay.wait_for_log("every channel can be read").startswith("<4>")
+    own_server.stop()
+    assert relay.wait_for_log("lost PostgreSQL").startswith("<4>")
+    assert all(re.match(r"<[3467]>", line) for line in relay.lines)
+
+
+def test_a_terminal_gets_times_even_below_a_service(
+    start_relay: Callable[..., Relay], database: harness.Database
+) -> None:
+    status = os.stat(os.devnull)  # noqa: PTH116  # the pair that systemd would name
+    env = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+    line = start_relay(dsn=database.dsn, env=env).wait_for_log("ready")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ready", line)
