@@ -60,6 +60,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import random
@@ -1375,6 +1376,7 @@ HOPELESS: Final = re.compile(
     r"|(database|role) \".*\" does not exist|is not permitted to log in"
     r"|permission denied for database|server does not support SSL|certificate verify failed"
     r"|definition of service|root certificate file|unsupported frontend protocol"
+    r"|^invalid (\w+ value|port number)|^could not match|^could not parse network address"
 )
 
 
@@ -1386,8 +1388,10 @@ def parse_dsn(dsn: str) -> dict[str, str]:
             may stand in the wrong place.
     """
     try:
+        if "\0" in dsn:  # libpq would read no further, and use its defaults
+            raise UnicodeError
         parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
-    except psycopg2.ProgrammingError:
+    except (psycopg2.ProgrammingError, UnicodeError):
         raise ValueError(f"the DSN cannot be read: {DSN_FORM}") from None
     if "@" in parts.get("host", "") or not re.fullmatch(r"[0-9,]*", parts.get("port", "")):
         raise ValueError(f"the DSN's host or port cannot be right: {DSN_FORM}")
@@ -3475,11 +3479,12 @@ def open_socket(bind: str, option: str = "--bind") -> socket.socket:
             sock.close()
             raise
         return sock
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
+        number = error.errno if isinstance(error, OSError) else None
         hint = f"choose another with {option}"
-        if error.errno == errno.EADDRINUSE:
+        if number == errno.EADDRINUSE:
             hint = f"another program, perhaps another relay, listens there; {hint}"
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise click.ClickException(f"cannot listen on {bind}: {reason}; {hint}") from None
 
 
@@ -4811,6 +4816,16 @@ def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return int(match[1]) * {"KiB": KIB, "MiB": MIB}.get(match[2], 1)
 
 
+class Seconds(click.FloatRange):
+    """A range of numbers without NaN, which passes every comparison."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
 class RunByDefault(click.Group):
     """A group whose command is ``run`` if the arguments begin with an option, or are none."""
 
@@ -5007,7 +5022,7 @@ def cli() -> None:
 @click.option(
     "--heartbeat",
     envvar="SSE_RELAY_HEARTBEAT",
-    type=click.FloatRange(0.1, 3600),
+    type=Seconds(0.1, 3600),
     default=15,
     show_default=True,
     metavar="SECONDS",
@@ -5034,7 +5049,7 @@ def cli() -> None:
 @click.option(
     "--linger",
     envvar="SSE_RELAY_LINGER",
-    type=click.FloatRange(0, 86400),
+    type=Seconds(0, 86400),
     default=60,
     show_default=True,
     metavar="SECONDS",
@@ -5148,9 +5163,10 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
     if "\0" in data:
         raise UnsendableError("PostgreSQL cannot carry the character NUL")
     try:
+        (event or "").encode()
         size = len(payload.encode())
     except UnicodeEncodeError:
-        raise UnsendableError("the data is not valid UTF-8") from None
+        raise UnsendableError("the event is not valid UTF-8") from None
     if source == "notify" and size > MAX_PAYLOAD_BYTES:
         raise UnsendableError(
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
@@ -5317,6 +5333,7 @@ def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
 @source_option
 @click.option(
     "--bind",
+    envvar="SSE_RELAY_BIND",
     default="127.0.0.1:8008",
     show_default=True,
     metavar="HOST:PORT",
@@ -5338,6 +5355,9 @@ def demo(source: str, bind: str, data: Path | None) -> None:
         sse_relay.py demo --source log --bind 127.0.0.1:9000 --data ./demo-data
     """
     start_log("warning")
+    address = split_address(bind)
+    if isinstance(address, Path) or not address[1]:
+        raise click.UsageError(f"--bind {bind}: the demo is for a browser, so give HOST:PORT")
     if not is_local(bind):
         raise click.UsageError(
             f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
@@ -5353,16 +5373,14 @@ def demo(source: str, bind: str, data: Path | None) -> None:
             allow_origin=DEVELOPMENT_ORIGINS,
         )
         notify = "pg_notify" if source == "notify" else "sse_relay.publish"
-        address = f"http://{bind}" if not bind.startswith("unix:") else bind
-
-        program = f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
+        program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
 
         def show() -> None:
             click.echo(
                 f"PostgreSQL is running:\n    {postgres.dsn}\n\n"
-                f"Open in a browser:\n    {address}/\n\n"
+                f"Open in a browser:\n    http://{bind}/\n\n"
                 f"Or in two other terminals:\n"
-                f"    curl -N {address}/events/orders\n"
+                f"    curl -N http://{bind}/events/orders\n"
                 f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
                 f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
                 "Ctrl-C ends it."

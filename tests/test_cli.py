@@ -1,0 +1,549 @@
+"""The command line: what it takes, and what it says to what it cannot take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import psycopg2.extensions
+import pytest
+from click.testing import CliRunner
+
+import harness
+from harness import PROGRAM, Database, Relay, SseReader
+from sse_relay import __version__, cli
+
+StartRelay = Callable[..., Relay]
+
+SECRET = "s3cr3t-W0rd"
+
+
+class Done(NamedTuple):
+    """How the program ended, and all it has written to either stream."""
+
+    status: int
+    output: str
+
+    @property
+    def error(self) -> str:
+        """The error, which is the last line, and the only one of its kind."""
+        lines = self.output.rstrip("\n").split("\n")
+        assert lines[-1].startswith("Error: "), self.output
+        assert sum(line.startswith("Error: ") for line in lines) == 1
+        return lines[-1].removeprefix("Error: ")
+
+
+def checked(status: int, output: str) -> Done:
+    assert "Traceback" not in output, output
+    assert SECRET not in output, output
+    return Done(status, output)
+
+
+def run_program(*arguments: str | bytes, env: Mapping[str, str] | None = None, stdin: bytes = b"") -> Done:
+    """Run the program to its end, which it must find by itself."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments], input=stdin, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=20, check=False, env={**harness.clean_environment(), **(env or {})},
+    )  # fmt: skip
+    return checked(done.returncode, done.stdout.decode())
+
+
+def invoke(*arguments: str, env: Mapping[str, str] | None = None, stdin: bytes = b"") -> Done:
+    """Run the program in this process: the same, without its start."""
+    result = CliRunner().invoke(cli, arguments, stdin, env, prog_name="sse_relay.py")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return checked(result.exit_code, result.output)
+
+
+def options_of(command: str) -> dict[str, click.Option]:
+    return {
+        option.opts[0]: option
+        for option in cli.commands[command].params
+        if isinstance(option, click.Option) and option.opts[0] != "--help"
+    }
+
+
+def url_of(database: Database) -> str:
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    return "postgresql://{user}:{password}@{host}:{port}/{dbname}".format(**parts)
+
+
+@pytest.fixture
+def heard(database: Database) -> Iterator[Callable[[], list[str]]]:
+    """Wait for the payloads that arrive on the channel "orders"."""
+    with contextlib.closing(database.connect()) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("LISTEN orders")
+
+        def take() -> list[str]:
+            assert select.select([connection], [], [], 5)[0], "nothing came"
+            connection.poll()
+            payloads = [notification.payload for notification in connection.notifies]
+            connection.notifies.clear()
+            return payloads
+
+        yield take
+
+
+# ==== Commands and options ====================================================
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", ["", *cli.commands])
+def test_help_shows_the_usage_and_an_example(command: str, option: str) -> None:
+    done = invoke(*command.split(), option)
+    assert done.status == 0
+    assert done.output.startswith(" ".join(["Usage: sse_relay.py", *command.split(), "[OPTIONS]"]))
+    assert "Example:" in done.output
+
+
+def test_the_version_is_the_packages() -> None:
+    assert invoke("--version") == (0, f"sse-relay, version {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--retry", "1"), ("run",)])
+def test_no_command_means_run(arguments: tuple[str, ...]) -> None:
+    done = invoke(*arguments, env={"SSE_RELAY_BIND": "nowhere"})
+    assert done.status == 2
+    assert done.output.startswith("Usage: sse_relay.py run ")
+    assert "'nowhere' is neither HOST:PORT nor unix:PATH" in done.error
+
+
+def test_every_option_of_run_has_its_environment_variable() -> None:
+    for name, option in options_of("run").items():
+        assert option.envvar == "SSE_RELAY_" + name.removeprefix("--").replace("-", "_").upper()
+
+
+def test_an_option_has_the_same_variable_in_all_commands() -> None:
+    for command in cli.commands:
+        for name in options_of(command).keys() & options_of("run").keys():
+            assert options_of(command)[name].envvar == options_of("run")[name].envvar, (command, name)
+
+
+def test_variables_configure_and_the_command_line_wins(database: Database, start_relay: StartRelay) -> None:
+    relay = start_relay(
+        "--retry", "3000",
+        env={
+            "SSE_RELAY_DSN": database.dsn,
+            "SSE_RELAY_RETRY": "1",
+            "SSE_RELAY_PATH": "/",
+            "SSE_RELAY_HEARTBEAT": "0.1",
+            "SSE_RELAY_ALLOW_CHANNEL": "orders users-*",
+        },
+    )  # fmt: skip
+    for channel in ("orders", "users-7"):
+        with harness.RawStream(relay.bind, relay.url(channel, path="/")) as stream:
+            stream.wait_for(b"\n\n:\n:\n")
+            retry = int(stream.body.partition(b"retry: ")[2].partition(b"\n")[0])
+            assert 3000 <= retry < 6100
+    with harness.RawStream(relay.bind, relay.url("users", path="/"), headers={"Accept": "*/*"}) as stream:
+        stream.wait_for(b'"status": 403')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bind", "127.0.0.1"], "neither HOST:PORT nor unix:PATH"),
+        (["--bind", ":8008"], "neither HOST:PORT nor unix:PATH"),
+        (["--bind", "127.0.0.1:65536"], "neither HOST:PORT nor unix:PATH"),
+        (["--bind", "127.0.0.1:http"], "neither HOST:PORT nor unix:PATH"),
+        (["--bind", "127.0.0.1:٣"], "neither HOST:PORT nor unix:PATH"),
+        (["--bind", "unix:"], "neither HOST:PORT nor unix:PATH"),
+        (["--memory", "64MB"], "is not a size"),
+        (["--memory", "-1"], "is not a size"),
+        (["--memory", ""], "is not a size"),
+        (["--max-backlog", "1e6"], "is not a size"),
+        (["--max-backlog", "1.5MiB"], "is not a size"),
+        (["--heartbeat", "0"], "0.1<=x<=3600"),
+        (["--heartbeat", "15s"], "is not a valid float"),
+        (["--heartbeat", "nan"], "is not a number of seconds"),
+        (["--linger", "-1"], "0<=x<=86400"),
+        (["--linger", "inf"], "0<=x<=86400"),
+        (["--retry", "0"], "1<=x<=86400000"),
+        (["--retry", "86400001"], "1<=x<=86400000"),
+        (["--retry", "2.5"], "is not a valid integer"),
+        (["--max-clients", "0"], "x>=1"),
+        (["--max-channels", "many"], "is not a valid integer"),
+        (["--path", "events"], "give an absolute path"),
+        (["--path", "/events/"], "give an absolute path"),
+        (["--path", "/a b"], "give an absolute path"),
+        (["--path", "/events?x"], "give an absolute path"),
+        (["--path", "/{channel}"], "give an absolute path"),
+        (["--path", ""], "give an absolute path"),
+        (["--allow-origin", "*"], "is no origin"),
+        (["--allow-origin", "app.example"], "is no origin"),
+        (["--allow-origin", "https://app.example/"], "is no origin"),
+        (["--allow-origin", "https://App.example"], "is no origin"),
+        (["--allow-origin", "null"], "is no origin"),
+        (["--source", "table"], "'notify', 'log'"),
+        (["--log-level", "loud"], "'debug', 'info', 'warning', 'error'"),
+        (["--log-format", "xml"], "'text', 'json'"),
+        (["--colour"], "No such option"),
+        (["--dsn"], "requires an argument"),
+        (["run", "orders"], "unexpected extra argument"),
+        (["serve"], "No such command"),
+        (["publish"], "Missing argument 'CHANNEL'"),
+        (["publish", "orders", "two", "words"], "unexpected extra argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_options_are_usage_errors(arguments: list[str], message: str) -> None:
+    done = invoke(*arguments)
+    assert done.status == 2
+    assert message in done.error
+
+
+@pytest.mark.parametrize("channels", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"])
+def test_strangers_are_let_in_only_on_purpose(channels: str) -> None:
+    done = run_program("--bind", "127.0.0.1:0", "--bind", channels)
+    assert done.status == 2
+    assert channels in done.error
+    assert "--jwt-key-file" in done.error
+    assert "--allow-channel" in done.error
+
+
+# ==== The DSN =================================================================
+
+
+def test_the_dsn_is_found_wherever_it_may_stand(
+    database: Database, tmp_path: Path, heard: Callable[[], list[str]]
+) -> None:
+    file = tmp_path / "dsn"
+    file.write_text(url_of(database) + "\n")
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    names = {
+        "host": "PGHOST",
+        "port": "PGPORT",
+        "user": "PGUSER",
+        "password": "PGPASSWORD",
+        "dbname": "PGDATABASE",
+    }
+    wrong = {"DATABASE_URL": "postgresql://127.0.0.1:1/wrong", "PGPORT": "1"}
+    places: dict[str, tuple[list[str], dict[str, str]]] = {
+        "--dsn": (["--dsn", database.dsn], wrong),
+        "--dsn as a URL": (["--dsn", url_of(database)], wrong),
+        "--dsn-file": (["--dsn-file", str(file)], wrong),
+        "SSE_RELAY_DSN": ([], {"SSE_RELAY_DSN": database.dsn, **wrong}),
+        "SSE_RELAY_DSN_FILE": ([], {"SSE_RELAY_DSN_FILE": str(file), **wrong}),
+        "DATABASE_URL": ([], {"DATABASE_URL": url_of(database), "PGPORT": "1"}),
+        "PG*": ([], {variable: parts[key] for key, variable in names.items()}),
+    }  # fmt: skip
+    for place, (options, env) in places.items():
+        assert invoke("publish", *options, "orders", f"by {place}", env=env) == (0, "")
+        assert heard() == [f"by {place}"]
+
+
+def test_the_relay_takes_its_dsn_from_the_environment(database: Database, start_relay: StartRelay) -> None:
+    relay = start_relay(env={"DATABASE_URL": url_of(database)})
+    with SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        database.notify("orders", "x")
+        reader.wait_for_data("x")
+
+
+MALFORMED = [
+    f"postgresql://u:{SECRET}@ss@host/db",
+    f"postgresql://u:p@{SECRET}@host/db",
+    f"postgresql://u:p/{SECRET}@host/db",
+    f"postgresql://u:%zz{SECRET}@host/db",
+    f"postgresql://u:{SECRET}@[::1/db",
+    f"postgresql://u:{SECRET}@host:port/db",
+    f"postgresql://u:{SECRET}@host/db?pool={SECRET}",
+    f"postgres:{SECRET}@host",
+    f"mysql://u:{SECRET}@host/db",
+    f"postgresql+psycopg2://u:{SECRET}@host/db",
+    f"host=x password={SECRET} port=abc",
+    f"host=x password=a {SECRET}",
+    f"host=x password='{SECRET}",
+    f"host=x passwort={SECRET}",
+    f"host=u:{SECRET}@x",
+    f"{SECRET}",
+    f"host=x\udcff password={SECRET}",
+]
+
+
+@pytest.mark.parametrize("dsn", MALFORMED, ids=range(len(MALFORMED)))
+def test_a_malformed_dsn_is_a_usage_error_that_does_not_quote_it(dsn: str) -> None:
+    for done in (invoke("publish", "--dsn", dsn, "orders", "x"), invoke("schema", "--apply", "--dsn", dsn)):
+        assert done.status == 2
+        assert "the DSN" in done.error
+        assert "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'" in done.error
+
+
+def test_the_relay_does_not_start_with_a_malformed_dsn(tmp_path: Path) -> None:
+    file = tmp_path / "dsn"
+    file.write_bytes(b"host=\0 password=" + SECRET.encode())
+    for arguments, env in (
+        (["--dsn", MALFORMED[0]], {}),
+        ([], {"DATABASE_URL": MALFORMED[-2]}),
+        (["--dsn-file", str(file)], {}),
+    ):
+        done = run_program("--bind", "127.0.0.1:0", *arguments, env=env)
+        assert done.status == 2
+        assert "the DSN" in done.error
+
+
+def test_a_dsn_file_must_be_readable_text(tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_text("\n")
+    binary.write_bytes(b"\xff\xfe")
+    for path, reason in (
+        (tmp_path / "missing", "No such file or directory"),
+        (tmp_path, "directory"),
+        (empty, "is empty: write the DSN into it"),
+        (binary, "it is not text"),
+    ):
+        done = invoke("publish", "--dsn-file", str(path), "orders", "x")
+        assert done.status == 2
+        assert str(path) in done.error
+        assert reason in done.error
+
+
+def test_two_dsns_are_refused(tmp_path: Path) -> None:
+    for options, env in (
+        (["--dsn", "host=x", "--dsn-file", "y"], {}),
+        (["--dsn-file", "y"], {"SSE_RELAY_DSN": f"password={SECRET}"}),
+    ):
+        done = invoke("publish", *options, "orders", "x", env=env)
+        assert (done.status, done.error) == (2, "give --dsn or --dsn-file, not both")
+
+
+# ==== Databases that cannot work, or not yet ==================================
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"password": SECRET}, "password authentication failed for user"),
+        ({"user": "nobody_here", "password": SECRET}, "authentication failed for user"),
+        ({"dbname": "no_such_database"}, 'database "no_such_database" does not exist'),
+        ({"sslmode": "always", "password": SECRET}, 'invalid sslmode value: "always"'),
+        ({"port": "99999", "password": SECRET}, 'invalid port number: "99999"'),
+        ({"port": "1,2", "password": SECRET}, "could not match 2 port numbers to 1 hosts"),
+        ({"sslmode": "require"}, "server does not support SSL"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_database_that_cannot_work_is_named_in_one_line(
+    database: Database, wrong: dict[str, str], message: str
+) -> None:
+    dsn = psycopg2.extensions.make_dsn(database.dsn, **wrong)
+    relay = run_program("--dsn", dsn, "--bind", "127.0.0.1:0")
+    assert relay.status == 1
+    assert relay.error.startswith("PostgreSQL cannot be used: ")
+    publish = invoke("publish", "--dsn", dsn, "orders", "x")
+    assert publish.status == 1
+    assert publish.error.startswith("PostgreSQL did not take the event: ")
+    assert publish.output.count("\n") == 1
+    for done in (relay, publish):
+        assert message in done.error
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "host.invalid"])
+def test_a_relay_waits_for_an_unreachable_host(host: str, start_relay: StartRelay) -> None:
+    dsn = f"host={host} port={harness.free_port()} user=u password={SECRET} dbname=d"
+    relay = start_relay(dsn=dsn, wait=False)
+    line = relay.wait_for_log("cannot reach PostgreSQL, trying again until it is back")
+    assert host in line
+    with SseReader(relay.url("orders"), wait=False) as reader:
+        harness.wait_until(lambda: reader.response is not None, what="a stream, while it waits")
+        assert reader.status == 200
+        assert relay.stop() == 0
+    checked(0, relay.log)
+
+
+def test_publish_says_that_a_host_is_unreachable() -> None:
+    dsn = f"host=127.0.0.1 port={harness.free_port()} user=u password={SECRET}"
+    done = invoke("publish", "--dsn", dsn, "orders", "x")
+    assert done.status == 1
+    assert done.output.count("\n") == 1
+    assert "Connection refused" in done.error
+
+
+# ==== Addresses ===============================================================
+
+
+def test_a_port_in_use_is_named(relay: Relay, database: Database) -> None:
+    done = run_program("--dsn", database.dsn, "--bind", relay.bind)
+    assert done.status == 1
+    assert f"cannot listen on {relay.bind}: Address already in use" in done.error
+    assert "choose another with --bind" in done.error
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("unix:/sys/relay.sock", ""),
+        ("unix:/nowhere/relay.sock", "No such file or directory"),
+        ("unix:/" + "x" * 120, "too long"),
+        ("host.invalid:8008", ""),
+        ("x" * 70 + ":8008", ""),
+        ("a..b:8008", ""),
+    ],
+    ids=["unwritable", "no folder", "long path", "unknown host", "long label", "empty label"],
+)
+def test_an_address_that_cannot_be_had_is_named(address: str, reason: str) -> None:
+    done = run_program("--bind", address, "--allow-channel", "*")
+    assert done.status == 1
+    assert done.error.startswith(f"cannot listen on {address}: ")
+    assert reason in done.error
+    assert done.error.endswith("; choose another with --bind")
+
+
+def test_a_stale_unix_socket_is_replaced_and_a_live_one_is_not(
+    database: Database, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    path = tmp_path / "relay.sock"
+    bind = f"unix:{path}"
+    start_relay(dsn=database.dsn, bind=bind).kill()
+    assert path.is_socket()
+    relay = start_relay(dsn=database.dsn, bind=bind)
+    second = run_program("--dsn", database.dsn, "--bind", bind)
+    assert second.status == 1
+    assert "Address already in use; another program, perhaps another relay, listens there" in second.error
+    with SseReader(relay.url("orders"), unix=str(path)) as reader:
+        reader.wait_for_id()
+        database.notify("orders", "x")
+        reader.wait_for_data("x")
+    assert relay.stop() == 0
+    assert not path.exists()
+
+
+def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("kept")
+    done = run_program("--bind", f"unix:{path}")
+    assert done.status == 1
+    assert str(path) in done.error
+    assert path.read_text() == "kept"
+
+
+def test_a_relay_serves_all_its_addresses(
+    database: Database, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    path = tmp_path / "relay.sock"
+    relay = start_relay("--bind", f"unix:{path}", dsn=database.dsn)
+    with SseReader(relay.url("orders")) as first, SseReader(relay.url("orders"), unix=str(path)) as second:
+        for reader in (first, second):
+            reader.wait_for_id()
+        database.notify("orders", "x")
+        for reader in (first, second):
+            reader.wait_for_data("x")
+
+
+def test_a_busy_second_address_leaves_the_first_free(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "relay.sock"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run_program("--dsn", database.dsn, "--bind", f"unix:{path}", "--bind", f"127.0.0.1:{port}")
+    assert done.status == 1
+    # What was bound before is not left behind as if somebody listened there.
+    again = run_program("--dsn", "port=1,2", "--bind", f"unix:{path}")
+    assert "cannot listen" not in again.error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_relay_with_0(relay: Relay, number: signal.Signals) -> None:
+    relay.process.send_signal(number)
+    assert relay.wait() == 0
+    assert "Traceback" not in relay.log
+    assert "Aborted" not in relay.log
+
+
+# ==== publish =================================================================
+
+
+def test_publish_sends_what_it_is_given(database: Database, heard: Callable[[], list[str]]) -> None:
+    sent: list[tuple[list[str], bytes, str]] = [
+        (["orders", "hello"], b"", "hello"),
+        (["orders", ""], b"", ""),
+        (["orders", "--", "-5"], b"", "-5"),
+        (["orders"], b"two\nlines\n", "two\nlines"),
+        (["orders", "-"], b"no line end", "no line end"),
+        (["orders"], b"crlf\r\n", "crlf"),
+        (["orders"], b"one of two\n\n", "one of two\n"),
+        (["orders"], "Größe 🎉".encode(), "Größe 🎉"),
+        (["--event", "created", "orders", "1.10"], b"", '{"event": "created", "data": "1.10"}'),
+        (["--event", "größe", "orders"], b"x", '{"event": "größe", "data": "x"}'),
+        (["orders", "x" * 7_999], b"", "x" * 7_999),
+        (["orders"], b"y" * 7_999 + b"\n", "y" * 7_999),
+        (["orders", "é" * 3_999], b"", "é" * 3_999),
+    ]  # fmt: skip
+    for arguments, stdin, payload in sent:
+        assert invoke("publish", "--dsn", database.dsn, *arguments, stdin=stdin) == (0, "")
+        assert heard() == [payload]
+
+
+def test_published_text_reaches_a_stream(relay: Relay, database: Database) -> None:
+    with SseReader(relay.url("orders")) as reader:
+        reader.wait_for_id()
+        text = 'data: "x"\n\\u0041 🎉'
+        done = run_program(
+            "publish", "--dsn", database.dsn, "--event", "created", "orders", stdin=text.encode()
+        )
+        assert done == (0, "")
+        assert reader.wait_for(lambda event: event.event == "created").data == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["x" * 64, "x"], b"", "64 bytes, at most 63"),
+        (["é" * 32, "x"], b"", "64 bytes, at most 63"),
+        (["", "x"], b"", "the channel's name is empty"),
+        (["a\nb", "x"], b"", "control characters"),
+        (["a\x7f", "x"], b"", "control characters"),
+        (["sse_relay_wake", "x"], b"", "the relay's own"),
+        (["\udcff", "x"], b"", "the channel's name is not valid UTF-8"),
+        (["orders", "x" * 8_000], b"", "8000 bytes; a notification holds at most 7999"),
+        (["orders", "é" * 4_000], b"", "8000 bytes; a notification holds at most 7999"),
+        (["orders"], b"x" * 8_000, "8000 bytes; a notification holds at most 7999"),
+        (["--event", "e", "orders", "x" * 7_980], b"", "a notification holds at most 7999"),
+        (["orders"], b"a\0b", "cannot carry the character NUL"),
+        (["orders"], b"\xff", "not valid UTF-8"),
+        (["orders", "\udcff"], b"", "not valid UTF-8"),
+        (["--event", "\udcff", "orders", "x"], b"", "not valid UTF-8"),
+        (["--event", "error", "orders", "x"], b"", "an event cannot be named 'error'"),
+        (["--event", "open", "orders", "x"], b"", "an event cannot be named 'open'"),
+        (["--event", "relay.gap", "orders", "x"], b"", "an event cannot be named 'relay.gap'"),
+        (["--event", "a\nb", "orders", "x"], b"", "an event cannot be named"),
+        (["--source", "log", "--event", "\udcff", "orders", "x"], b"", "not valid UTF-8"),
+        (["--source", "log", "orders", "x"], b"", "schema --apply"),
+    ],
+    ids=range(21),
+)  # fmt: skip
+def test_publish_refuses_what_no_stream_could_carry(
+    database: Database, arguments: list[str], stdin: bytes, message: str
+) -> None:
+    done = invoke("publish", "--dsn", database.dsn, *arguments, stdin=stdin)
+    assert done.status == 1
+    assert done.output.count("\n") == 1
+    assert message in done.error
+
+
+def test_publish_takes_the_bytes_of_a_real_command_line(database: Database) -> None:
+    for arguments in ([b"\xff", b"x"], [b"orders", b"\xff"], [b"--event", b"\xff", b"orders", b"x"]):
+        done = run_program("publish", "--dsn", database.dsn, *arguments)
+        assert done.status == 1
+        assert done.output.count("\n") == 1
+
+
+def test_publish_does_not_wait_for_a_terminal_that_is_closed(
+    database: Database, heard: Callable[[], list[str]]
+) -> None:
+    with Path(os.devnull).open("rb") as nothing:
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), "publish", "--dsn", database.dsn, "orders"],
+            stdin=nothing, timeout=20, check=False, env=harness.clean_environment(),
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert heard() == [""]
