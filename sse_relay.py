@@ -57,9 +57,11 @@ import errno
 import functools
 import gc
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import random
@@ -78,6 +80,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.parse
 from collections import Counter
@@ -146,6 +149,8 @@ SEND_BUFFER_BYTES: Final = 64 * KIB
 # few, so that those who are connected do not wait. The queue itself is set afterwards.
 ACCEPTS_PER_TURN: Final = 16
 LISTEN_BACKLOG: Final = 4096
+# Connections without a request in work, some 6 KiB each.
+MAX_WAITING: Final = 10_000
 # Descriptors that clients cannot take: the database, the log, listening sockets.
 RESERVED_DESCRIPTORS: Final = 64
 
@@ -1311,14 +1316,16 @@ class Hub:
             clock: Gives seconds since 1970.
             final: Gives a stream's last block.
         """
-        second = int(clock())
         while True:
             await asyncio.sleep(1.0 - clock() % 1.0)
-            # Second by second: a clock that jumps must not leave anybody behind.
-            while second < int(clock()):
-                second += 1
+            # All that is past: a clock that jumps must not leave anybody behind.
+            for second in [second for second in self.expiring if second <= clock()]:
                 for subscriber in tuple(self.expiring.get(second, ())):
-                    subscriber.end(final())
+                    if subscriber.transport is not None and subscriber.transport.is_closing():
+                        # It had a second to take what waited for it.
+                        subscriber.transport.abort()
+                    else:
+                        subscriber.end(final())
 
     async def beat(self, position: Callable[[], bytes | None]) -> None:
         """Write to the idle streams, for ever, from one timer.
@@ -1375,6 +1382,7 @@ HOPELESS: Final = re.compile(
     r"|(database|role) \".*\" does not exist|is not permitted to log in"
     r"|permission denied for database|server does not support SSL|certificate verify failed"
     r"|definition of service|root certificate file|unsupported frontend protocol"
+    r"|^invalid (\w+ value|port number)|^could not match|^could not parse network address"
 )
 
 
@@ -1386,11 +1394,16 @@ def parse_dsn(dsn: str) -> dict[str, str]:
             may stand in the wrong place.
     """
     try:
+        if "\0" in dsn:  # libpq would read no further, and use its defaults
+            raise UnicodeError
         parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
-    except psycopg2.ProgrammingError:
+    except (psycopg2.ProgrammingError, UnicodeError):
         raise ValueError(f"the DSN cannot be read: {DSN_FORM}") from None
-    if "@" in parts.get("host", "") or not re.fullmatch(r"[0-9,]*", parts.get("port", "")):
-        raise ValueError(f"the DSN's host or port cannot be right: {DSN_FORM}")
+    # Signs of a password with / or : or @ in it that is not percent-encoded, of which a part
+    # would show in PostgreSQL's errors.
+    misread = "@" in parts.get("host", "") + parts.get("dbname", "") or ":" in parts.get("user", "")
+    if misread or not re.fullmatch(r"[0-9,]*", parts.get("port", "")):
+        raise ValueError(f"the DSN's user, host, port or database cannot be right: {DSN_FORM}")
     return parts
 
 
@@ -1544,9 +1557,13 @@ async def execute(
             took longer than the timeout in seconds. aiopg has closed it then.
         psycopg2.Error: As PostgreSQL says.
     """
+    task = asyncio.current_task()
     try:
         async with connection.cursor() as cursor:
             await cursor.execute(statement, values or None, timeout=timeout)
+            if task is not None and task.cancelling():
+                # Python 3.11's wait_for, within aiopg, forgets one that comes with the answer.
+                raise asyncio.CancelledError
             return cursor.raw.fetchall() if cursor.description else []
     except TimeoutError:
         raise LostConnectionError(f"PostgreSQL did not answer within {timeout:g} s") from None
@@ -1554,7 +1571,6 @@ async def execute(
         raise LostConnectionError(str(error)) from None
     except asyncio.CancelledError:
         # aiopg raises this too when someone cancels the statement on the server.
-        task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
         raise LostConnectionError("the statement was cancelled on the server") from None
@@ -2517,8 +2533,27 @@ SET jit = off
 """
 
 # -> (version int). The table and the column keep these names in every version. SQLSTATE 42P01: no
-# schema; 42501: no rights on it.
+# schema.
 LOG_VERSION_SQL: Final = "SELECT version FROM sse_relay.settings"
+
+# -> one GRANT a row, for what the relay's role lacks. By the catalogs: without USAGE on the schema,
+# names cannot be looked up.
+LOG_GRANTS_SQL: Final = """
+WITH space AS (SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay')
+SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
+    FROM space WHERE NOT has_schema_privilege(oid, 'USAGE')
+UNION ALL
+SELECT format('GRANT SELECT ON %s TO %I', string_agg('sse_relay.' || relname, ', '), current_user)
+    FROM pg_class WHERE relnamespace = (SELECT oid FROM space)
+        AND relname IN ('settings', 'epoch', 'events') AND NOT has_table_privilege(oid, 'SELECT')
+    HAVING count(*) > 0
+UNION ALL
+SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure::text, ', '), current_user)
+    FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
+        AND proname IN ('attach', 'waiting', 'advance', 'prune')
+        AND NOT has_function_privilege(oid, 'EXECUTE')
+    HAVING count(*) > 0
+"""
 
 # (epoch text | None, id int | None): where this relay had come to before.
 # -> (epoch text, newest id bigint, pruned through id bigint, retention in seconds float): first on each
@@ -2605,14 +2640,13 @@ LOG_PUBLISH_SQL: Final = "SELECT sse_relay.publish(%s, %s, %s)"
 
 def check_log(cursor: psycopg2.extensions.cursor) -> None:
     """Raise `UnusableDatabaseError` if the durable log is missing, closed, or of another version."""
+    cursor.execute(LOG_GRANTS_SQL)
+    if lacking := [grant for (grant,) in cursor.fetchall()]:
+        raise UnusableDatabaseError(f"this role may not use the durable log: run {'; '.join(lacking)}")
     try:
         cursor.execute(LOG_VERSION_SQL)
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.InvalidSchemaName):
         raise UnusableDatabaseError(NOT_INSTALLED) from None
-    except psycopg2.errors.InsufficientPrivilege:
-        raise UnusableDatabaseError(
-            "this role may not read the durable log: grant it what section 'Roles' of the README lists"
-        ) from None
     (version,) = cursor.fetchone() or (None,)
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
@@ -3048,9 +3082,11 @@ class Streams:
             refused = error
         except ConnectionError:
             raise
-        except Exception:
-            # A status of 500 would leave a native EventSource dead for good.
-            log.exception("this should not happen; the client is told to come back")
+        except Exception as bug:
+            # A status of 500 would leave a native EventSource dead for good. The error's own
+            # text may quote what the client sent, a token for instance.
+            places = "".join(traceback.format_tb(bug.__traceback__))
+            log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
             refused = RefusedError(503, "an error of sse-relay's own")
         accepts = request.headers.getall("Accept", ())
         in_band = is_stream and request.method == "GET" and any(EVENT_STREAM in value for value in accepts)
@@ -3450,7 +3486,12 @@ def split_address(bind: str) -> tuple[str, int] | Path:
 def is_local(bind: str) -> bool:
     """Tell whether only this machine can reach an address: loopback or a unix socket."""
     address = split_address(bind)
-    return isinstance(address, Path) or address[0] in ("localhost", "::1") or address[0].startswith("127.")
+    if isinstance(address, Path):
+        return True
+    try:
+        return ipaddress.ip_address(address[0]).is_loopback
+    except ValueError:
+        return address[0] == "localhost"  # 127.0.0.1.example is a name like any other
 
 
 def open_socket(bind: str, option: str = "--bind") -> socket.socket:
@@ -3474,11 +3515,12 @@ def open_socket(bind: str, option: str = "--bind") -> socket.socket:
             sock.close()
             raise
         return sock
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
+        number = error.errno if isinstance(error, OSError) else None
         hint = f"choose another with {option}"
-        if error.errno == errno.EADDRINUSE:
+        if number == errno.EADDRINUSE:
             hint = f"another program, perhaps another relay, listens there; {hint}"
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise click.ClickException(f"cannot listen on {bind}: {reason}; {hint}") from None
 
 
@@ -3547,6 +3589,8 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         click.UsageError: Strangers could reach the relay, and nothing says what they may read.
         click.ClickException: A key cannot be read.
     """
+    if settings.jwt_cookie and not settings.jwt_key_file:
+        raise click.UsageError("--jwt-cookie needs --jwt-key-file FILE, to verify the cookie's token with")
     if settings.allow_channel or settings.jwt_key_file:
         return Access(
             compile_globs(settings.allow_channel),
@@ -3578,7 +3622,7 @@ class Door(web.Server):
     def __init__(self, handler: Handler, most: int, taken: Callable[[], int]) -> None:
         """Args:
         most: Connections, those included that have become streams.
-        taken: Gives how many have.
+        taken: Gives how many have, or are about to.
         """
         super().__init__(
             self._serve,
@@ -3591,41 +3635,58 @@ class Door(web.Server):
         self._most = most
         self._taken = taken
         self._open: set[Any] = set()
-        # Those that have not sent a whole request yet, oldest first, with the loop time
-        # at which they came.
-        self._silent: dict[Any, float] = {}
+        self._busy = 0
+        # Those without a request in work, with the loop time at which they are closed.
+        self._waiting: dict[Any, float] = {}
+        self._most_waiting = max(1, min(MAX_WAITING, most // 4))
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self._open.add(handler)
-        self._silent[handler] = asyncio.get_running_loop().time()
-        if len(self._open) + self._taken() > self._most:
-            transport.abort()
-        elif len(self._silent) * 4 > self._most:
-            next(iter(self._silent)).force_close()
+        self._wait(handler, REQUEST_TIMEOUT)
+        # Requests in work are about to become streams, and are among those taken.
+        if len(self._open) - self._busy + self._taken() > self._most:
+            self._close(next(iter(self._waiting)))
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
         self._open.discard(handler)
-        self._silent.pop(handler, None)
+        self._waiting.pop(handler, None)
 
-    async def close_silent(self) -> None:
-        """Close connections whose first request does not come, for ever, from one timer."""
+    def _wait(self, handler: Any, timeout: float) -> None:
+        """Wait for a connection's next request; of too many, close the one that waits for longest."""
+        self._waiting[handler] = asyncio.get_running_loop().time() + timeout
+        if len(self._waiting) > self._most_waiting:
+            self._close(next(iter(self._waiting)))
+
+    def _close(self, handler: Any) -> None:
+        # Out at once: each of those that are accepted in one turn must find another.
+        del self._waiting[handler]
+        transport = handler.transport
+        handler.force_close()
+        if transport is not None:
+            transport.abort()
+
+    async def close_late(self) -> None:
+        """Close connections whose next request does not come, for ever, from one timer."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(REQUEST_TIMEOUT / 4)
-            late = loop.time() - REQUEST_TIMEOUT
-            for handler, since in tuple(self._silent.items()):
-                if since > late:
-                    break
-                handler.force_close()
+            now = loop.time()
+            for handler in [handler for handler, end in self._waiting.items() if end <= now]:
+                self._close(handler)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._silent.pop(request.protocol, None)
+        self._waiting.pop(request.protocol, None)
+        self._busy += 1
         try:
             return await self._handler(request)
         except ConnectionResetError:
             return web.Response()  # the client has left, which aiohttp would log as an error of ours
+        finally:
+            self._busy -= 1
+            if request.protocol in self._open:
+                self._wait(request.protocol, KEEPALIVE_TIMEOUT)
 
 
 class Relay:
@@ -3700,7 +3761,7 @@ class Relay:
         for sock in self._sockets:
             log.info("listening on %s, path %s", address_of(sock), self._settings.path)
         for sock in self._admin_sockets:
-            log.info("listening on %s for /live, /ready, /metrics, /channels", address_of(sock))
+            log.info("listening on %s, admin", address_of(sock))
         # Most objects that exist now stay for ever; collecting them again and again slows
         # down the arrival of clients, and so does collecting after every 700 new objects.
         gc.freeze()
@@ -3710,7 +3771,7 @@ class Relay:
                 self.listener.run(),
                 self.hub.beat(self.source.sent_position),
                 self.hub.end_expired(time.time, self._last_block),
-                door.close_silent(),
+                door.close_late(),
                 self._report(),
                 self._tell(on_ready),
                 _wait(stop),
@@ -4278,33 +4339,13 @@ def check_queue(cursor: psycopg2.extensions.cursor) -> Finding:
     )
 
 
-# -> one GRANT a row, for what the relay's role lacks. By the catalogs: without USAGE on the schema,
-# names cannot be looked up.
-DOCTOR_GRANTS_SQL: Final = """
-WITH space AS (SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay')
-SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
-    FROM space WHERE NOT has_schema_privilege(oid, 'USAGE')
-UNION ALL
-SELECT format('GRANT SELECT ON %s TO %I', string_agg('sse_relay.' || relname, ', '), current_user)
-    FROM pg_class WHERE relnamespace = (SELECT oid FROM space)
-        AND relname IN ('settings', 'epoch', 'events') AND NOT has_table_privilege(oid, 'SELECT')
-    HAVING count(*) > 0
-UNION ALL
-SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure::text, ', '), current_user)
-    FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
-        AND proname IN ('attach', 'waiting', 'advance', 'prune')
-        AND NOT has_function_privilege(oid, 'EXECUTE')
-    HAVING count(*) > 0
-"""
-
-
 def check_grants(cursor: psycopg2.extensions.cursor) -> Finding:
     """Look whether the role may do what the relay does with the durable log."""
     cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
     if not cursor.fetchall():
         what, _, mend = NOT_INSTALLED.partition(": ")
         return Finding("problem", "schema", what, mend)
-    cursor.execute(DOCTOR_GRANTS_SQL)
+    cursor.execute(LOG_GRANTS_SQL)
     lacking = [grant for (grant,) in cursor.fetchall()]
     if lacking:
         return Finding("problem", "grants", "this role may not use the durable log", "; ".join(lacking))
@@ -4810,6 +4851,16 @@ def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return int(match[1]) * {"KiB": KIB, "MiB": MIB}.get(match[2], 1)
 
 
+class Seconds(click.FloatRange):
+    """A range of numbers without NaN, which passes every comparison."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
 class RunByDefault(click.Group):
     """A group whose command is ``run`` if the arguments begin with an option, or are none."""
 
@@ -4940,6 +4991,8 @@ def start_log(level: str, form: str = "text") -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # At debug level it quotes cookies.
+    logging.getLogger("aiohttp").setLevel(logging.WARNING)
     # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
     logger = logging.getLogger("asyncio")
     logger.setLevel(logging.ERROR)
@@ -5006,7 +5059,7 @@ def cli() -> None:
 @click.option(
     "--heartbeat",
     envvar="SSE_RELAY_HEARTBEAT",
-    type=click.FloatRange(0.1, 3600),
+    type=Seconds(0.1, 3600),
     default=15,
     show_default=True,
     metavar="SECONDS",
@@ -5033,7 +5086,7 @@ def cli() -> None:
 @click.option(
     "--linger",
     envvar="SSE_RELAY_LINGER",
-    type=click.FloatRange(0, 86400),
+    type=Seconds(0, 86400),
     default=60,
     show_default=True,
     metavar="SECONDS",
@@ -5147,9 +5200,10 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
     if "\0" in data:
         raise UnsendableError("PostgreSQL cannot carry the character NUL")
     try:
+        (event or "").encode()
         size = len(payload.encode())
     except UnicodeEncodeError:
-        raise UnsendableError("the data is not valid UTF-8") from None
+        raise UnsendableError("the event is not valid UTF-8") from None
     if source == "notify" and size > MAX_PAYLOAD_BYTES:
         raise UnsendableError(
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
@@ -5297,7 +5351,7 @@ def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
                 raise UnsendableError(detail)
             await in_thread(lambda: send_event(dsn, source, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
             return web.Response(status=204)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         except UnsendableError as error:
             detail = str(error)
@@ -5316,6 +5370,7 @@ def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
 @source_option
 @click.option(
     "--bind",
+    envvar="SSE_RELAY_BIND",
     default="127.0.0.1:8008",
     show_default=True,
     metavar="HOST:PORT",
@@ -5337,6 +5392,9 @@ def demo(source: str, bind: str, data: Path | None) -> None:
         sse_relay.py demo --source log --bind 127.0.0.1:9000 --data ./demo-data
     """
     start_log("warning")
+    address = split_address(bind)
+    if isinstance(address, Path) or not address[1]:
+        raise click.UsageError(f"--bind {bind}: the demo is for a browser, so give HOST:PORT")
     if not is_local(bind):
         raise click.UsageError(
             f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
@@ -5352,16 +5410,14 @@ def demo(source: str, bind: str, data: Path | None) -> None:
             allow_origin=DEVELOPMENT_ORIGINS,
         )
         notify = "pg_notify" if source == "notify" else "sse_relay.publish"
-        address = f"http://{bind}" if not bind.startswith("unix:") else bind
-
-        program = f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
+        program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
 
         def show() -> None:
             click.echo(
                 f"PostgreSQL is running:\n    {postgres.dsn}\n\n"
-                f"Open in a browser:\n    {address}/\n\n"
+                f"Open in a browser:\n    http://{bind}/\n\n"
                 f"Or in two other terminals:\n"
-                f"    curl -N {address}/events/orders\n"
+                f"    curl -N http://{bind}/events/orders\n"
                 f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
                 f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
                 "Ctrl-C ends it."
