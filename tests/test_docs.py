@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import httpx
 import pytest
 from click.testing import CliRunner
 
 # As a program too: the relay as it stands here, not the copy that pip installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import PROGRAM, ROOT, free_port, require
-from sse_relay import cli
+from harness import PROGRAM, ROOT, Database, Relay, Server, free_port, require
+from sse_relay import apply_schema, cli
 
 README = ROOT / "README.md"
 HELP_WIDTH = 100
@@ -99,7 +101,7 @@ def invocations() -> Iterator[list[str]]:
             if match := re.search(
                 r"(?:python3? |uv run (?:--extra \w+ )?)(?:sse_relay\.py|sse-relay)\b(.*)", line
             ):
-                yield shlex.split(match[1])
+                yield shlex.split(match[1].partition(" > ")[0])
     for match in re.finditer(r"`(?:sse_relay\.py|sse-relay) ([^`]+)`", readme()):
         yield shlex.split(match[1])
 
@@ -160,21 +162,25 @@ def check(*command: str | Path, source: str = "") -> None:
 
 
 def check_nginx(tmp_path: Path) -> None:
-    """Let nginx read the blocks, each in the context that its first line names."""
-    contexts = {"http": "", "server": ""}
+    """Let nginx read the blocks, each in the context that its first line names.
+
+    Those for ``http`` take each other's place; with each goes what is for ``server``.
+    """
+    contexts: dict[str, list[str]] = {"http": [], "server": []}
     for block in blocks("nginx"):
-        match = re.match(r"# Inside (http|server) \{ \}\n", block.text)
+        match = re.match(r"# Inside (http|server) \{ \}", block.text)
         assert match, block.text
-        contexts[match[1]] += block.text.replace("/var/log/nginx", str(tmp_path))
+        contexts[match[1]].append(block.text.replace("/var/log/nginx", str(tmp_path)))
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
     config = tmp_path / "nginx.conf"
-    config.write_text(
-        f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
-        f"http {{\n{folders}access_log off;\n{contexts['http']}"
-        f"server {{\nlisten unix:{tmp_path}/listen;\n{contexts['server']}}}\n}}\n"
-    )
-    check(require("nginx"), "-t", "-c", config)
+    for http in contexts["http"]:
+        config.write_text(
+            f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
+            f"http {{\n{folders}access_log off;\n{http}"
+            f"server {{\nlisten unix:{tmp_path}/listen;\n{''.join(contexts['server'])}}}\n}}\n"
+        )
+        check(require("nginx"), "-t", "-c", config)
 
 
 def check_javascript(tmp_path: Path) -> None:
@@ -194,6 +200,21 @@ def check_python(tmp_path: Path) -> None:
         ast.parse(block.text)
 
 
+def installed(program: str) -> str:
+    """Return the path of a program with which only a line of the README is read."""
+    return shutil.which(program) or pytest.skip(f"needs {program} to read what the README says for it")
+
+
+def check_ruby(tmp_path: Path) -> None:
+    for block in blocks("ruby"):
+        check(installed("ruby"), "-wc", source=block.text)
+
+
+def check_php(tmp_path: Path) -> None:
+    for block in blocks("php"):
+        check(installed("php"), "-l", source=f"<?php {block.text}")
+
+
 def check_json(tmp_path: Path) -> None:
     for block in blocks("json"):
         json.loads(block.text)
@@ -205,9 +226,11 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "sh": check_shell,
     "python": check_python,
     "json": check_json,
+    "ruby": check_ruby,
+    "php": check_php,
 }
-# Output is compared by a test of its own; the rest is run elsewhere or too short to go wrong.
-UNCHECKED = {"text", "sql", "ini"}
+# Output and SQL have tests of their own, templates are rendered in test_django.py.
+UNCHECKED = {"text", "sql", "html", "ini"}
 
 
 @pytest.mark.parametrize("language", CHECKS)
@@ -217,6 +240,21 @@ def test_code_is_read_by_its_own_tool(language: str, tmp_path: Path) -> None:
 
 def test_no_language_goes_unchecked() -> None:
     assert {match[1] for match in FENCE.finditer(readme())} <= CHECKS.keys() | UNCHECKED
+
+
+def test_sql_runs_as_printed(own_server: Server) -> None:
+    own_server.database.execute("CREATE ROLE app; CREATE ROLE migrations; CREATE ROLE relay; CREATE ROLE ops")
+    apply_schema(own_server.dsn)
+    for block in blocks("sql"):
+        own_server.database.execute(block.text)
+
+
+def test_each_metric_is_explained(database: Database, start_relay: Callable[..., Relay]) -> None:
+    admin = f"127.0.0.1:{free_port()}"
+    start_relay("--admin", admin, dsn=database.dsn)
+    metrics = httpx.get(f"http://{admin}/metrics").text
+    given = set(re.findall(r"^# TYPE (\w+)", metrics, re.MULTILINE))
+    assert given == set(re.findall(r"^\| `(sse_relay_\w+)", readme(), re.MULTILINE))
 
 
 def without_chance(text: str, bind: str = "127.0.0.1:8008") -> str:
