@@ -22,7 +22,7 @@ POSITION = b"e9-41"
 # What follows every block that is read back: it must come out whole, whatever stood before it.
 SENTINEL = b"event: after\ndata: sentinel\n\n"
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 any_text = st.text(st.characters())
 
 
@@ -353,7 +353,7 @@ almost_envelopes = st.tuples(
 ).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(almost_envelopes | st.text('{}[]":,\\ \n\tu0event', max_size=40))
 def test_exactly_those_payloads_are_envelopes_that_another_reader_takes_for_one(payload: str) -> None:
     event = decode_notification(payload)

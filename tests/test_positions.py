@@ -25,7 +25,7 @@ from sse_relay import (
     quote_name,
 )
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=80, deadline=None)
 any_text = st.text(st.characters())
 
 
