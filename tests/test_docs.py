@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from click.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import PROGRAM, ROOT, Database, Relay, Server, free_port, require
-from sse_relay import apply_schema, cli
+from sse_relay import apply_schema, cli, import_jwt, read_key, verify_token
 
 README = ROOT / "README.md"
 HELP_WIDTH = 100
@@ -255,6 +256,15 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
     metrics = httpx.get(f"http://{admin}/metrics").text
     given = set(re.findall(r"^# TYPE (\w+)", metrics, re.MULTILINE))
     assert given == set(re.findall(r"^\| `(sse_relay_\w+)", readme(), re.MULTILINE))
+
+
+def test_the_token_of_the_readme_opens_what_it_says() -> None:
+    (block,) = (block.text for block in blocks("python") if "jwt.encode" in block.text)
+    names = {"jwt": import_jwt(), "time": time, "key": b"k" * 32}
+    exec(block, names)  # noqa: S102  # the README's own line
+    grant = verify_token(names["token"], [read_key(b"k" * 32)], time.time())
+    assert grant.channels.fullmatch("tenant-7-orders")
+    assert not grant.channels.fullmatch("tenant-8-orders")
 
 
 def without_chance(text: str, bind: str = "127.0.0.1:8008") -> str:
