@@ -3638,7 +3638,8 @@ class Door(web.Server):
         self._busy = 0
         # Those without a request in work, with the loop time at which they are closed.
         self._waiting: dict[Any, float] = {}
-        self._most_waiting = max(1, min(MAX_WAITING, most // 4))
+        # Some turns of the loop lie between accept and work: a storm of clients needs its room.
+        self._most_waiting = max(8 * ACCEPTS_PER_TURN, min(MAX_WAITING, most // 4))
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)

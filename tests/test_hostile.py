@@ -1,0 +1,442 @@
+"""Strangers who mean harm: half-open requests, readers that stall, floods, resets, and all descriptors taken.
+
+After each of them the relay serves as before, and what it has taken it gives back. The largest crowds are
+10,000 half requests and 1,000 streams, fewer where the limit of open files (ulimit -Hn) is below 12,000.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import harness
+from harness import Database, RawStream, Relay, SseReader
+from sse_relay import MIB, REQUEST_TIMEOUT, RefusedError, parse_target
+
+FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+HALF_OPEN, STALLED = (number * min(FILES, 12_000) // 12_000 for number in (10_000, 1_000))
+
+StartRelay = Callable[..., Relay]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _many_descriptors() -> Iterator[None]:
+    """The crowds' own ends need descriptors too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def start_limited(start_relay: StartRelay, database: Database, tmp_path: Path) -> Callable[..., Relay]:
+    """Start a relay that may open so many files, with an admin listener."""
+
+    def start(files: int, *options: str) -> Relay:
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nulimit -n {files} && exec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        admin = f"127.0.0.1:{harness.free_port()}"
+        relay = start_relay("--admin", admin, *options, dsn=database.dsn, python=str(python))
+        relay.admin = admin  # type: ignore[attr-defined]  # for these tests alone
+        return relay
+
+    return start
+
+
+class Watch:
+    """Asks the admin listener again and again, on a new connection each time, until it is closed."""
+
+    def __init__(self, address: str) -> None:
+        self.answers = 0
+        self.slowest = 0.0
+        self.failures: list[str] = []
+        self._url = f"http://{address}/live"
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._closing.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def _ask(self) -> None:
+        while not self._closing.wait(0.1):
+            start = time.monotonic()
+            try:
+                httpx.get(self._url, timeout=10).raise_for_status()
+                self.answers += 1
+            except httpx.HTTPError as error:
+                self.failures.append(repr(error))
+            self.slowest = max(self.slowest, time.monotonic() - start)
+
+    def check(self) -> None:
+        """Fail if the admin listener did not answer once, or was slow."""
+        assert self.failures == []
+        assert self.answers > 0
+        assert self.slowest < 5
+
+
+def descriptors(relay: Relay) -> int:
+    return len(os.listdir(f"/proc/{relay.pid}/fd"))  # noqa: PTH208  # one name each is all that counts
+
+
+def memory(relay: Relay) -> int:
+    """Return the most memory that the relay has had so far, in bytes."""
+    status = Path(f"/proc/{relay.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert found
+    return int(found[1]) * 1024
+
+
+def wait_for_descriptors(relay: Relay, most: int) -> None:
+    harness.wait_until(lambda: descriptors(relay) <= most, 20, f"at most {most} descriptors")
+
+
+def connect(relay: Relay, receive_buffer: int | None = None) -> socket.socket:
+    client = socket.socket()
+    try:
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(20)
+        host, _, port = relay.bind.rpartition(":")
+        client.connect((host, int(port)))
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def send(client: socket.socket, data: bytes) -> bool:
+    """Send, unless the relay has closed; tell whether it took all."""
+    try:
+        client.sendall(data)
+    except OSError:
+        return False
+    return True
+
+
+def reset(client: socket.socket) -> None:
+    """Close with a reset in place of an end."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Tell whether the relay has closed, without waiting; reads what it has sent before."""
+    client.setblocking(False)
+    try:
+        while client.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def closing(clients: list[socket.socket]) -> Iterator[list[socket.socket]]:
+    """Close all that is in the list at the end."""
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+HALF_A_REQUEST = b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAccept: text/event-"
+
+
+def test_crowds_that_stall_stop_nobody_and_leave_nothing(
+    start_limited: Callable[..., Relay], database: Database
+) -> None:
+    relay = start_limited(FILES, "--max-backlog", "64KiB", "--linger", "0")
+    before, start = descriptors(relay), memory(relay)
+    crowd: list[socket.socket] = []
+    with (
+        Watch(relay.admin) as watch,  # type: ignore[attr-defined]
+        SseReader(relay.url("orders")) as patient,
+        SseReader(relay.url("flood")) as busy,
+        closing(crowd),
+    ):
+        for reader in (patient, busy):
+            reader.wait_for_id()
+        stalled = [connect(relay, receive_buffer=4096) for _ in range(STALLED)]
+        crowd += stalled
+        for client in stalled:
+            client.sendall(harness.http_request(relay.url("flood")))
+        head = b"HTTP/1.1 200 OK"
+        for client in stalled:
+            assert client.recv(len(head)) == head
+
+        sent = 0
+        for number in range(HALF_OPEN):
+            client = connect(relay)
+            crowd.append(client)
+            send(client, HALF_A_REQUEST)
+            if number % (HALF_OPEN // 100) == 0:
+                database.notify("flood", f"{sent} " + "x" * 7_900)
+                sent += 1
+            if number % 7 == 0:
+                reset(client)
+            if number % (HALF_OPEN // (STALLED // 4)) == 0:
+                reset(stalled.pop())
+        database.notify("orders", "still here")
+        patient.wait_for_data("still here")
+        busy.wait_for(lambda event: event.data.startswith(f"{sent - 1} "))
+        assert [int(data.split()[0]) for data in busy.data] == list(range(sent))
+        with SseReader(relay.url("orders")) as newcomer:
+            newcomer.wait_for_id()
+            database.notify("orders", "come in")
+            newcomer.wait_for_data("come in")
+        # Each stalled reader may hold its backlog and one burst, each half request some 6 KiB.
+        assert memory(relay) - start < (64 + 16) * 1024 * STALLED + 8 * 1024 * HALF_OPEN + 16 * MIB
+    watch.check()
+    wait_for_descriptors(relay, before)
+    assert "Traceback" not in relay.log
+
+
+def test_idle_connections_do_not_keep_others_out(
+    start_limited: Callable[..., Relay], database: Database
+) -> None:
+    """One answered request does not buy a place for longer than there is room."""
+    relay = start_limited(400)
+    before = descriptors(relay)
+    with Watch(relay.admin) as watch, closing([]) as crowd:  # type: ignore[attr-defined]
+        for _ in range(800):
+            client = connect(relay)
+            crowd.append(client)
+            if send(client, b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n"):
+                assert client.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        with SseReader(relay.url("orders")) as reader:
+            reader.wait_for_id()
+            database.notify("orders", "welcome")
+            reader.wait_for_data("welcome")
+        assert sum(not is_closed(client) for client in crowd) <= 128
+    watch.check()
+    wait_for_descriptors(relay, before)
+
+
+def test_requests_that_do_not_come_are_closed_in_time(relay: Relay) -> None:
+    """Takes as long as a request may take, some 12 s."""
+    beginnings = {
+        "nothing": b"",
+        "a line without its end": b"GET /events/orders HTT",
+        "no end of the headers": b"GET /events/orders HTTP/1.1\r\nHost: relay\r\n",
+        "one header after the other": HALF_A_REQUEST,
+        "a body that does not come": b"POST / HTTP/1.1\r\nHost: relay\r\nContent-Length: 9\r\n\r\nx",
+    }
+    before = descriptors(relay)
+    with closing([]) as clients:
+        start = time.monotonic()
+        for beginning in beginnings.values():
+            clients.append(connect(relay))
+            clients[-1].sendall(beginning)
+        idle = connect(relay)
+        clients.append(idle)
+        idle.sendall(b"HEAD /events/orders HTTP/1.1\r\nHost: relay\r\n\r\n")
+        ended: dict[str, float] = {}
+
+        def all_ended() -> bool:
+            for name, client in zip(beginnings, clients, strict=False):
+                if name not in ended and is_closed(client):
+                    ended[name] = time.monotonic() - start
+            # A byte now and then is not a request.
+            dribbling = clients[3]
+            dribbling.setblocking(True)
+            send(dribbling, b"x")
+            return len(ended) == len(beginnings)
+
+        harness.wait_until(all_ended, REQUEST_TIMEOUT + 5, "the relay to close them")
+        for name, seconds in ended.items():
+            assert REQUEST_TIMEOUT - 0.5 <= seconds <= REQUEST_TIMEOUT + 4, name
+        # It was answered, and may ask again.
+        assert not is_closed(idle)
+    wait_for_descriptors(relay, before)
+
+
+BEGINNING = b"GET /events/orders HTTP/1.1\r\nHost: relay\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: relay\r\nTransfer-Encoding: chunked\r\n\r\n"
+# What is sent once, then again and again.
+FLOODS = {
+    "headers": (BEGINNING, b"X-Flood: " + b"x" * 1_000 + b"\r\n"),
+    "short headers": (BEGINNING, b"a:\r\n" * 1_000),
+    "one long header": (BEGINNING + b"X-Flood: ", b"x" * 10_000),
+    "a long target": (b"GET /events/", b"x" * 10_000),
+    "a long method": (b"", b"G" * 10_000),
+    "empty lines": (b"", b"\r\n" * 5_000),
+    "a long body": (CHUNKED, b"a\r\n0123456789\r\n" * 700),
+    "a long chunk extension": (CHUNKED + b"1;", b"x" * 10_000),
+    "requests": (b"", b"HEAD /events/orders HTTP/1.1\r\nHost: relay\r\n\r\n" * 200),
+    "refused requests": (b"", b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n" * 500),
+    "bytes behind a stream's request": (BEGINNING + b"\r\n", b"x" * 10_000),
+    "streams behind a stream": (b"", (BEGINNING + b"Accept: text/event-stream\r\n\r\n") * 100),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\x00" * 10_000),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_floods_are_bounded_and_others_are_served_meanwhile(
+    flood: str, start_relay: StartRelay, database: Database
+) -> None:
+    """What is sent is 30 MB, or as much as the relay takes in a second."""
+    relay = start_relay(dsn=database.dsn)
+    before = descriptors(relay)
+    beginning, more = FLOODS[flood]
+    with SseReader(relay.url("orders")) as reader, closing([]) as clients:
+        reader.wait_for_id()
+        start = memory(relay)
+        clients += [connect(relay) for _ in range(3)]
+        for client in clients:
+            client.settimeout(0.2)  # which a relay that reads no further lets pass
+        end = time.monotonic() + 1
+        flowing = [client for client in clients if send(client, beginning)]
+        total = 0
+        while flowing and total < 30e6 and time.monotonic() < end:
+            flowing = [client for client in flowing if send(client, more)]
+            total += len(flowing) * len(more)
+        database.notify("orders", "meanwhile")
+        reader.wait_for_data("meanwhile", timeout=5)
+        assert memory(relay) - start < 24 * MIB
+    wait_for_descriptors(relay, before)
+    assert "Traceback" not in relay.log
+    assert len(relay.log) < 2_000_000
+
+
+def test_the_listener_comes_back_while_all_descriptors_are_taken(
+    start_limited: Callable[..., Relay], database: Database
+) -> None:
+    relay = start_limited(300)
+    before = descriptors(relay)
+    with (
+        Watch(relay.admin) as watch,  # type: ignore[attr-defined]
+        SseReader(relay.url("orders")) as reader,
+        closing([]) as crowd,
+        closing([]) as halves,
+    ):
+        reader.wait_for_id()
+        stop = threading.Event()
+
+        def besiege() -> None:
+            """Take every place there is, the streams' and those of half requests, again and again."""
+            while not stop.is_set():
+                client = connect(relay)
+                if len(crowd) < 250:
+                    crowd.append(client)
+                    send(client, harness.http_request(relay.url("orders")))
+                else:
+                    send(client, HALF_A_REQUEST)
+                    halves.append(client)
+                    if len(halves) > 250:
+                        reset(halves.pop(0))
+
+        siege = threading.Thread(target=besiege, daemon=True)
+        siege.start()
+        try:
+            harness.wait_until(lambda: descriptors(relay) > 220, what="the descriptors to be taken")
+            for _ in range(3):
+                lines, gaps = len(relay.lines), len(reader.events)
+                database.terminate_backends()
+                harness.wait_until(lambda gaps=gaps: len(reader.events) > gaps, 10, "a gap")  # type: ignore[misc]
+                assert reader.events[-1].event == "relay.gap"
+                assert descriptors(relay) > 220
+                assert any("PostgreSQL" in line for line in relay.lines[lines:])
+            database.notify("orders", "through")
+            reader.wait_for_data("through")
+        finally:
+            stop.set()
+            siege.join(20)
+        assert httpx.get(f"http://{relay.admin}/ready").status_code == 200  # type: ignore[attr-defined]
+    watch.check()
+    wait_for_descriptors(relay, before)
+
+
+# ==== Fuzzing =================================================================
+
+
+@given(st.text(max_size=100) | st.from_regex(r"(/events)?[/?&=%#;a-f0-9.+\\~-]{0,40}", fullmatch=True))
+@example("/events/%00")
+@example("/events/%ff")
+@example("/events/a/../b")
+@example("/events?" + "channel=a&" * 10_000)
+@example("/events?channel=\udcff")
+@example("/events/" + "%" * 100)
+def test_any_target_names_channels_or_is_refused(target: str) -> None:
+    for prefix in ("/events", "/"):
+        try:
+            parsed = parse_target(target, prefix)
+        except RefusedError as refused:
+            assert refused.status in (400, 403)  # noqa: PT017  # to be refused is one of two right ends
+            continue
+        assert 1 <= len(parsed.channels) <= 50
+        for channel in parsed.channels:
+            assert 1 <= len(channel.encode()) <= 63
+            assert channel.isprintable() or not re.search(r"[\x00-\x1f\x7f-\x9f]", channel)
+            assert not channel.startswith("sse_relay")
+
+
+@pytest.fixture(scope="module")
+def shared_relay(server: harness.Server) -> Iterator[Relay]:
+    with (
+        server.fresh_database() as database,
+        Relay("--log-level", "debug", "--allow-channel", "*", dsn=database.dsn) as relay,
+    ):
+        yield relay
+
+
+PIECES = st.sampled_from(
+    [
+        b"GET ", b"POST ", b"OPTIONS ", b"/events/orders", b"/events?channel=", b"*", b"http://x:99999/",
+        b" HTTP/1.1", b" HTTP/1.0", b" HTTP/9.9", b"\r\n", b"\r\n\r\n", b"\n", b"\0", b"\xff", b"Host: relay",
+        b"Host: ", b"Accept: ", b"text/event-stream", b"Authorization: Bearer ", b"Cookie: a=b; c",
+        b"Last-Event-ID: ", b"Content-Length: ", b"-1", b"99999999999999999999", b"Upgrade: websocket",
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Connection: Upgrade",
+        b"Expect: 100-continue", b"Origin: null", b"@1:2:3", b"0-0",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PIECES | st.binary(max_size=20), max_size=14).map(b"".join))
+@example(b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nOrigin: null\r\n\r\n")
+@example(b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+@example(
+    b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAuthorization: Bearer \xff\xfe\r\nCookie: =;;\xff\r\n\r\n"
+)
+@example(b"GET http://x:99999/ HTTP/1.1\r\nHost: relay\r\n\r\n")
+@example(
+    b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nxxxx"
+)
+def test_any_bytes_are_answered_or_closed_and_never_an_error_of_ours(
+    shared_relay: Relay, request_bytes: bytes
+) -> None:
+    with RawStream(shared_relay.bind, request=request_bytes) as stream:
+        with contextlib.suppress(OSError):
+            stream.socket.shutdown(socket.SHUT_WR)
+        # A stream stays open; what has no end waits for its time.
+        deadline = time.monotonic() + 0.02
+        while not stream.ended and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert stream.status < 500
+    assert shared_relay.process.poll() is None
+    for sign in ("Traceback", "should not happen", "Exception"):
+        assert sign not in shared_relay.log
