@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def start_relay() -> Iterator[Callable[..., harness.Relay]]:
             stack.callback(relay.close)
         for number, relay in enumerate(relays):
             print(f"---- relay {number} ({relay.bind})", relay.log, sep="\n")  # noqa: T201  # shown on failure
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can reach, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 @pytest.fixture

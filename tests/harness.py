@@ -11,7 +11,9 @@ import functools
 import http.server
 import json
 import os
+import pwd
 import random
+import re
 import selectors
 import shutil
 import signal
@@ -442,6 +444,143 @@ class FreezableProxy:
             end.shutdown(how)
 
 
+# The README's blocks for nginx name these.
+README_SOCKET = "unix:/run/sse-relay/http.sock"
+README_LOGS = "/var/log/nginx"
+
+
+def nginx_recipe(place: str) -> str:
+    """Return the README's block for nginx that begins with the comment ``# Inside {place}``."""
+    fence = rf"^```nginx\n(# Inside {re.escape(place)}\n.*?)^```$"
+    (block,) = re.findall(fence, (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return str(block)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate for 127.0.0.1 and localhost that is its own authority; return it and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = [
+        require("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+        "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
+        "-keyout", str(key), "-out", str(certificate),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return certificate, key
+
+
+class Nginx:
+    """A real nginx on a port of 127.0.0.1, which keeps all its files in a folder.
+
+    Args:
+        folder: For the certificate, the configuration and the logs.
+        http: What stands inside ``http { }``; default: the README's block.
+        server: The same inside ``server { }``.
+        relay: The relay's address in the form of --bind, in place of the README's.
+        tls: Speak HTTP/2 and TLS, with `certificate`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        relay: str,
+        http: str | None = None,
+        server: str | None = None,
+        *,
+        tls: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.certificate = folder / "certificate.pem"
+        http = nginx_recipe("http { }") if http is None else http
+        server = nginx_recipe("server { }") if server is None else server
+        listen = f"listen 127.0.0.1:{self.port};"
+        if tls:
+            make_certificate(folder)
+            listen = f"listen 127.0.0.1:{self.port} ssl http2;"
+            listen += f" ssl_certificate {self.certificate}; ssl_certificate_key {folder}/key.pem;"
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        scratch = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+        text = (
+            f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;"
+            # Those who start as root would become a user who may not enter the folder.
+            f" {'user root;' if os.geteuid() == 0 else ''} events {{ }}\n"
+            f"http {{ access_log {folder}/access.log;{scratch}\n{http}\nserver {{ {listen}\n{server}\n}} }}\n"
+        )
+        text = text.replace(README_SOCKET, relay).replace(README_LOGS, str(folder))
+        (folder / "nginx.conf").write_text(text)
+        command = [require("nginx"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log"]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        try:
+            wait_until(self._listens, 10, "nginx")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _listens(self) -> bool:
+        assert self._process.poll() is None, (self.folder / "error.log").read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @property
+    def address(self) -> str:
+        """In the form of --bind."""
+        return f"127.0.0.1:{self.port}"
+
+    def log(self, name: str = "access") -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@contextlib.contextmanager
+def pgbouncer(database: Database, mode: str, folder: Path) -> Iterator[str]:
+    """Run a real pgbouncer in front of a database; give the DSN that leads through it."""
+    program = require("pgbouncer")
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    port = free_port()
+    users = folder / "users"
+    users.write_text(f'"{parts["user"]}" "{parts["password"]}"\n')
+    settings = folder / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\n* = host={parts['host']} port={parts['port']}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {mode}\n"
+    )
+    command = [program, str(settings)]
+    if os.geteuid() == 0:
+        # It refuses to run as root.
+        nobody = pwd.getpwnam("nobody")
+        for path in (folder, users, settings):
+            os.chown(path, nobody.pw_uid, nobody.pw_gid)
+        command[1:1] = ["-u", "nobody"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            pooled = Database(psycopg2.extensions.make_dsn(database.dsn, port=port))
+
+            def answers() -> bool:
+                assert process.poll() is None, (folder / "log").read_text()
+                with contextlib.suppress(psycopg2.OperationalError):
+                    return bool(pooled.execute("SELECT 1"))
+                return False
+
+            wait_until(answers, what="pgbouncer")
+            pooled.close()
+            yield pooled.dsn
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
 # ==== Clients =================================================================
 
 
@@ -842,7 +981,8 @@ class Browser:
         return Page(self, self.run(self._open(url or self._pages.publish(html))))
 
     async def _open(self, url: str) -> playwright.async_api.Page:
-        context = await self._browser.new_context()
+        # The tests make certificates of their own.
+        context = await self._browser.new_context(ignore_https_errors=True)
         page = await context.new_page()
         await page.goto(url)
         return page

@@ -7,11 +7,8 @@ import contextlib
 import itertools
 import json
 import os
-import pwd
 import re
 import signal
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -468,64 +465,17 @@ def test_a_password_that_is_changed_later_is_tried_until_it_is_right(
 # ==== Poolers =================================================================
 
 
-@contextlib.contextmanager
-def pgbouncer(database: harness.Database, mode: str, folder: Path) -> Iterator[str]:
-    """Run a real pgbouncer in front of a database; give the DSN that leads through it."""
-    program = harness.require("pgbouncer")
-    parts = psycopg2.extensions.parse_dsn(database.dsn)
-    port = harness.free_port()
-    users = folder / "users"
-    users.write_text(f'"{parts["user"]}" "{parts["password"]}"\n')
-    settings = folder / "pgbouncer.ini"
-    settings.write_text(
-        f"[databases]\n* = host={parts['host']} port={parts['port']}\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {mode}\n"
-    )
-    command = [program, str(settings)]
-    if os.geteuid() == 0:
-        # It refuses to run as root.
-        nobody = pwd.getpwnam("nobody")
-        for path in (folder, users, settings):
-            os.chown(path, nobody.pw_uid, nobody.pw_gid)
-        command[1:1] = ["-u", "nobody"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            pooled = harness.Database(psycopg2.extensions.make_dsn(database.dsn, port=port))
-
-            def answers() -> bool:
-                assert process.poll() is None, (folder / "log").read_text()
-                with contextlib.suppress(psycopg2.OperationalError):
-                    return bool(pooled.execute("SELECT 1"))
-                return False
-
-            harness.wait_until(answers, what="pgbouncer")
-            pooled.close()
-            yield pooled.dsn
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that other users can reach, which pytest's are not."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
 def test_a_pooler_in_transaction_mode_is_named(
     database: harness.Database, start_relay: StartRelay, open_folder: Path
 ) -> None:
-    with pgbouncer(database, "transaction", open_folder) as dsn:
+    with harness.pgbouncer(database, "transaction", open_folder) as dsn:
         expect_end(start_relay(dsn=dsn, wait=False), "pooler in transaction mode")
 
 
 def test_a_pooler_in_session_mode_works(
     database: harness.Database, start_relay: StartRelay, open_folder: Path
 ) -> None:
-    with pgbouncer(database, "session", open_folder) as dsn:
+    with harness.pgbouncer(database, "session", open_folder) as dsn:
         relay = start_relay(dsn=dsn)
         with harness.SseReader(relay.url("orders")) as reader:
             reader.wait_for_id()
