@@ -1,0 +1,408 @@
+"""`demo`: from nothing to an event on a page, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import harness
+from harness import PROGRAM, Browser, Database, Page, Relay, SseReader
+
+LAST_LINE = "Ctrl-C ends it."
+
+
+def start(*options: str, bind: str | None = None, temporary: Path | None = None) -> Relay:
+    env = {"TMPDIR": str(temporary)} if temporary else {}
+    demo = Relay(*options, command=("demo",), bind=bind, env=env, wait=False)
+    try:
+        demo.wait_for_log(LAST_LINE, timeout=30)
+    except BaseException:
+        demo.close()
+        raise
+    return demo
+
+
+def interrupt(demo: Relay) -> None:
+    """End a demo as Ctrl-C does; its PostgreSQL is not in the terminal's group."""
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.wait(20) == 0
+    assert demo.lines[-1] == LAST_LINE, "nothing is said at the end"
+
+
+def run_demo(*options: str, bind: str = "127.0.0.1:1", env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a demo that ends by itself; return its status and its last line."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "demo", "--bind", bind, *options], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=False,
+        env={**harness.clean_environment(), **(env or {})},
+    )  # fmt: skip
+    assert "Traceback" not in done.stdout
+    return done.returncode, done.stdout.rstrip().rpartition("\n")[2]
+
+
+def printed(demo: Relay) -> list[str]:
+    """What the demo says to use: the DSN, the page's address, then the commands."""
+    return [line.strip() for line in demo.lines if line.startswith("    ")]
+
+
+def dsn_of(demo: Relay) -> str:
+    return printed(demo)[0]
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Return the command lines that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(folder).encode() in command:
+            found.append(command.replace(b"\0", b" ").decode())
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Relay]:
+    running = start()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder in which every user may make files; pytest's own ones are closed to others."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        path = Path(name)
+        path.chmod(0o1777)
+        yield path
+
+
+@pytest.fixture
+def page(browser: Browser, demo: Relay) -> Iterator[Page]:
+    with browser.open(url=f"http://{demo.bind}/") as opened:
+        wait_state(opened, "live")
+        yield opened
+
+
+def wait_state(page: Page, state: str) -> None:
+    harness.wait_until(
+        lambda: page.evaluate("document.getElementById('state').dataset.state") == state, what=state
+    )
+
+
+def rows(page: Page) -> list[str]:
+    """The data of the events on the page, newest first, without the row that marks the start."""
+    script = "[...document.querySelectorAll('#events li:not(.start) .data')].map(data => data.textContent)"
+    return list(page.evaluate(script))
+
+
+def wait_row(page: Page, data: str) -> None:
+    harness.wait_until(lambda: data in rows(page), what=f"a row {data!r}")
+
+
+def click(page: Page, button: str) -> None:
+    page.browser.run(page.playwright.get_by_role("button", name=button, exact=True).click())
+
+
+def publish(page: Page, data: str, name: str = "", channel: str = "orders") -> None:
+    """Publish through the page's form, as a person does."""
+    for field, value in (("channel", channel), ("event", name), ("data", data)):
+        page.browser.run(page.playwright.fill(f"#publish [name={field}]", value))
+    click(page, "Publish")
+
+
+def result(page: Page) -> str:
+    """What the page says of what was published last."""
+    return str(harness.wait_until(lambda: page.evaluate("document.getElementById('published').textContent")))
+
+
+# ==== The page ================================================================
+
+
+def first_event(browser: Browser) -> float:
+    """Start a demo, publish on its page and see the event there; return how many seconds that took."""
+    began = time.monotonic()
+    fresh = start()
+    try:
+        with browser.open(url=f"http://{fresh.bind}/") as page:
+            wait_state(page, "live")
+            publish(page, "the first")
+            wait_row(page, "the first")
+            seconds = time.monotonic() - began
+            assert result(page) == "Published to orders."
+            # Nothing is fetched from elsewhere: it works without the internet.
+            assert all(url.startswith(f"http://{fresh.bind}/") for _, url in page.requests)
+            return seconds
+    finally:
+        fresh.close()
+
+
+def test_from_nothing_to_the_first_event_takes_less_than_10_s(browser: Browser) -> None:
+    # Where others use the machine too, as much longer as there are more of them than processors.
+    seconds = first_event(browser)
+    assert seconds < 10 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def test_the_page_shows_what_others_publish(page: Page, demo: Relay) -> None:
+    database = Database(dsn_of(demo))
+    try:
+        for text in ('<b>"quoted"</b> & more', "two\nlines", "Größe 🎉"):
+            database.notify("orders", text)
+            wait_row(page, text)
+    finally:
+        database.close()
+
+
+def test_the_page_shows_named_events_that_it_publishes(page: Page) -> None:
+    publish(page, "of a name", name="created")
+    wait_row(page, "of a name")
+    assert "created" in page.evaluate("document.querySelector('#events li').textContent")
+
+
+def test_the_page_tells_what_cannot_be_published(page: Page) -> None:
+    for channel, name, message in (
+        ("sse_relay_x", "", "the relay's own"),
+        ("orders", "error", "an event cannot be named 'error'"),
+        ("x" * 64, "", "64 bytes"),
+    ):
+        publish(page, "refused", name, channel)
+        harness.wait_until(lambda message=message: message in result(page), what=message)  # type: ignore[misc]  # the default binds the loop's value
+    assert "refused" not in rows(page)
+
+
+def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
+    publish(page, "before")
+    wait_row(page, "before")
+    click(page, "Cut the connection")
+    wait_state(page, "cut")
+    publish(page, "meanwhile")
+    harness.wait_until(lambda: result(page).startswith("Published"), what="the answer")
+    click(page, "Resume")
+    wait_state(page, "live")
+    wait_row(page, "meanwhile")
+    assert rows(page)[:2] == ["meanwhile", "before"]
+    assert page.evaluate("document.querySelectorAll('#events .gap').length") == 0
+
+
+# ==== What the page asks ======================================================
+
+
+def test_the_page_is_html(demo: Relay) -> None:
+    for method in ("GET", "HEAD"):
+        response = httpx.request(method, f"http://{demo.bind}/")
+        assert response.status_code == 200
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert httpx.get(f"http://{demo.bind}/publish").status_code == 404
+
+
+def test_publishing_is_answered_with_204_and_reaches_the_streams(demo: Relay) -> None:
+    with SseReader(demo.url("orders")) as reader:
+        reader.wait_for_id()
+        for body in (
+            {"channel": "orders", "data": "no event"},
+            {"channel": "orders", "data": "empty", "event": ""},
+            {"channel": "orders", "data": "null", "event": None},
+            {"channel": "orders", "data": "named", "event": "created"},
+        ):
+            response = httpx.post(f"http://{demo.bind}/publish", json=body)
+            assert (response.status_code, response.content) == (204, b"")
+        reader.wait_for_data("named")
+        assert [(event.event, event.data) for event in reader.events] == [
+            ("message", "no event"),
+            ("message", "empty"),
+            ("message", "null"),
+            ("created", "named"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b"", "the request is no JSON object"),
+        (b"not json", "the request is no JSON object"),
+        (b"\xff", "the request is no JSON object"),
+        (b"[]", "the request is no JSON object"),
+        (b"null", "the request is no JSON object"),
+        (b'{"channel": "orders"}', "the request is no JSON object"),
+        (b'{"channel": "orders", "data": 1}', "the request is no JSON object"),
+        (b'{"channel": "orders", "data": "x", "event": 1}', "the request is no JSON object"),
+        (b"[" * 100_000, "the request is no JSON object"),
+        (b'{"channel": "", "data": "x"}', "the channel's name is empty"),
+        (b'{"channel": "sse_relay_x", "data": "x"}', "the relay's own"),
+        (b'{"channel": "orders", "data": "x", "event": "relay.gap"}', "cannot be named 'relay.gap'"),
+        (b'{"channel": "orders", "data": "\\u0000"}', "NUL"),
+        (b'{"channel": "orders", "data": "\\ud800"}', "not valid UTF-8"),
+        (b'{"channel": "orders", "data": "%b"}' % (b"x" * 8_000), "8000 bytes"),
+    ],
+    ids=range(15),
+)
+def test_what_cannot_be_published_is_answered_with_a_problem(demo: Relay, body: bytes, detail: str) -> None:
+    response = httpx.post(f"http://{demo.bind}/publish", content=body)
+    assert response.status_code == 400
+    assert response.headers["Content-Type"].startswith("application/problem+json")
+    problem = json.loads(response.text)
+    assert problem["status"] == 400
+    assert detail in problem["detail"]
+
+
+def test_a_body_without_end_is_refused(demo: Relay) -> None:
+    response = httpx.post(f"http://{demo.bind}/publish", content=b"x" * (2 << 20))
+    assert response.status_code == 413
+
+
+def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
+    body = json.dumps({"channel": "orders", "data": "forged"})
+    for origin in ("http://evil.example", "http://127.0.0.1:1", "null"):
+        response = httpx.post(f"http://{demo.bind}/publish", content=body, headers={"Origin": origin})
+        assert response.status_code == 400
+        assert "only the demo's own page may publish here" in response.json()["detail"]
+    with SseReader(demo.url("orders")) as reader, browser.open() as other:
+        reader.wait_for_id()
+        # What a page may send anywhere without asking first.
+        send = "([url, body]) => fetch(url, {method: 'POST', mode: 'no-cors', body}).then(() => 'sent')"
+        assert other.evaluate(send, [f"http://{demo.bind}/publish", body]) == "sent"
+        httpx.post(f"http://{demo.bind}/publish", json={"channel": "orders", "data": "own"})
+        reader.wait_for_data("own")
+        assert reader.data == ["own"]
+    assert "Traceback" not in demo.log
+
+
+# ==== In the terminal =========================================================
+
+
+@pytest.mark.parametrize("source", ["notify", "log"])
+def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> None:
+    harness.require("psql")
+    fresh = start("--source", source)
+    try:
+        _, address, curl, psql, command = printed(fresh)
+        assert address == f"http://{fresh.bind}/"
+        assert curl.startswith("curl -N ")
+        stream = subprocess.Popen(["bash", "-c", f"exec {curl}"], stdout=subprocess.PIPE, text=True)
+        assert stream.stdout is not None
+        try:
+            lines = iter(stream.stdout.readline, "")
+            assert any(line.startswith("id: ") for line in lines)
+            for typed in (psql, command):
+                # In another terminal, and so perhaps in another folder.
+                subprocess.run(["bash", "-c", typed], check=True, timeout=20, cwd=tmp_path)
+                assert any(line == "data: hello\n" for line in lines)
+        finally:
+            stream.kill()
+            stream.wait()
+            stream.stdout.close()
+        interrupt(fresh)
+    finally:
+        fresh.close()
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
+    fresh = start(temporary=folder)
+    try:
+        with SseReader(fresh.url("orders")) as reader:
+            reader.wait_for_id()
+            assert processes_below(folder)
+            interrupt(fresh)
+            reader.wait_for_end()
+    finally:
+        fresh.close()
+    assert processes_below(folder) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("sign", ["sse-relay-*", "sse-relay-*/data/base", "sse-relay-*/data/postmaster.pid"])
+def test_ctrl_c_while_it_starts_leaves_nothing_behind(folder: Path, sign: str) -> None:
+    bind = f"127.0.0.1:{harness.free_port()}"
+    starting = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "demo", "--bind", bind], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**harness.clean_environment(), "TMPDIR": str(folder)},
+    )  # fmt: skip
+    try:
+        harness.wait_until(lambda: list(folder.glob(sign)), what=sign)
+        os.killpg(starting.pid, signal.SIGINT)
+        output, _ = starting.communicate(timeout=20)
+    finally:
+        starting.kill()
+        starting.wait()
+    assert "Traceback" not in output, output
+    assert starting.returncode in (0, 1)
+    harness.wait_until(lambda: not processes_below(folder), what="the end of PostgreSQL's processes")
+    assert list(folder.iterdir()) == []
+
+
+def test_data_keeps_the_database(folder: Path) -> None:
+    data = folder / "kept"
+    first = start("--source", "log", "--data", str(data))
+    try:
+        with SseReader(first.url("orders")) as reader:
+            position = reader.wait_for_id()
+            body = {"channel": "orders", "data": "kept"}
+            assert httpx.post(f"http://{first.bind}/publish", json=body).status_code == 204
+            reader.wait_for_data("kept")
+        interrupt(first)
+    finally:
+        first.close()
+    second = start("--source", "log", "--data", str(data))
+    try:
+        with SseReader(second.url("orders"), last_event_id=position) as reader:
+            reader.wait_for_data("kept")
+            assert [event.event for event in reader.events] == ["message"]
+        third = run_demo("--data", str(data), bind=f"127.0.0.1:{harness.free_port()}")
+        assert third[0] == 1
+        assert httpx.get(f"http://{second.bind}/").status_code == 200
+        interrupt(second)
+    finally:
+        second.close()
+
+
+def test_a_demo_that_cannot_start_says_why(demo: Relay, folder: Path) -> None:
+    status, error = run_demo(bind=demo.bind, env={"TMPDIR": str(folder)})
+    assert status == 1
+    assert error.startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
+    assert list(folder.iterdir()) == []
+
+    (folder / "precious").write_text("kept")
+    status, error = run_demo("--data", str(folder))
+    assert status == 1
+    assert error == f"Error: {folder} is neither empty nor made by sse-relay: name another folder"
+
+    status, error = run_demo(env={"PGBIN": "/nowhere"})
+    assert status == 1
+    assert error == "Error: PGBIN=/nowhere does not hold initdb and postgres"
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        ("0.0.0.0:8008", "it listens on this machine only"),
+        ("[::]:8008", "it listens on this machine only"),
+        ("192.0.2.1:8008", "it listens on this machine only"),
+        ("unix:/tmp/demo.sock", "give HOST:PORT"),
+        ("127.0.0.1:0", "give HOST:PORT"),
+        ("8008", "neither HOST:PORT nor unix:PATH"),
+    ],
+)
+def test_it_is_for_this_machine_alone(bind: str, message: str) -> None:
+    status, error = run_demo(bind=bind)
+    assert status == 2
+    assert message in error
+
+
+def test_several_demos_run_side_by_side(demo: Relay) -> None:
+    other = start()
+    try:
+        assert dsn_of(other) != dsn_of(demo)
+    finally:
+        other.close()
