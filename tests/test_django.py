@@ -360,6 +360,39 @@ def test_a_page_and_its_stream_fit_together_while_others_write(
             reader.close()
 
 
+def test_the_page_misses_nothing_in_a_browser_behind_nginx(
+    project: Project,
+    site: httpx.Client,
+    start_relay: Callable[..., harness.Relay],
+    browser: harness.Browser,
+    tmp_path: Path,
+) -> None:
+    socket = f"unix:{tmp_path}/http.sock"
+    options = ("--source", "log", "--retry", "100")
+    relay = start_relay(*options, bind=socket, dsn=project.database.dsn)
+    order = project.order(41)
+    server = f"{harness.nginx_recipe('server { }')}\nlocation / {{ proxy_pass {site.base_url}; }}"
+    with (
+        harness.Nginx(tmp_path, socket, server=server) as nginx,
+        browser.open(url=f"{nginx.url}/orders/41") as page,
+    ):
+        page.evaluate(
+            "() => { shown = []; show = (event) => shown.push(event); refetch = () => shown.push(0); }"
+        )
+        change = "UPDATE shop_order SET state = %s WHERE id = %s"
+        harness.wait_until(lambda: page.evaluate("orders.readyState") == 1, what="the stream")
+        project.database.execute(change, ("packed", order))
+        harness.wait_until(lambda: page.evaluate("shown.length"), what="the first change")
+        assert relay.stop() == 0
+        project.database.execute(change, ("sent", order))
+        start_relay(*options, bind=socket, dsn=project.database.dsn)
+        harness.wait_until(lambda: page.evaluate("shown.length") > 1, what="what was missed")
+        project.database.execute(change, ("received", order))
+        harness.wait_until(lambda: page.evaluate("shown.length") > 2, what="what came then")
+        states = page.evaluate("shown.map((event) => event.row.state)")
+        assert states == ["packed", "sent", "received"]
+
+
 def test_what_the_transaction_itself_publishes_comes_again(
     project: Project, start_relay: Callable[..., harness.Relay]
 ) -> None:
