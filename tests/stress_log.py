@@ -399,7 +399,10 @@ def run(events: int, seed: int, *, durable: bool = True, crash: bool = True) -> 
 
         def start_relay(bind: str | None = None, wait: bool = True) -> harness.Relay:
             options = ("--source", "log", "--heartbeat", "1")
-            return harness.Relay(*options, dsn=database.dsn, bind=bind, wait=wait)
+            relay = harness.Relay(*options, dsn=database.dsn, bind=bind, wait=False)
+            if wait:
+                relay.wait_for_log(harness.READY, 60)  # while all the others take what the machine has
+            return relay
 
         for number in range(3):
             relays[number] = start_relay()

@@ -823,7 +823,7 @@ def test_2000_clients_that_resume_from_memory_hardly_ask_postgresql(
         relay.suspend()
         with Crowd(relay.bind, [relay.url("a", lastEventId=position)] * 2_000) as crowd:
             relay.resume()
-            crowd.wait_for(b"data: event 19\n")
+            crowd.wait_for(b"data: event 19\n", 40)
             asked = statements(server)[quiet:]
             assert all(data.count(b"data: event") == 20 for data in crowd.received)
         # What the relay asks for anyway, canary and sweep, is in it. A page's own position asks for what
