@@ -1052,18 +1052,20 @@ class Resume:
         position: The same, read; None if there was none or it cannot be read.
         after: Every event up to this number is out, or needs not be sent.
         gaps: Channels whose events cannot all be had, with the reason.
+        told: How many of these gaps are out.
         verdict: The reason why nothing more can be had for any channel.
         counted: It was checked that what was missed is not too much for one resume.
         swept: All that was pending when the stream opened has been read.
     """
 
-    __slots__ = ("after", "counted", "gaps", "position", "since", "swept", "verdict")
+    __slots__ = ("after", "counted", "gaps", "position", "since", "swept", "told", "verdict")
 
     def __init__(self, since: str | None, position: Position | None) -> None:
         self.since = since
         self.position = position
         self.after = position.number if position else 0
         self.gaps: dict[str, str] = {}
+        self.told = 0
         self.verdict: str | None = None
         self.counted = False
         # Only what a snapshot shows may be older than the position and not yet numbered.
@@ -2289,7 +2291,7 @@ DECLARE
     key_names text[];
 BEGIN
     IF TG_WHEN <> 'AFTER' OR TG_LEVEL <> 'ROW' OR TG_NARGS = 0 THEN
-        RAISE 'sse_relay.publish_row: trigger % must be AFTER … FOR EACH ROW and name a channel', TG_NAME
+        RAISE 'sse_relay.publish_row: trigger % must be AFTER ... FOR EACH ROW and name a channel', TG_NAME
             USING ERRCODE = 'trigger_protocol_violated';
     END IF;
     IF TG_OP <> 'INSERT' THEN
@@ -2417,7 +2419,7 @@ SET enable_seqscan = off SET jit = off AS $$
                 WHERE xid >= coalesce(pg_snapshot_xmax(since), '0')
             UNION ALL
             SELECT p.xid, p.pid, p.seq FROM pg_snapshot_xip(since) AS running,
-                LATERAL (SELECT * FROM sse_relay.pending WHERE xid = running) AS p
+                LATERAL (SELECT * FROM sse_relay.pending WHERE xid = running OFFSET 0) AS p
         ) AS rows GROUP BY xid, pid ORDER BY last LIMIT 50000
     ) AS found
 $$;
@@ -2428,7 +2430,7 @@ $$;
 CREATE OR REPLACE FUNCTION sse_relay.advance(xids xid8[], pids int[], sweep boolean DEFAULT false,
     OUT moved int, OUT more boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         -- The snapshot must be younger than the lock.
@@ -2440,21 +2442,22 @@ BEGIN
     WITH wanted AS (
         SELECT w.xid, w.pid, min(w.place) AS place
         FROM unnest(xids, pids) WITH ORDINALITY AS w (xid, pid, place) GROUP BY w.xid, w.pid
-    ), found AS (
-        SELECT f.*, sum(f.size) OVER (ORDER BY f.place, f.seq) - f.size AS before
+        -- In order already here, the search below can stop at 1,000 events.
+        ORDER BY place
+    ), found AS MATERIALIZED (
+        SELECT f.*, sum(octet_length(f.data)) OVER (ORDER BY f.place, f.seq) - octet_length(f.data) AS before
         FROM (
-            SELECT w.place, p.xid, p.seq, p.size FROM wanted AS w, LATERAL (
-                SELECT q.xid, q.seq, octet_length(q.data) AS size FROM sse_relay.pending AS q
+            SELECT w.place, p.* FROM wanted AS w, LATERAL (
+                SELECT q.ctid AS row, q.* FROM sse_relay.pending AS q
                 WHERE q.xid = w.xid AND q.pid = w.pid ORDER BY q.xid, q.seq LIMIT 1000
             ) AS p ORDER BY w.place, p.seq LIMIT 1000
         ) AS f
     ), taken AS (
-        DELETE FROM sse_relay.pending AS p USING found AS f
-        WHERE p.xid = f.xid AND p.seq = f.seq AND f.before < 4194304
-        RETURNING f.place, p.*
+        -- By address: a join could be planned the wrong way round, and read the whole table.
+        DELETE FROM sse_relay.pending WHERE ctid = ANY (ARRAY(SELECT row FROM found WHERE before < 4194304))
     ), logged AS (
         INSERT INTO sse_relay.events (xid, channel, event, data)
-        SELECT xid, channel, event, data FROM taken ORDER BY place, seq
+        SELECT xid, channel, event, data FROM found WHERE before < 4194304 ORDER BY place, seq
         RETURNING octet_length(data) AS size
     )
     SELECT count(*), count(*) = 1000 OR coalesce(sum(size), 0) >= 4194304 INTO moved, more FROM logged;
@@ -2522,13 +2525,15 @@ REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sse_relay FROM PUBLIC;
 """
 
 # For each new session of the relay, beside its timeouts. A role's or database's defaults must not decide
-# whether numbering is durable, whether a snapshot is older than the lock, or which plan a page gets
-# (PostgreSQL prices a plan with enable_seqscan off so high that it would compile it).
+# whether numbering is durable, whether a snapshot is older than the lock, or which plan a page gets.
+# (Indexes give the order here, and stop at the page's end; without a fitting one PostgreSQL would price
+# the plan so high that it compiles it.)
 LOG_SESSION_SQL: Final = """
 SET synchronous_commit = on;
 SET default_transaction_isolation = 'read committed';
 SET default_transaction_read_only = off;
 SET enable_seqscan = off;
+SET enable_bitmapscan = off;
 SET jit = off
 """
 
@@ -3236,22 +3241,27 @@ class Streams:
             frames, complete = self._memory.page(covered, resume.after, RESUME_PIECE_BYTES)
             if frames:
                 resume.after = frames[-1].number
-            block = opening + self._join(subscriber, resume, frames)
-            waiting = transport.get_write_buffer_size() + len(block)
+            events = self._join(subscriber, resume, frames)
+            waiting = transport.get_write_buffer_size() + len(events)
             # Live with much of the past still waiting, it would be cut at the next event.
-            if complete and (not frames or waiting <= self._max_backlog // 2):
-                position = self._source.position()
-                block += (
-                    encode_gaps(resume.gaps, resume.since, position)
-                    if resume.gaps
-                    else encode_position(position)
-                )
-                self._hub.counts.gaps.update(resume.gaps.values())
+            live = complete and (not frames or waiting <= self._max_backlog // 2)
+            # Before the events of other channels, whose positions lie behind the hole: a client
+            # that is cut in between would resume past it. Again when it goes live, for what
+            # these channels have got meanwhile.
+            gaps = resume.gaps if live or len(resume.gaps) > resume.told else {}
+            resume.told = len(resume.gaps)
+            self._hub.counts.gaps.update(gaps.values())
+            position = self._source.position() if live else None
+            block = opening + encode_gaps(gaps, resume.since, None if events else position) + events
+            if position and (events or not gaps):
+                block += encode_position(position)
+            if live:
                 subscriber.resume = None
                 subscriber.written = subscriber.marked = asyncio.get_running_loop().time()
+            if block:
                 subscriber.write(block, head)
+            if live:
                 return
-            subscriber.write(block, head)
             head = opening = b""
             if subscriber.paused:
                 subscriber.on_drain = self._advance
