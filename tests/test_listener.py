@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import itertools
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import psycopg2.extensions
 import pytest
 
 import harness
+import sse_relay
 
 StartRelay = Callable[..., harness.Relay]
 
@@ -392,6 +395,25 @@ def test_a_statement_cancelled_on_the_server_is_a_gap_and_no_more(
             other.close()
         expect_gap_and_later_events(reader, database)
     assert "Traceback" not in relay.log
+
+
+async def test_a_cancellation_that_comes_with_the_answer_is_not_forgotten(
+    database: harness.Database,
+) -> None:
+    # Python 3.11's asyncio.wait_for, which aiopg uses, loses it: SIGTERM then ended nothing.
+    connection = await sse_relay.open_connection(database.dsn)
+    task = asyncio.create_task(sse_relay.execute(connection, "SELECT pg_sleep(0.05)"))
+    loop = asyncio.get_running_loop()
+    with socket.socket(fileno=os.dup(connection.raw.fileno())) as answered:
+
+        def cancel() -> None:
+            loop.remove_reader(answered)
+            task.cancel()
+
+        loop.add_reader(answered, cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    sse_relay.close_connection(connection)
 
 
 # ==== Databases that cannot work ==============================================

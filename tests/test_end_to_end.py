@@ -1,0 +1,418 @@
+"""The promise as a whole, under load and cuts: nothing lost or twice, in order, or a gap that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h11
+import pytest
+from httpx_sse._decoders import SSEDecoder
+
+import harness
+
+StartRelay = Callable[..., harness.Relay]
+
+EVENTS = 5_000
+CUTS = 200
+
+
+# ==== Cuts ====================================================================
+
+
+class Client:
+    """A client that is cut and comes back; parsers of others read what it got, up to the last whole block.
+
+    Attributes:
+        seen: (name, data) of every event, over all its connections.
+        cut_in_resume: How often it was cut amid what it had missed.
+    """
+
+    def __init__(self, relay: harness.Relay, channels: tuple[str, ...]) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.cut_in_resume = 0
+        self._relay = relay
+        self._url = relay.url(*channels)
+        self._position = ""
+
+    def read(self, most: int, patience: float) -> None:
+        """Connect and read so many bytes, or until nothing comes for a while; then cut the connection.
+
+        The last read takes what is left of ``most`` and no more: the rest is cut at any byte.
+        """
+        headers = {"Last-Event-ID": self._position} if self._position else {}
+        http = h11.Connection(h11.CLIENT)
+        http.send(h11.Request(method="GET", target="/", headers=[("Host", "relay")]))
+        http.send(h11.EndOfMessage())
+        body = b""
+        request = harness.http_request(self._url, headers=headers)
+        with harness.RawStream(self._relay.bind, request=request, reading=False) as stream:
+            stream.socket.settimeout(patience)
+            while most > 0:
+                try:
+                    data = stream.socket.recv(min(most, 65536))
+                except TimeoutError:
+                    break
+                assert data, "the relay ended the stream"
+                most -= len(data)
+                http.receive_data(data)
+                while (event := http.next_event()) is not h11.NEED_DATA:
+                    if isinstance(event, h11.Data):
+                        body += event.data
+        self._take(body[: body.rfind(b"\n\n") + 2].decode())
+
+    def _take(self, text: str) -> None:
+        decoder = SSEDecoder()
+        got = 0
+        resumed = not self._position
+        for line in text.removesuffix("\n").split("\n"):
+            block = decoder.decode(line)
+            if block is None:
+                continue
+            # A block without an id, such as the first, leaves the position as it was.
+            self._position = block.id or self._position
+            if block.data:
+                got += 1
+                self.seen.append((block.event, block.data))
+            resumed = resumed or bool(block.id and (not block.data or block.event == "relay.gap"))
+        self.cut_in_resume += bool(got and not resumed)
+
+
+def check_order(seen: list[tuple[str, str]], channels: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
+    """Check that each channel's numbers rise by one, or a gap of that channel stands between.
+
+    Returns:
+        Each channel's last number, and the channels whose last gap no event has followed.
+    """
+    last = dict.fromkeys(channels, 0)
+    excused: set[str] = set()
+    for name, data in seen:
+        if name == "relay.gap":
+            said = json.loads(data)
+            assert said["reason"] == "evicted"
+            excused.add(said["channel"])
+            continue
+        channel, number = data.split()[0], int(data.split()[1])
+        assert number == last[channel] + 1 or (channel in excused and number > last[channel]), (
+            f"{channel}: {number} after {last[channel]}"
+        )
+        excused.discard(channel)
+        last[channel] = number
+    return last, excused
+
+
+@pytest.mark.parametrize("memory", ["64MiB", "40KiB"])
+@pytest.mark.parametrize("channels", [("one",), ("one", "two", "three")])
+def test_a_client_that_is_cut_200_times_loses_nothing_or_is_told(
+    channels: tuple[str, ...], memory: str, start_relay: StartRelay, database: harness.Database
+) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201  # to run it again
+    chance = random.Random(seed)
+    relay = start_relay("--memory", memory, dsn=database.dsn)
+    client = Client(relay, channels)
+    client.read(10_000, 0.2)
+    share = EVENTS // len(channels)
+    events = [
+        (channel, f"{channel} {n} {'x' * (n % 150)}") for n in range(1, share + 1) for channel in channels
+    ]
+    total = len(events)
+    allowed = threading.Semaphore(0)
+
+    def publish() -> None:
+        publisher = harness.Database(database.dsn)
+        with contextlib.closing(publisher):
+            for channel, data in events:
+                allowed.acquire()
+                publisher.notify(channel, data)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    published = 0
+    for cut in range(1, CUTS + 1):
+        # Some cuts are followed by a burst while the client is away.
+        allowance = (
+            min(total - published, chance.randrange(0, 2 * total // CUTS))
+            if cut < CUTS
+            else total - published
+        )
+        published += allowance
+        if allowance:
+            allowed.release(allowance)
+        client.read(chance.randrange(1, chance.choice((1_500, 12_000))), chance.uniform(0.002, 0.02))
+    thread.join(30)
+    assert not thread.is_alive()
+
+    def complete() -> bool:
+        client.read(1 << 30, 0.3)
+        last, excused = check_order(client.seen, channels)
+        return all(last[channel] == share or channel in excused for channel in channels)
+
+    harness.wait_until(complete)
+    assert client.cut_in_resume >= 5
+    gaps = [data for name, data in client.seen if name == "relay.gap"]
+    assert bool(gaps) == (memory == "40KiB")
+
+
+# ==== Slow clients ============================================================
+
+
+def resident(relay: harness.Relay) -> int:
+    """Return the relay's resident memory in bytes."""
+    status = Path(f"/proc/{relay.pid}/status").read_text()
+    return int(re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
+
+
+def publish_steadily(database: harness.Database, stop: Callable[[], bool], size: int, per_second: int) -> int:
+    """Publish numbered events on ``loud`` until told to stop; return how many."""
+    count, began = 0, time.monotonic()
+    while not stop():
+        # What is due by the clock: a slow machine falls behind and catches up.
+        due = int((time.monotonic() - began) * per_second) - count
+        for _ in range(due):
+            count += 1
+            database.notify("loud", f"{count} {'x' * size}")
+        time.sleep(0.01)
+    return count
+
+
+def numbers(reader: harness.SseReader) -> list[int]:
+    return [int(data.split()[0]) for data in reader.data]
+
+
+def test_a_client_that_never_reads_is_cut_and_costs_the_others_nothing(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay("--memory", "4MiB", dsn=database.dsn)
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(harness.SseReader(relay.url("loud"))) for _ in range(5)]
+        for reader in readers:
+            reader.wait_for_id()
+        before = resident(relay)
+        stalled = stack.enter_context(
+            harness.RawStream(relay.bind, relay.url("loud"), reading=False, receive_buffer=4096)
+        )
+        most = 0
+
+        def cut() -> bool:
+            nonlocal most
+            most = max(most, resident(relay))
+            return "cut a slow client" in relay.log
+
+        deadline = time.monotonic() + 30
+        count = publish_steadily(database, lambda: cut() or time.monotonic() > deadline, 1000, 200)
+        assert "cut a slow client" in relay.log
+        # What a client that is cut in the end can hold, and what memory keeps.
+        assert most - before < 12 * 1024 * 1024
+        for reader in readers:
+            reader.wait_for(lambda event: event.data.startswith(f"{count} "))
+            assert numbers(reader) == list(range(1, count + 1))
+            assert all(not event.event.startswith("relay.") for event in reader.events)
+        # What it did get is whole events, in order, up to the cut.
+        stalled.read()
+        harness.wait_until(lambda: stalled.ended)
+        got = [int(n) for n in re.findall(rb"^data: (\d+) x+$", stalled.body, re.MULTILINE)]
+        assert got == list(range(1, len(got) + 1))
+        assert len(got) < count
+
+
+def test_a_long_resume_over_a_slow_link_catches_up_and_is_not_cut(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay("--max-backlog", "64KiB", dsn=database.dsn)
+    host, _, port = relay.bind.rpartition(":")
+    with (
+        harness.SseReader(relay.url("loud")) as reader,
+        harness.FreezableProxy((host, int(port)), bytes_per_second=1_500_000) as slow,
+    ):
+        start = reader.wait_for_id()
+        for number in range(-1000, 1):
+            database.notify("loud", f"{number} {'x' * 4000}")
+        reader.wait_for(lambda event: event.data.startswith("0 "))
+        address = f"http://127.0.0.1:{slow.port}/events/loud"
+        with harness.SseReader(address, last_event_id=start) as behind:
+            count = publish_steadily(database, lambda: 1 in numbers(behind), 500, 100)
+            behind.wait_for(lambda event: event.data.startswith(f"{count} "))
+            assert numbers(behind) == list(range(-1000, count + 1))
+            assert [event.event for event in behind.events if event.event != "message"] == []
+            assert not behind.ended
+    assert "cut a slow client" not in relay.log
+
+
+# ==== Bursts ==================================================================
+
+
+def test_one_transaction_over_three_channels_is_one_write_in_order(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    channels = ["one", "two", "three"]
+    with (
+        harness.RawStream(relay.bind, relay.url(*channels)) as all_three,
+        harness.RawStream(relay.bind, relay.url("three", "one")) as two_of_them,
+    ):
+        all_three.wait_for(b"\nid: ")
+        two_of_them.wait_for(b"\nid: ")
+        opening, reads = len(all_three.chunks), len(all_three.received)
+        published = [(channels[n % 3], str(n)) for n in range(30)]
+        connection = database.connect()
+        with contextlib.closing(connection), connection, connection.cursor() as cursor:
+            for channel, data in published:
+                cursor.execute("SELECT pg_notify(%s, %s)", (channel, data))
+        all_three.wait_for(b"data: 29\n\n")
+        (chunk,) = all_three.chunks[opening:]
+        assert len(all_three.received) == reads + 1
+        found = re.findall(r"event: (\w+)\nid: \w+-(\d+)\ndata: (\d+)\n\n", chunk.decode())
+        assert [(channel, data) for channel, _, data in found] == published
+        positions = [int(number) for _, number, _ in found]
+        assert positions == list(range(positions[0], positions[0] + 30))
+        body = two_of_them.wait_for(b"data: 29\n\n")
+        expected = [data for channel, data in published if channel != "two"]
+        assert re.findall(r"data: (\d+)", body.decode()) == expected
+
+
+# ==== Stop ====================================================================
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Room for some thousand sockets in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= 8192, "the limit of open files is too low for this test"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8192), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+LAST_BLOCK = re.compile(rb"\r\n\r\n.*\r\nretry: (\d+)\n\n\r\n", re.DOTALL)
+
+
+@pytest.mark.usefixtures("many_files")
+def test_2000_streams_end_in_time_each_with_a_retry(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with harness.Crowd(relay.bind, [relay.url(f"channel {n % 20}") for n in range(2_000)]) as crowd:
+        crowd.wait_for(b"\nid: ", 40)
+        began = time.monotonic()
+        assert relay.stop() == 0
+        lasted = time.monotonic() - began
+        crowd.wait_for_end()
+        waits = []
+        for data in crowd.received:
+            last = LAST_BLOCK.fullmatch(bytes(data[data.index(b"\r\n\r\n") :]))
+            assert last, data[-100:]
+            waits.append(int(last[1]))
+    print(f"stopped in {lasted:.2f} s")  # noqa: T201  # shown on failure
+    assert lasted < 1.5
+    # Spread: as many milliseconds more as there were clients.
+    assert min(waits) >= 2000
+    assert max(waits) - min(waits) > 2000
+    assert "Traceback" not in relay.log
+
+
+def test_a_client_that_does_not_read_does_not_hold_up_the_stop(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with (
+        harness.RawStream(relay.bind, relay.url("loud"), reading=False, receive_buffer=4096),
+        harness.SseReader(relay.url("loud")) as reader,
+    ):
+        reader.wait_for_id()
+        database.execute("SELECT pg_notify('loud', n || repeat('x', 4000)) FROM generate_series(1, 60) AS n")
+        reader.wait_for(lambda event: event.data.startswith("60"))
+        began = time.monotonic()
+        assert relay.stop() == 0
+        assert time.monotonic() - began < 3
+
+
+def test_a_request_that_waits_for_postgresql_is_told_to_come_back_at_the_stop(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    with harness.FreezableProxy.before(database) as proxy:
+        proxy.refuse()
+        relay = start_relay(dsn=proxy.dsn(database), wait=False)
+        relay.wait_for_log("cannot reach PostgreSQL")
+        with harness.RawStream(relay.bind, relay.url("orders")) as waiting:
+            # Answered, so the relay has also read the request before it on its socket.
+            with harness.RawStream(relay.bind, "/elsewhere") as other:
+                other.wait_for(b'"status": 404')
+            assert waiting.raw == b""
+            assert relay.stop() == 0
+            assert re.fullmatch(rb"retry: \d+\n\n", waiting.wait_for_end())
+            assert waiting.status == 200
+
+
+def test_a_late_request_on_an_open_connection_is_told_to_come_back(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    relay = start_relay(dsn=database.dsn)
+    with harness.RawStream(relay.bind, "/elsewhere") as late:
+        late.wait_for(b'"status": 404')
+        before = len(late.raw)
+        relay.process.terminate()
+        relay.wait_for_log("stopping")
+        with contextlib.suppress(OSError):
+            late.socket.sendall(harness.http_request(relay.url("orders")))
+        late.wait_for_end()
+        answer = late.raw[before:]
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert re.search(rb"\r\n\r\nretry: \d+\n\n$", answer)
+        assert relay.wait() == 0
+
+
+def test_a_second_signal_ends_it_at_once(start_relay: StartRelay, database: harness.Database) -> None:
+    relay = start_relay(dsn=database.dsn)
+    # A client that does not read keeps the first stop waiting, so that there is time for a second signal.
+    with harness.RawStream(relay.bind, relay.url("loud"), reading=False, receive_buffer=4096):
+        with harness.SseReader(relay.url("loud")) as reader:
+            reader.wait_for_id()
+            for _ in range(3):
+                database.execute(
+                    "SELECT pg_notify('loud', n || repeat('x', 4000)) FROM generate_series(1, 60) AS n"
+                )
+            database.notify("loud", "all")
+            reader.wait_for_data("all")
+        relay.process.terminate()
+        relay.wait_for_log("stopping")
+        began = time.monotonic()
+        relay.process.terminate()
+        assert relay.wait() == -signal.SIGTERM
+        assert time.monotonic() - began < 1
+
+
+def test_no_connection_is_refused_or_reset_while_it_stops(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    """Those who were taken in at the moment of the stop get an answer, not a reset."""
+    relay = start_relay(dsn=database.dsn)
+    host, _, port = relay.bind.rpartition(":")
+    relay.suspend()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(10):
+            client = stack.enter_context(socket.create_connection((host, int(port)), 10))
+            client.sendall(harness.http_request(relay.url("orders")))
+            clients.append(client)
+        relay.process.terminate()
+        relay.resume()
+        answers = []
+        for client in clients:
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while data := client.recv(65536):
+                    answer += data
+            answers.append(answer)
+        assert relay.wait() == 0
+    print(sum(b"retry: " in answer for answer in answers), "of 10 answered")  # noqa: T201  # shown on failure
+    assert all(b"retry: " in answer for answer in answers if answer)
