@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1600,7 +1600,8 @@ def test_writers_of_all_kinds_and_relays_that_die_lose_and_reorder_nothing(
         forging = pool.submit(forge, database, stranger, writing)
         try:
             writing.wait(8)
-            assert not [future.exception() for future in (*writers, looking, forging) if future.done()]
+            running: list[Future[Any]] = [*writers, looking, forging]
+            assert not [future.exception() for future in running if future.done()]
         finally:
             writing.set()
             try:
