@@ -331,7 +331,7 @@ class FreezableProxy:
         self.accept()
 
     @classmethod
-    def before(cls, database: Database) -> FreezableProxy:
+    def before(cls, database: Database) -> Self:
         """Return a proxy in front of a database's server; `dsn` then leads through it."""
         parts = psycopg2.extensions.parse_dsn(database.dsn)
         return cls((parts["host"], int(parts["port"])))

@@ -290,6 +290,43 @@ def test_streams_outlive_a_connection_that_is_frozen_for_15_seconds(
         harness.wait_until(lambda: len(relay_backends(database)) == 2, what="the end of old backends")
 
 
+class StallingProxy(harness.FreezableProxy):
+    """While `stalling` is set, a server is not heard any more once it has let a client in."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.stalling = threading.Event()
+        self._released = threading.Event()
+        super().__init__(target)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, rate: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+                # ReadyForQuery, idle
+                if self.stalling.is_set() and data.endswith(b"Z\0\0\0\5I"):
+                    self._released.wait()
+        self._shutdown(sink, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._released.set()
+        super().close()
+
+
+def test_a_server_that_freezes_right_after_the_login_is_given_up(
+    database: harness.Database, start_relay: StartRelay
+) -> None:
+    # The first, blocking connection has ten seconds for its questions.
+    with StallingProxy.before(database) as proxy:
+        assert isinstance(proxy, StallingProxy)
+        proxy.stalling.set()
+        relay = start_relay(dsn=proxy.dsn(database), wait=False)
+        harness.wait_until(lambda: proxy.connections)
+        relay.wait_for_log("cannot reach PostgreSQL", 20)
+        proxy.stalling.clear()
+        relay.wait_for_log(harness.READY, 20)
+    assert "Traceback" not in relay.log
+
+
 def test_a_relay_starts_without_postgresql_and_is_ready_when_it_comes(
     own_server: harness.Server, start_relay: StartRelay
 ) -> None:
