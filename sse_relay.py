@@ -1435,22 +1435,6 @@ def session_dsn(dsn: str, **pinned: str) -> str:
     )
 
 
-@contextlib.contextmanager
-def bounded_visit(connection: psycopg2.extensions.connection) -> Iterator[socket.socket]:
-    """Close a blocking connection at the end, or cut it off when the time is up.
-
-    libpq waits for ever for a server that freezes amid a query. Gives the socket.
-    """
-    with contextlib.closing(connection), socket.socket(fileno=os.dup(connection.fileno())) as peer:
-        end = threading.Timer(QUERY_TIMEOUT, peer.shutdown, (socket.SHUT_RDWR,))
-        end.daemon = True
-        end.start()
-        try:
-            yield peer
-        finally:
-            end.cancel()
-
-
 def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]) -> str:
     """Connect once, blocking, and return a DSN pinned to the server that was found.
 
@@ -1470,7 +1454,7 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         if HOPELESS.search(str(error)):
             raise UnusableDatabaseError(one_line(error, dsn)) from None
         raise
-    with bounded_visit(connection) as peer:
+    with contextlib.closing(connection):
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_is_in_recovery(), current_setting('server_encoding')")
@@ -1488,8 +1472,9 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         with connection.cursor() as cursor:
             check(cursor)
         pinned = {"host": connection.info.host, "port": str(connection.info.port), "gssencmode": "disable"}
-        if peer.family != socket.AF_UNIX:
-            pinned["hostaddr"] = peer.getpeername()[0]
+        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+            if peer.family != socket.AF_UNIX:
+                pinned["hostaddr"] = peer.getpeername()[0]
         if parse_dsn(dsn).get("sslmode", "prefer") in ("prefer", "allow"):
             pinned["sslmode"] = "require" if connection.info.ssl_in_use else "disable"
         return session_dsn(dsn, **pinned)
@@ -2082,7 +2067,6 @@ class NotifySource:
         if channel in self._listened:
             self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
         else:
-            self._confirmations.pop(channel, None)
             self._interest_changed()
 
     def _make_room(self) -> None:
@@ -3812,15 +3796,7 @@ class Relay:
         watchdog = watchdog_interval()
         interval = min(STATUS_INTERVAL, watchdog or STATUS_INTERVAL)
         while True:
-            if self.listener.ready.is_set():
-                counts = self.hub.counts
-                status = (
-                    f"{len(self.hub.subscribers)} clients, {len(self.hub.channels)} channels, "
-                    f"{counts.events} events"
-                )
-            else:
-                status = f"waiting for PostgreSQL: {self.listener.trouble}"
-            state = f"STATUS={status}\n"
+            state = f"STATUS={self._status()}\n"
             if watchdog:
                 # What a restart cannot mend, a lost database, is told by /ready.
                 state += "WATCHDOG=1\n"
@@ -3828,6 +3804,12 @@ class Relay:
                 state += f"EXTEND_TIMEOUT_USEC={int(4e6 * STATUS_INTERVAL)}\n"
             sd_notify(state)
             await asyncio.sleep(interval)
+
+    def _status(self) -> str:
+        if not self.listener.ready.is_set():
+            return f"waiting for PostgreSQL: {self.listener.trouble}"
+        clients, channels = len(self.hub.subscribers), len(self.hub.channels)
+        return f"{clients} clients, {channels} channels, {self.hub.counts.events} events"
 
     def _reload(self) -> None:
         try:
@@ -3850,7 +3832,7 @@ class Relay:
         await self.listener.ready.wait()
         log.info("ready")
         self._told = True
-        sd_notify("READY=1")
+        sd_notify(f"READY=1\nSTATUS={self._status()}")
         on_ready()
         await asyncio.Event().wait()
 

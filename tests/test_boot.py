@@ -1,0 +1,427 @@
+"""The service in a truly booted systemd, installed by the README's steps.
+
+Needs root, for namespaces and an overlay of the file system. The booted system sees the machine's programs;
+what it writes is gone with it. It has no network, and reaches PostgreSQL by a unix socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psycopg2.extensions
+import pytest
+
+import harness
+from harness import Database, RawStream, Server, wait_until
+from sse_relay import SCHEMA_SQL
+
+# A boot, an installation from the package index, and limits of the watchdog that must pass.
+pytestmark = pytest.mark.timeout(300)
+
+# Arguments: a folder to work in; pairs FROM:TO of folders that the new system sees, too.
+BOOT = """
+set -e
+work=$1; shift
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$work"
+mkdir "$work/upper" "$work/work" "$work/root"
+mount -t overlay -o "lowerdir=/,upperdir=$work/upper,workdir=$work/work" overlay "$work/root"
+cd "$work/root"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t tmpfs -o mode=755 tmpfs run
+mount -t tmpfs -o mode=1777 tmpfs tmp
+mount -t tmpfs -o mode=755 tmpfs dev
+for name in null zero full random urandom tty; do touch dev/$name; mount --bind /dev/$name dev/$name; done
+mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+mount -t tmpfs -o mode=1777 tmpfs dev/shm
+for pair; do
+    mkdir -p "./${pair#*:}"
+    mount --bind "${pair%%:*}" "./${pair#*:}"
+done
+# The kernel is not this system's own.
+for unit in systemd-sysctl systemd-udevd systemd-modules-load; do
+    ln -sf /dev/null etc/systemd/system/$unit.service
+done
+mkdir -p mnt
+pivot_root . mnt
+umount -l mnt
+mount --make-rshared /
+exec env -i container=sse-relay PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
+    /lib/systemd/systemd --unit=basic.target --show-status=0 --log-target=journal
+"""
+NAMESPACES = ("--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--uts", "--ipc", "--net", "--cgroup")
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+DATABASE_FOLDER = "/run/test-postgresql"
+
+
+class Machine:
+    """A booted systemd of the test's own.
+
+    Args:
+        folders: Those that it sees beside what is in the root file system, by their name there.
+    """
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        if os.geteuid() != 0:
+            harness.missing("booting a systemd needs root")
+        for program in ("unshare", "nsenter", "systemctl"):
+            harness.require(program)
+        name = f"sse-relay-{os.getpid()}-{time.monotonic_ns()}"
+        roots = [Path("/sys/fs/cgroup", part) for part in ("systemd", "unified", ".")]
+        self._groups = [root / name for root in roots if (root / "cgroup.procs").exists()]
+        self._folder = Path(tempfile.mkdtemp())
+        for group in self._groups:
+            group.mkdir()
+        procs = " ".join(str(group / "cgroup.procs") for group in self._groups)
+        enter = f'for file in {procs}; do echo $$ >"$file"; done; exec unshare "$@"'
+        pairs = [f"{there}:{here}" for here, there in folders.items()]
+        self._process = subprocess.Popen(
+            ["sh", "-c", enter, "sh", *NAMESPACES, "sh", "-c", BOOT, "sh", str(self._folder), *pairs],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            self.pid = wait_until(self._child, 10, "the new system's first process")
+            wait_until(self._is_up, 30, "the boot")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _child(self) -> int:
+        task = f"/proc/{self._process.pid}/task/{self._process.pid}/children"
+        if self._process.poll() is not None:
+            assert self._process.stdout is not None
+            harness.missing(f"no systemd can be booted here: {self._process.stdout.read().decode()[-500:]}")
+        return int((Path(task).read_text().split() or ["0"])[0])
+
+    def _is_up(self) -> bool:
+        assert self._child()
+        state = self.run("systemctl", "is-system-running", check=False)
+        return state.strip() in ("running", "degraded")
+
+    def run(self, *command: str, network: bool = False, check: bool = True) -> str:
+        """Run a command in the new system, in the repository; return what it printed.
+
+        Args:
+            network: Let it use the network of the machine.
+        """
+        spaces = ["--mount", "--pid", "--uts", "--ipc", *([] if network else ["--net"])]
+        done = subprocess.run(
+            ["nsenter", f"--target={self.pid}", *spaces, f"--wd={self.path(harness.ROOT)}", *command],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120,
+            # The system's own Python: one in somebody's home is out of the service's reach.
+            env={**harness.clean_environment(), "PATH": SYSTEM_PATH},
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout + done.stderr + self.journal()
+        return done.stdout
+
+    def path(self, path: str | Path) -> Path:
+        """Give the path by which this machine reaches a file of the new system."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+    def show(self, what: str, unit: str = "sse-relay") -> str:
+        return self.run("systemctl", "show", "--value", f"--property={what}", unit).strip()
+
+    def journal(self, *options: str) -> str:
+        """Return what the service has logged, and systemd about it."""
+        return self.run("journalctl", "--no-pager", "-u", "sse-relay", "-o", "cat", *options, check=False)
+
+    def drop_in(self, name: str, text: str) -> None:
+        """Change the service by ``systemctl edit``'s way."""
+        folder = self.path("/etc/systemd/system/sse-relay.service.d")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.conf").write_text(text)
+        self.run("systemctl", "daemon-reload")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        for group in self._groups:
+            wait_until(lambda group=group: remove_groups(group), 10, "the end of its processes")  # type: ignore[misc]  # a default
+        self._folder.rmdir()
+
+
+def remove_groups(group: Path) -> bool:
+    try:
+        for folder, _, _ in os.walk(group, topdown=False):
+            Path(folder).rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def readme_installation() -> str:
+    """Return the README's shell block that installs the service."""
+    text = (harness.ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if "systemd/sse-relay.service" in block]
+    return str(block)
+
+
+@dataclass
+class Site:
+    """The new system with the relay, and its PostgreSQL outside."""
+
+    machine: Machine
+    server: Server
+    database: Database
+    address: str
+    """Of the streams, in the form of --bind, for this machine."""
+
+    def publish(self, *events: object) -> None:
+        for event in events:
+            self.database.execute("SELECT sse_relay.publish('orders', %s::text)", (str(event),))
+
+    def wait_active(self, timeout: float = 30.0) -> None:
+        wait_until(lambda: self.machine.show("ActiveState") == "active", timeout, "the service")
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """Install the relay by the README, with source log and a watchdog that bites soon."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        sockets = Path(name)
+        sockets.chmod(0o777)
+        server = stack.enter_context(Server(unix_socket_directories=name))
+        with contextlib.closing(server.database.connect()) as connection, connection.cursor() as cursor:
+            cursor.execute(SCHEMA_SQL)
+        folders = {str(harness.ROOT): harness.ROOT, DATABASE_FOLDER: sockets}
+        machine = stack.enter_context(Machine(folders))
+        dsn = psycopg2.extensions.make_dsn(server.dsn, host=DATABASE_FOLDER)
+        block = readme_installation()
+        assert "postgresql://relay:password@localhost/app" in block
+        block = block.replace("'postgresql://relay:password@localhost/app'", f'"{dsn}"')
+        network, _, here = block.partition("install -m 644 sse_relay.py")
+        machine.run("bash", "-ec", network, network=True)
+        machine.drop_in(
+            "test",
+            "[Unit]\nAfter=\n[Service]\nEnvironment=SSE_RELAY_SOURCE=log SSE_RELAY_RETRY=100\n"
+            "WatchdogSec=3\nTimeoutAbortSec=1\n",
+        )
+        machine.run("bash", "-ec", "install -m 644 sse_relay.py" + here)
+        yield Site(machine, server, server.database, f"unix:{machine.path('/run/sse-relay/http.sock')}")
+
+
+def test_it_is_installed_by_the_readme_and_tells_its_status(site: Site) -> None:
+    site.wait_active()
+    status = site.machine.run("systemctl", "status", "--no-pager", "sse-relay")
+    assert "Active: active (running)" in status
+    assert re.search(r'Status: "\d+ clients, \d+ channels, \d+ events"', status)
+    assert "TriggeredBy: ● sse-relay.socket" in status
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+        site.publish("hello")
+        client.wait_for(b"data: hello")
+        wait_until(lambda: site.machine.show("StatusText").startswith("1 clients, 1 channels"), 10, "status")
+
+
+def test_it_runs_as_a_user_of_its_own_that_can_read_the_secret_alone(site: Site) -> None:
+    assert site.machine.show("DynamicUser") == "yes"
+    user = site.machine.run("ps", "-o", "uid=", "-p", site.machine.show("MainPID")).strip()
+    assert int(user) >= 61184, "systemd's range of dynamic users"
+    assert site.machine.run("stat", "-c", "%a %U", "/etc/sse-relay/dsn").strip() == "600 root"
+    assert "password" not in site.machine.run("ps", "-ef")
+
+
+def test_a_reload_reads_the_keys_again(site: Site) -> None:
+    before = site.machine.show("MainPID")
+    site.machine.run("systemctl", "reload", "sse-relay")
+    wait_until(lambda: "key files again" in site.machine.journal(), 10, "the reload")
+    assert site.machine.show("MainPID") == before
+
+
+def test_the_journal_knows_severities(site: Site) -> None:
+    warnings = site.machine.journal("--priority=warning")
+    assert "every channel can be read" in warnings
+    assert "connected to PostgreSQL" not in warnings
+    assert "connected to PostgreSQL" in site.machine.journal("--priority=info")
+
+
+# ==== Restart =================================================================
+
+
+@dataclass
+class Native:
+    """A client that comes back as a browser's EventSource does, until it is told to stop."""
+
+    path: str
+    data: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    last_id: str = ""
+    retry: float = 2.0
+    opened: int = 0
+    refused: list[OSError] = field(default_factory=list)
+
+    async def run(self) -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self.path, limit=1 << 20)
+            except OSError as error:
+                self.refused.append(error)
+                await asyncio.sleep(self.retry)
+                continue
+            with contextlib.closing(writer):
+                last = f"Last-Event-ID: {self.last_id}\r\n" if self.last_id else ""
+                head = (
+                    f"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n{last}\r\n"
+                )
+                writer.write(head.encode())
+                with contextlib.suppress(OSError):
+                    await self._read(reader)
+            await asyncio.sleep(self.retry)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        status = await reader.readline()
+        if status:
+            assert b" 200 " in status, status
+            self.opened += 1
+        name, data = "", None
+        # A chunk's size stands on a line of its own and looks like no field.
+        while line := await reader.readline():
+            text = line.decode().rstrip("\r\n")
+            key, colon, value = text.partition(": ")
+            if key == "id" and colon:
+                self.last_id = value
+            elif key == "retry" and colon:
+                self.retry = int(value) / 1000
+            elif key == "event":
+                name = value
+            elif key == "data" and colon:
+                data = value
+            elif not text and data is not None:
+                self.data.append(data)
+                self.names.append(name)
+                name, data = "", None
+
+
+class Natives:
+    """Many of them, in a thread."""
+
+    def __init__(self, path: str, count: int) -> None:
+        self.all = [Native(path) for _ in range(count)]
+        self._loop = asyncio.new_event_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._tasks = [self._loop.create_task(native.run()) for native in self.all]
+        self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
+        self._loop.close()
+
+    def close(self) -> None:
+        for task in self._tasks:
+            self._loop.call_soon_threadsafe(task.cancel)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+def test_a_restart_refuses_nobody_and_loses_nothing(site: Site) -> None:
+    path = site.address.removeprefix("unix:")
+    site.wait_active()
+    with contextlib.closing(Natives(path, 200)) as natives:
+        wait_until(lambda: all(native.last_id for native in natives.all), 20, "200 clients")
+        for restart in range(3):
+            site.publish(*range(restart * 10, restart * 10 + 5))
+            site.machine.run("systemctl", "restart", "sse-relay")
+            site.publish(*range(restart * 10 + 5, restart * 10 + 10))
+            wait_until(
+                lambda restart=restart: all(  # type: ignore[misc]  # a default
+                    native.opened >= restart + 2 for native in natives.all
+                ),
+                30,
+                "all clients to come back",
+            )
+        site.publish("end")
+        wait_until(lambda: all(native.data[-1:] == ["end"] for native in natives.all), 20, "the last event")
+        wanted = [*map(str, range(30)), "end"]
+        for native in natives.all:
+            assert native.refused == []
+            assert native.data == wanted
+            assert set(native.names) == {""}
+
+
+# ==== Watchdog ================================================================
+
+
+def test_the_watchdog_restarts_a_relay_whose_loop_is_blocked(site: Site) -> None:
+    site.wait_active()
+    before = site.machine.show("MainPID")
+    site.machine.run("kill", f"-{signal.SIGSTOP.value}", before)
+    wait_until(lambda: site.machine.show("MainPID") not in ("0", before), 30, "another relay")
+    site.wait_active()
+    assert "Watchdog timeout" in site.machine.journal()
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+
+
+def test_a_relay_whose_postgresql_is_away_is_left_alone(site: Site) -> None:
+    site.wait_active()
+    before, restarts = site.machine.show("MainPID"), site.machine.show("NRestarts")
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+        site.server.stop()
+        wait_until(
+            lambda: site.machine.show("StatusText").startswith("waiting for PostgreSQL"), 10, "the status"
+        )
+        # Twice what the watchdog waits for.
+        since = time.monotonic()
+        wait_until(lambda: time.monotonic() - since > 6, 10, "the watchdog's time")
+        assert (site.machine.show("MainPID"), site.machine.show("NRestarts")) == (before, restarts)
+        assert not client.ended
+        site.server.start()
+        wait_until(lambda: "clients" in site.machine.show("StatusText"), 20, "PostgreSQL")
+        site.publish("back")
+        client.wait_for(b"data: back")
+    assert site.machine.show("MainPID") == before
+
+
+def test_a_database_that_comes_late_is_no_failed_start(site: Site) -> None:
+    site.wait_active()
+    site.server.stop()
+    site.machine.drop_in("late", "[Service]\nTimeoutStartSec=10\n")
+    site.machine.run("systemctl", "--no-block", "restart", "sse-relay")
+    wait_until(lambda: site.machine.show("StatusText").startswith("waiting for PostgreSQL"), 20, "the start")
+    restarts = site.machine.show("NRestarts")
+    # More than TimeoutStartSec allows by itself.
+    since = time.monotonic()
+    wait_until(lambda: time.monotonic() - since > 11, 15, "the limit's time")
+    assert site.machine.show("ActiveState") == "activating"
+    site.server.start()
+    site.wait_active()
+    assert site.machine.show("NRestarts") == restarts
+
+
+def test_it_works_without_any_network_but_unix_sockets(site: Site) -> None:
+    drop_in = (harness.ROOT / "systemd" / "unix-only.conf").read_text()
+    site.machine.drop_in("unix-only", drop_in)
+    site.machine.run("systemctl", "restart", "sse-relay")
+    assert site.machine.show("PrivateNetwork") == "yes"
+    assert site.machine.show("RestrictAddressFamilies") == "AF_UNIX"
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+        site.publish("by unix socket")
+        client.wait_for(b"data: by unix socket")
