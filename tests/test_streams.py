@@ -796,25 +796,6 @@ def test_clients_that_leave_in_odd_ways_are_forgotten(
     expect_unharmed(relay, database)
 
 
-def test_half_requests_end_and_hold_up_nobody(start_relay: StartRelay, database: harness.Database) -> None:
-    # They are given ten seconds.
-    relay = start_relay(dsn=database.dsn)
-    host, _, port = relay.bind.rpartition(":")
-    with contextlib.ExitStack() as stack:
-        halves = []
-        for beginning in (b"", b"GET ", b"GET /events/a HTTP/1.1\r\nHost: x\r\n") * 50:
-            half = stack.enter_context(socket.create_connection((host, int(port)), 10))
-            half.sendall(beginning)
-            half.settimeout(20)
-            halves.append(half)
-        expect_unharmed(relay, database)
-        for half in halves:
-            with contextlib.suppress(ConnectionResetError):
-                while half.recv(65536):
-                    pass
-    expect_unharmed(relay, database)
-
-
 # ==== nginx ===================================================================
 
 NGINX = """
