@@ -230,8 +230,9 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "ruby": check_ruby,
     "php": check_php,
 }
-# Output and SQL have tests of their own, templates are rendered in test_django.py.
-UNCHECKED = {"text", "sql", "html", "ini"}
+# Output and SQL have tests of their own, templates are rendered in test_django.py, the image and the
+# alerts are tried in test_container.py.
+UNCHECKED = {"text", "sql", "html", "ini", "dockerfile", "yaml"}
 
 
 @pytest.mark.parametrize("language", CHECKS)
