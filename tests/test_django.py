@@ -25,6 +25,7 @@ import pytest
 import harness
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+README_SECRET = "/etc/sse-relay/jwt"
 FILE_NAME = re.compile(r"(?:#|<!--) (shop/[\w./]+)(?: -->)?\n")
 
 SETTINGS = """
@@ -33,7 +34,11 @@ import os
 SECRET_KEY = "of the tests alone"
 ALLOWED_HOSTS = ["*"]
 ROOT_URLCONF = "urls"
-INSTALLED_APPS = ["shop"]
+INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions", "shop"]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGGING = {
     "version": 1,
@@ -51,9 +56,18 @@ DATABASES = {
 }
 """
 URLS = """
+from django.contrib.auth import login
+from django.contrib.auth.models import User
+from django.http import JsonResponse
 from django.urls import path
 
-from shop import views
+from shop import streams, views
+
+
+def sign_in(request, name):
+    user, _ = User.objects.get_or_create(username=name)
+    login(request, user)
+    return JsonResponse({"id": user.pk})
 
 
 def orders_within_a_transaction(request, tenant_id):
@@ -65,6 +79,9 @@ urlpatterns = [
     path("orders/<int:tenant_id>", views.orders),
     path("orders-position-first/<int:tenant_id>", views.orders_position_first),
     path("orders-within-a-transaction/<int:tenant_id>", orders_within_a_transaction),
+    path("sign-in/<name>", sign_in),
+    path("stream-cookie", streams.stream_cookie),
+    path("may-read", streams.may_read),
 ]
 """
 MODELS = """
@@ -148,6 +165,10 @@ class Project:
     folder: Path
     database: harness.Database
 
+    @property
+    def secret(self) -> Path:
+        return self.folder / "jwt"
+
     def write(self) -> None:
         parts = psycopg2.extensions.parse_dsn(self.database.dsn)
         names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
@@ -163,6 +184,9 @@ class Project:
             **readme_files(),
         }
         files["shop/views.py"] += first_view()
+        assert README_SECRET in files["shop/streams.py"]
+        self.secret.write_text("the application's and the relay's secret\n")
+        files["shop/streams.py"] = files["shop/streams.py"].replace(README_SECRET, str(self.secret))
         for path, text in files.items():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_text(text)
@@ -438,3 +462,62 @@ def test_testcase_sends_nothing_and_transactiontestcase_sends(
 def test_a_testcase_sees_what_is_about_to_be_published(project: Project) -> None:
     # In a database of its own, which the README's migrations make ready.
     assert "Ran 1 test" in project.manage("test", "shop.tests")
+
+
+def test_the_cookie_of_the_readme_opens_what_is_the_users_own(
+    project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay]
+) -> None:
+    options = ("--jwt-key-file", str(project.secret), "--jwt-cookie", "sse")
+    relay = start_relay(*options, dsn=project.database.dsn)
+    assert site.get("/stream-cookie").status_code == 401
+    user = site.get("/sign-in/ann").json()["id"]
+    cookie = site.get("/stream-cookie").headers["set-cookie"]
+    site.cookies.clear()
+    assert all(word in cookie for word in ("HttpOnly", "Secure", "SameSite=Strict", "Path=/events"))
+    headers = {"Cookie": cookie.partition(";")[0]}
+    assert httpx.get(relay.url(f"user-{user}")).json()["status"] == 401
+    assert httpx.get(relay.url(f"user-{user}0"), headers=headers).json()["status"] == 403
+    with harness.SseReader(relay.url(f"user-{user}", "news"), headers) as reader:
+        reader.wait_for_id()
+        project.database.notify(f"user-{user}", "for ann")
+        reader.wait_for_data("for ann")
+
+
+def test_the_application_says_who_may_read(site: httpx.Client) -> None:
+    def answer(address: str) -> int:
+        return site.get("/may-read", headers={"X-Original-URI": address}).status_code
+
+    user = site.get("/sign-in/ben").json()["id"]
+    assert answer(f"/events/user-{user}") == 204
+    assert answer(f"/events?channel=news&channel=user-{user}&lastEventId=a-1") == 204
+    assert answer(f"/events/user%2D{user}") == 204
+    for address in ("/events", f"/events?channel=user-{user}&channel=orders", f"/events/user-{user}0"):
+        assert answer(address) == 403
+    site.cookies.clear()
+    assert answer("/events/news") == 204
+    assert answer(f"/events/user-{user}") == 403
+
+
+def test_nginx_asks_the_application(
+    project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay], tmp_path: Path
+) -> None:
+    socket = f"unix:{tmp_path}/http.sock"
+    start_relay("--allow-channel", "*", bind=socket, dsn=project.database.dsn)
+    asking = harness.nginx_recipe("location /events { }")
+    server = re.sub(r" *error_page .*@sse_retry;\n", asking, harness.nginx_recipe("server { }"))
+    server += harness.nginx_recipe("server { }, to ask the application")
+    server = server.replace("http://127.0.0.1:8000", str(site.base_url).rstrip("/"))
+    user = site.get("/sign-in/cem").json()["id"]
+    headers = {"Cookie": f"sessionid={site.cookies['sessionid']}"}
+    site.cookies.clear()
+    with harness.Nginx(tmp_path, socket, server=server) as nginx:
+        address = f"{nginx.url}/events/user-{user}"
+        with harness.SseReader(address) as stranger:
+            stranger.wait_for_end()
+            (refusal,) = stranger.events
+            assert (refusal.event, refusal.json()["status"]) == ("relay.refused", 403)
+            assert refusal.retry == 86_400_000
+        with harness.SseReader(address, headers) as reader:
+            reader.wait_for_id()
+            project.database.notify(f"user-{user}", "for cem")
+            reader.wait_for_data("for cem")

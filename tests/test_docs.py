@@ -6,6 +6,7 @@ Run as a program with ``--write``, this brings the README's help texts up to dat
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -165,21 +166,27 @@ def check(*command: str | Path, source: str = "") -> None:
 def check_nginx(tmp_path: Path) -> None:
     """Let nginx read the blocks, each in the context that its first line names.
 
-    Those for ``http`` take each other's place; with each goes what is for ``server``.
+    Those for ``http`` take each other's place. What asks the application is tried apart: its line
+    ``error_page`` for the relay's absence takes the place of the other one.
     """
-    contexts: dict[str, list[str]] = {"http": [], "server": []}
+    contexts: dict[str, list[str]] = {"http": [], "location /events": [], "server": []}
     for block in blocks("nginx"):
-        match = re.match(r"# Inside (http|server) \{ \}", block.text)
+        match = re.match(r"# Inside ([^{]+) \{ \}.*\n", block.text)
         assert match, block.text
         contexts[match[1]].append(block.text.replace("/var/log/nginx", str(tmp_path)))
+    (more,) = contexts["location /events"]
+    to_ask, plain = contexts["server"]
+    asking, replaced = re.subn(r" *error_page .*@sse_retry;\n", more, plain)
+    assert replaced == 1
+    servers = [plain, asking + to_ask]
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
     config = tmp_path / "nginx.conf"
-    for http in contexts["http"]:
+    for http, server in itertools.product(contexts["http"], servers):
         config.write_text(
             f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
             f"http {{\n{folders}access_log off;\n{http}"
-            f"server {{\nlisten unix:{tmp_path}/listen;\n{''.join(contexts['server'])}}}\n}}\n"
+            f"server {{\nlisten unix:{tmp_path}/listen;\n{server}}}\n}}\n"
         )
         check(require("nginx"), "-t", "-c", config)
 
@@ -260,7 +267,7 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
 
 
 def test_the_token_of_the_readme_opens_what_it_says() -> None:
-    (block,) = (block.text for block in blocks("python") if "jwt.encode" in block.text)
+    (block,) = (block.text for block in blocks("python") if block.text.startswith("token = jwt.encode"))
     names = {"jwt": import_jwt(), "time": time, "key": b"k" * 32}
     exec(block, names)  # noqa: S102  # the README's own line
     grant = verify_token(names["token"], [read_key(b"k" * 32)], time.time())
