@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.9,<4",
+#     "aiohttp>=3.14.1,<4",
 #     "aiopg>=1.4,<2",
 #     "click>=8.1",
 # ]
@@ -1435,6 +1435,22 @@ def session_dsn(dsn: str, **pinned: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def bounded_visit(connection: psycopg2.extensions.connection) -> Iterator[socket.socket]:
+    """Close a blocking connection at the end, or cut it off when the time is up.
+
+    libpq waits for ever for a server that freezes amid a query. Gives the socket.
+    """
+    with contextlib.closing(connection), socket.socket(fileno=os.dup(connection.fileno())) as peer:
+        end = threading.Timer(QUERY_TIMEOUT, peer.shutdown, (socket.SHUT_RDWR,))
+        end.daemon = True
+        end.start()
+        try:
+            yield peer
+        finally:
+            end.cancel()
+
+
 def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]) -> str:
     """Connect once, blocking, and return a DSN pinned to the server that was found.
 
@@ -1454,7 +1470,7 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         if HOPELESS.search(str(error)):
             raise UnusableDatabaseError(one_line(error, dsn)) from None
         raise
-    with contextlib.closing(connection):
+    with bounded_visit(connection) as peer:
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_is_in_recovery(), current_setting('server_encoding')")
@@ -1472,9 +1488,8 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         with connection.cursor() as cursor:
             check(cursor)
         pinned = {"host": connection.info.host, "port": str(connection.info.port), "gssencmode": "disable"}
-        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
-            if peer.family != socket.AF_UNIX:
-                pinned["hostaddr"] = peer.getpeername()[0]
+        if peer.family != socket.AF_UNIX:
+            pinned["hostaddr"] = peer.getpeername()[0]
         if parse_dsn(dsn).get("sslmode", "prefer") in ("prefer", "allow"):
             pinned["sslmode"] = "require" if connection.info.ssl_in_use else "disable"
         return session_dsn(dsn, **pinned)
@@ -2067,6 +2082,7 @@ class NotifySource:
         if channel in self._listened:
             self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
         else:
+            self._confirmations.pop(channel, None)
             self._interest_changed()
 
     def _make_room(self) -> None:

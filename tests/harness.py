@@ -953,6 +953,21 @@ class PageEvent:
     id: str
 
 
+def _forgive_late_answers(driver: Any) -> None:
+    """Ignore an answer to a message that expects none: Playwright would fail the next call for it."""
+    connection = driver._impl_obj._connection
+    dispatch = connection.dispatch
+
+    def forgive(message: Any) -> None:
+        try:
+            dispatch(message)
+        except playwright.async_api.Error as error:
+            if "Cannot find command to respond" not in str(error):
+                raise
+
+    connection.dispatch = forgive
+
+
 class Browser:
     """A real Chromium, driven from a thread with a loop of its own, and a web server for its pages."""
 
@@ -970,6 +985,7 @@ class Browser:
 
     async def _launch(self, executable: str) -> playwright.async_api.Browser:
         self._playwright = await playwright.async_api.async_playwright().start()
+        _forgive_late_answers(self._playwright)
         return await self._playwright.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float = 30.0) -> T:

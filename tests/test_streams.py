@@ -592,8 +592,10 @@ def test_the_past_comes_before_the_position_of_the_present(
     names = ["past a", "past b", "past c"]
     with harness.SseReader(standing.url(*names)) as reader:
         start = reader.wait_for_id()
-    for number in range(300):
-        standing_database.notify(names[number % 3], str(number))
+        for number in range(300):
+            standing_database.notify(names[number % 3], str(number))
+        # From here on the relay has them all.
+        reader.wait_for_data("299")
     with harness.RawStream(standing.bind, standing.url(*names), headers={"Last-Event-ID": start}) as stream:
         body = stream.wait_for(b"data: 299\n\nid: ")
     blocks = body.decode().split("\n\n")
@@ -684,7 +686,10 @@ def test_ten_thousand_missed_events_are_replayed_and_one_more_is_a_gap(
     with harness.SseReader(relay.url("many"), last_event_id=start) as reader:
         reader.wait_for_data("10000", 20)
         assert reader.data == [str(n) for n in range(1, 10_001)]
-    database.notify("few", "one more")
+    with harness.SseReader(relay.url("few")) as reader:
+        reader.wait_for_id()
+        database.notify("few", "one more")
+        reader.wait_for_data("one more")
     with harness.SseReader(relay.url("many", "few"), last_event_id=start) as reader:
         reader.wait_for_id()
         assert told(reader) == [gap("many", "too-many", start), gap("few", "too-many", start)]
