@@ -953,21 +953,6 @@ class PageEvent:
     id: str
 
 
-def _forgive_late_answers(driver: Any) -> None:
-    """Ignore an answer to a message that expects none: Playwright would fail the next call for it."""
-    connection = driver._impl_obj._connection
-    dispatch = connection.dispatch
-
-    def forgive(message: Any) -> None:
-        try:
-            dispatch(message)
-        except playwright.async_api.Error as error:
-            if "Cannot find command to respond" not in str(error):
-                raise
-
-    connection.dispatch = forgive
-
-
 class Browser:
     """A real Chromium, driven from a thread with a loop of its own, and a web server for its pages."""
 
@@ -985,7 +970,6 @@ class Browser:
 
     async def _launch(self, executable: str) -> playwright.async_api.Browser:
         self._playwright = await playwright.async_api.async_playwright().start()
-        _forgive_late_answers(self._playwright)
         return await self._playwright.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float = 30.0) -> T:
@@ -1023,7 +1007,11 @@ class Page:
         self.playwright = page
         self.requests: list[tuple[float, str]] = []
         """Each request that the page made since it was opened: time.monotonic() and URL."""
-        page.on("request", lambda request: self.requests.append((time.monotonic(), request.url)))
+
+        async def listen() -> None:
+            page.on("request", lambda request: self.requests.append((time.monotonic(), request.url)))
+
+        browser.run(listen())  # Playwright speaks in the thread of its loop alone
 
     def __enter__(self) -> Self:
         return self
