@@ -27,9 +27,18 @@ def start(*options: str, bind: str | None = None, temporary: Path | None = None)
     try:
         demo.wait_for_log(LAST_LINE, timeout=30)
     except BaseException:
-        demo.close()
+        end(demo)
         raise
     return demo
+
+
+def end(demo: Relay) -> None:
+    """End a demo that may still run; one that is killed could not remove its folder."""
+    try:
+        if demo.process.poll() is None:
+            demo.stop(20)
+    finally:
+        demo.close()
 
 
 def interrupt(demo: Relay) -> None:
@@ -76,7 +85,7 @@ def processes_below(folder: Path) -> list[str]:
 def demo() -> Iterator[Relay]:
     running = start()
     yield running
-    running.close()
+    end(running)
 
 
 @pytest.fixture
@@ -145,7 +154,7 @@ def first_event(browser: Browser) -> float:
             assert all(url.startswith(f"http://{fresh.bind}/") for _, url in page.requests)
             return seconds
     finally:
-        fresh.close()
+        end(fresh)
 
 
 def test_from_nothing_to_the_first_event_takes_less_than_10_s(browser: Browser) -> None:
@@ -304,7 +313,7 @@ def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> No
             stream.stdout.close()
         interrupt(fresh)
     finally:
-        fresh.close()
+        end(fresh)
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
@@ -316,7 +325,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
             interrupt(fresh)
             reader.wait_for_end()
     finally:
-        fresh.close()
+        end(fresh)
     assert processes_below(folder) == []
     assert list(folder.iterdir()) == []
 
@@ -353,7 +362,7 @@ def test_data_keeps_the_database(folder: Path) -> None:
             reader.wait_for_data("kept")
         interrupt(first)
     finally:
-        first.close()
+        end(first)
     second = start("--source", "log", "--data", str(data))
     try:
         with SseReader(second.url("orders"), last_event_id=position) as reader:
@@ -364,7 +373,7 @@ def test_data_keeps_the_database(folder: Path) -> None:
         assert httpx.get(f"http://{second.bind}/").status_code == 200
         interrupt(second)
     finally:
-        second.close()
+        end(second)
 
 
 def test_a_demo_that_cannot_start_says_why(demo: Relay, folder: Path) -> None:
@@ -405,4 +414,4 @@ def test_several_demos_run_side_by_side(demo: Relay) -> None:
     try:
         assert dsn_of(other) != dsn_of(demo)
     finally:
-        other.close()
+        end(other)
