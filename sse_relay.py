@@ -1217,7 +1217,7 @@ class Hub:
                 del self.channels[channel]
                 self.on_abandoned(channel)
 
-    async def broadcast(self, frames: Sequence[Frame]) -> None:
+    def broadcast(self, frames: Sequence[Frame]) -> Coroutine[Any, Any, None]:
         """Write a burst of frames, in one write to each live subscriber of their channels.
 
         The recipients are those of the moment of the call, before it waits for anything:
@@ -1245,16 +1245,16 @@ class Hub:
         for hit, subscribers in together.items():
             mixed = [frame for frame in frames if frame.channel in hit]
             plan.append((join_blocks(mixed, several=True), len(mixed), subscribers))
-        await self._carry_out(plan)
+        return self._carry_out(plan)
 
-    async def send_gaps(self, reason: str, position: bytes) -> None:
+    def send_gaps(self, reason: str, position: bytes) -> Coroutine[Any, Any, None]:
         """Tell every live subscriber that each of its channels may have lost events."""
         by_channels: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber in self.subscribers:
             if subscriber.resume is None:
                 by_channels.setdefault(subscriber.channels, []).append(subscriber)
                 self.counts.gaps[reason] += len(subscriber.channels)
-        await self._carry_out(
+        return self._carry_out(
             [
                 (encode_gaps(dict.fromkeys(channels, reason), None, position), 0, subscribers)
                 for channels, subscribers in by_channels.items()
@@ -2845,7 +2845,7 @@ class LogSource:
         self._memory.clear()
         self._memory.begin_all(self._number)
         if known:
-            await self._hub.send_gaps(reason, self.position())
+            await asyncio.shield(self._hub.send_gaps(reason, self.position()))
 
     async def _read_on(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2912,7 +2912,9 @@ class LogSource:
                 self._memory.append(frame)
             self._delivering = True
             try:
-                await self._hub.broadcast(frames)
+                # To all, though the connection is lost meanwhile: the next one reads on behind
+                # these events.
+                await asyncio.shield(self._hub.broadcast(frames))
             finally:
                 self._delivering = False
             self._hub.counts.observe(time.time() - rows[0][-1], len(frames))
