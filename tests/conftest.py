@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import harness
+import sse_relay
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +35,13 @@ def database(server: harness.Server) -> Iterator[harness.Database]:
     """A database of the test's own on the shared server."""
     with server.fresh_database() as fresh:
         yield fresh
+
+
+@pytest.fixture
+def log_database(database: harness.Database) -> harness.Database:
+    """The same, with the durable log."""
+    sse_relay.apply_schema(database.dsn)
+    return database
 
 
 @pytest.fixture

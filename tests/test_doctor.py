@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 import harness
 from harness import Database, Nginx, Relay, nginx_recipe
-from sse_relay import SCHEMA_SQL, Finding
+from sse_relay import Finding
 
 StartRelay = Callable[..., Relay]
 
@@ -62,14 +61,6 @@ def diagnose(
         assert finding.mend or finding.level == "ok", finding
         assert "\n" not in finding.what + finding.mend
     return diagnosis
-
-
-@pytest.fixture
-def log_database(database: Database) -> Database:
-    """A database with the durable log."""
-    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
-        cursor.execute(SCHEMA_SQL)
-    return database
 
 
 @pytest.fixture

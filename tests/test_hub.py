@@ -678,21 +678,20 @@ async def test_no_position_is_taken_while_some_have_events_that_others_have_not(
 
 
 async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
-    open_stream: OpenStream, database: harness.Database, monkeypatch: pytest.MonkeyPatch
+    open_stream: OpenStream, log_database: harness.Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next connection reads on behind it: who had not got it yet would miss it in silence."""
     monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
-    sse_relay.apply_schema(database.dsn)
     hub = Hub(1 << 20, FOREVER)
     source = sse_relay.LogSource(hub, sse_relay.Memory(1 << 20))
-    listener = source.listener = sse_relay.Listener(database.dsn, source)
+    listener = source.listener = sse_relay.Listener(log_database.dsn, source)
     running = asyncio.create_task(listener.run())
     try:
         async with asyncio.timeout(20):
             await listener.ready.wait()
             streams = [await open_stream(hub, "a") for _ in range(100)]
             reading = [asyncio.create_task(stream.read(1)) for stream in streams]
-            database.execute("SELECT sse_relay.publish('a', 'x')")
+            log_database.execute("SELECT sse_relay.publish('a', 'x')")
             await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
             assert not all(stream.writes for stream in streams)
     finally:

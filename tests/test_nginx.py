@@ -13,7 +13,6 @@ import pytest
 
 import harness
 from harness import Browser, Database, Nginx, RawStream, Relay, SseReader, nginx_recipe, wait_until
-from sse_relay import SCHEMA_SQL
 
 StartRelay = Callable[..., Relay]
 
@@ -35,14 +34,6 @@ def secured(tmp_path: Path, socket_path: str) -> Iterator[Nginx]:
     """With HTTP/2 and TLS."""
     with Nginx(tmp_path, socket_path, tls=True) as running:
         yield running
-
-
-@pytest.fixture
-def log_database(database: Database) -> Database:
-    """A database with the durable log."""
-    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
-        cursor.execute(SCHEMA_SQL)
-    return database
 
 
 def publish(database: Database, *events: object) -> None:
