@@ -4122,7 +4122,12 @@ class EmbeddedPostgres:
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folders, binaries, cluster, password, port."""
-        self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
+        # A signal between the folder's making and its note here would leave it behind.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         home = Path(self._home.name)
         os.chown(home, *self._user)
         self._log = home / "log"
@@ -5426,6 +5431,7 @@ def demo(source: str, bind: str, data: Path | None) -> None:
         raise click.UsageError(
             f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
     with EmbeddedPostgres(data) as postgres:
         if source == "log":
             apply_schema(postgres.dsn)

@@ -330,8 +330,11 @@ def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("sign", ["sse-relay-*", "sse-relay-*/data/base", "sse-relay-*/data/postmaster.pid"])
-def test_ctrl_c_while_it_starts_leaves_nothing_behind(folder: Path, sign: str) -> None:
+def test_a_signal_while_it_starts_leaves_nothing_behind(
+    folder: Path, sign: str, number: signal.Signals
+) -> None:
     bind = f"127.0.0.1:{harness.free_port()}"
     starting = subprocess.Popen(
         [sys.executable, str(PROGRAM), "demo", "--bind", bind], stdin=subprocess.DEVNULL,
@@ -340,7 +343,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing_behind(folder: Path, sign: str) -
     )  # fmt: skip
     try:
         harness.wait_until(lambda: list(folder.glob(sign)), what=sign)
-        os.killpg(starting.pid, signal.SIGINT)
+        os.killpg(starting.pid, number)
         output, _ = starting.communicate(timeout=20)
     finally:
         starting.kill()

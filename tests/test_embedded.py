@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,22 @@ def folder() -> Iterator[Path]:
         path = Path(name)
         path.chmod(0o755)
         yield path
+
+
+def test_a_signal_as_its_folder_is_made_leaves_nothing_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.mkdtemp
+
+    def interrupted(suffix: str | None, prefix: str | None, _: str | None) -> str:
+        path = make(suffix, prefix, folder)
+        signal.raise_signal(signal.SIGINT)
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddedPostgres().start()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["smart", "fast", "immediate"])
