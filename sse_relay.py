@@ -2513,9 +2513,16 @@ BEGIN
 END $$;
 
 -- To throw the log away: TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap.
-CREATE OR REPLACE FUNCTION sse_relay.truncated()
+-- So they do when its newest events are deleted: their ids could be given out again.
+CREATE OR REPLACE FUNCTION sse_relay.rewritten()
 RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_OP = 'DELETE' THEN
+        IF NOT EXISTS (SELECT FROM deleted
+                WHERE id > (SELECT coalesce(max(id), 0) FROM sse_relay.events)) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
     PERFORM sse_relay.renew_epoch();
     RETURN NULL;
 END $$;
@@ -2527,9 +2534,14 @@ BEGIN
     FOREACH emptied IN ARRAY ARRAY['sse_relay.pending', 'sse_relay.events']::regclass[] LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = emptied AND tgname = 'truncated') THEN
             EXECUTE format('CREATE TRIGGER truncated AFTER TRUNCATE ON %s'
-                ' FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.truncated()', emptied);
+                ' FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.rewritten()', emptied);
         END IF;
     END LOOP;
+    IF NOT EXISTS (SELECT FROM pg_trigger
+            WHERE tgrelid = 'sse_relay.events'::regclass AND tgname = 'deleted') THEN
+        CREATE TRIGGER deleted AFTER DELETE ON sse_relay.events REFERENCING OLD TABLE AS deleted
+            FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.rewritten();
+    END IF;
     PERFORM sse_relay.attach(NULL, NULL);
 END $$;
 

@@ -374,7 +374,10 @@ def test_a_restored_dump_is_another_history(server: Server, start_relay: RelaySt
                 assert reader.data == []
 
 
-def test_ids_that_went_back_are_another_history(log: Database, start_relay: RelayStarter) -> None:
+@pytest.mark.parametrize("cut", [False, True], ids=["connected", "reconnecting"])
+def test_ids_that_went_back_are_another_history(
+    log: Database, start_relay: RelayStarter, *, cut: bool
+) -> None:
     relay = start_relay(*LOG, dsn=log.dsn)
     with SseReader(relay.url("a")) as reader:
         reader.wait_for_id()
@@ -382,7 +385,8 @@ def test_ids_that_went_back_are_another_history(log: Database, start_relay: Rela
         position = reader.wait_for_data("event 9").id
         log.execute("DELETE FROM sse_relay.events WHERE id > 5")
         log.execute("SELECT setval('sse_relay.events_id_seq', 5)")
-        log.terminate_backends()
+        if cut:
+            log.terminate_backends()
         reader.wait_for(lambda event: event.event == "relay.gap")
         publish(log, "a", *words("new", 10))
         reader.wait_for_data("new 9")

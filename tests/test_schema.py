@@ -890,11 +890,20 @@ def test_the_epoch_is_short_printable_and_stays(log: Session, database: Database
 def test_ids_that_went_back_begin_an_epoch(log: Session) -> None:
     grow(log)
     epoch = log.attach()[0]
-    log.run("DELETE FROM sse_relay.events WHERE id > 3")
-    assert log.attach(epoch, 3)[0] == epoch
-    renewed, newest, *_ = log.attach(epoch, 4)
+    assert log.attach(epoch, 5)[0] == epoch
+    renewed, newest, *_ = log.attach(epoch, 6)
     assert renewed != epoch
-    assert newest == 3
+    assert newest == 5
+
+
+@pytest.mark.parametrize(
+    ("which", "begins"), [("id < 3", False), ("id > 5", False), ("id > 4", True), ("true", True)]
+)
+def test_deleting_the_newest_events_begins_an_epoch(log: Session, which: str, *, begins: bool) -> None:
+    grow(log)
+    epoch = log.attach()[0]
+    log.run(f"DELETE FROM sse_relay.events WHERE {which}")
+    assert (log.run(LOG_READ_SQL, (5,))[0][0] != epoch) == begins
 
 
 def test_a_sequence_behind_the_log_is_mended_and_begins_an_epoch(log: Session) -> None:
@@ -931,7 +940,7 @@ def test_rows_that_come_back_from_a_copy_begin_an_epoch(log: Session, tmp_path: 
     """As a restore of the data alone does, in the same database with the same ids."""
     grow(log)
     epoch = log.attach()[0]
-    saved = {table: tmp_path / table for table in ("settings", "epoch", "events")}
+    saved = {table: tmp_path / table for table in ("settings", "events", "epoch")}
     with log.connection.cursor() as cursor:
         for table, file in saved.items():
             with file.open("w") as sink:
