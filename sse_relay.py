@@ -537,6 +537,17 @@ class Snapshot(NamedTuple):
         """Tell whether a transaction that has committed by now was visible in it."""
         return xid < self.xmin or (xid < self.xmax and xid not in self.running)
 
+    def includes(self, other: Snapshot) -> bool:
+        """Tell whether every transaction that the other shows is visible in this one too."""
+        return other.xmax <= self.xmax and not any(map(other.shows, self.running))
+
+
+def parse_snapshot(text: str) -> Snapshot:
+    """Read what PostgreSQL writes for a ``pg_snapshot``: ``xmin:xmax:xid,xid``."""
+    xmin, xmax, running = text.split(":")
+    # No xid has more than 20 digits: Python refuses to convert very long ones.
+    return Snapshot(int(xmin), int(xmax), frozenset(int(xid[:20]) for xid in running.split(",") if xid))
+
 
 class Position(NamedTuple):
     """Where a client stands: every event up to ``number`` of this epoch is behind it.
@@ -554,7 +565,7 @@ class Position(NamedTuple):
 
 
 POSITION: Final = re.compile(
-    r"([A-Za-z0-9_]{1,40})-([0-9]{1,19})(?:@([0-9]{1,20}):([0-9]{1,20}):([0-9,]*))?(?:/.*)?",
+    r"([A-Za-z0-9_]{1,40})-([0-9]{1,19})(?:@([0-9]{1,20}:[0-9]{1,20}:[0-9,]*))?(?:/.*)?",
     re.ASCII | re.DOTALL,
 )
 
@@ -568,12 +579,7 @@ def parse_position(text: str) -> Position | None:
     match = POSITION.fullmatch(text)
     if match is None or int(match[2]) >= 2**63:
         return None
-    snapshot = None
-    if match[3]:
-        # None has more than 20 digits: Python refuses to convert very long ones.
-        running = frozenset(int(xid[:20]) for xid in match[5].split(",") if xid)
-        snapshot = Snapshot(int(match[3]), int(match[4]), running)
-    return Position(match[1], int(match[2]), snapshot)
+    return Position(match[1], int(match[2]), parse_snapshot(match[3]) if match[3] else None)
 
 
 class Target(NamedTuple):
@@ -2711,7 +2717,9 @@ class LogSource:
         # Transactions to number, each with its sender, in the order of their commits.
         self._woken: dict[tuple[str, int], None] = {}
         self._sweep_due = False
+        # The snapshot of the last sweep: all that it shows has been numbered and read.
         self._swept_up: str | None = None
+        self._swept: Snapshot | None = None
         self._sweep_waiters: list[asyncio.Future[None]] = []
         # One replay at a time waits for the connection, so that reading what is new waits
         # behind at most one page; each page queues anew, so that they take turns.
@@ -2756,7 +2764,10 @@ class LogSource:
             return dict.fromkeys(channels, resume.verdict)
         if resume.position is None:
             resume.after = self._number
-        elif (
+            return {}
+        if not resume.swept and self._swept and resume.position.snapshot:
+            resume.swept = self._swept.includes(resume.position.snapshot)
+        if (
             not resume.swept
             or resume.after > self._number
             or not all(self._memory.covers(channel, resume.after) for channel in channels)
@@ -2816,7 +2827,7 @@ class LogSource:
     async def connected(self) -> None:
         assert self.listener is not None
         await self.listener.query(LOG_SESSION_SQL)
-        self._swept_up = None
+        self._swept_up = self._swept = None
         await self._attach()
         await self._sweep()
         self._connected = True
@@ -2892,7 +2903,7 @@ class LogSource:
             ((snapshot, xids, pids),) = await self.listener.query(LOG_WAITING_SQL, (self._swept_up,))
             await self._number_and_read(xids, pids, sweep=True)
             if len(xids) < LOG_WAITING_MAX:
-                self._swept_up = snapshot
+                self._swept_up, self._swept = snapshot, parse_snapshot(snapshot)
                 return
 
     async def _number_and_read(self, xids: Sequence[str], pids: Sequence[int], *, sweep: bool) -> None:

@@ -830,9 +830,8 @@ def test_2000_clients_that_resume_from_memory_hardly_ask_postgresql(
             crowd.wait_for(b"data: event 19\n", 40)
             asked = statements(server)[quiet:]
             assert all(data.count(b"data: event") == 20 for data in crowd.received)
-        # What the relay asks for anyway, canary and sweep, is in it. A page's own position asks for what
-        # was pending when it came: one sweep for all who wait, and some come while it runs.
-        assert len(asked) <= (200 if from_page else 20), asked
+        # What the relay asks for anyway, canary and sweep, is in it.
+        assert len(asked) <= 20, asked
 
 
 def test_resuming_from_the_table_leaves_room_for_live_events(

@@ -243,6 +243,12 @@ def test_an_events_position_is_read_back_whatever_own_id_follows(
     assert parse_position(text) == Position(epoch, number)
 
 
+@st.composite
+def a_snapshot(draw: st.DrawFn) -> Snapshot:
+    xmin, xmax = sorted(draw(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+    return Snapshot(xmin, xmax, frozenset(draw(st.sets(st.integers(xmin, xmax)))))
+
+
 @quick
 @given(
     epoch=epochs,
@@ -262,6 +268,14 @@ def test_a_pages_position_is_read_back_with_its_snapshot(
 def test_a_snapshot_shows_what_was_committed_before_it_was_taken() -> None:
     snapshot = Snapshot(10, 20, frozenset({12, 15}))
     assert [xid for xid in range(8, 23) if snapshot.shows(xid)] == [8, 9, 10, 11, 13, 14, 16, 17, 18, 19]
+
+
+@quick
+@given(a_snapshot(), a_snapshot())
+def test_a_snapshot_includes_another_that_shows_nothing_more(one: Snapshot, other: Snapshot) -> None:
+    more = [xid for xid in range(12) if other.shows(xid) and not one.shows(xid)]
+    # With a boundary at the top that hides nothing, one sweep more is made: that is safe.
+    assert one.includes(other) == (not more and other.xmax <= one.xmax)
 
 
 @pytest.mark.parametrize(
