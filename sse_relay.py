@@ -2632,6 +2632,14 @@ FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h LEFT JOIN (
 ORDER BY e.id
 """
 
+# (bytes int) -> (id int | None): behind it lie the newest events, at most 10,000 and so many bytes of data.
+LOG_RECENT_SQL: Final = """
+SELECT min(id) - 1 FROM (
+    SELECT id, sum(octet_length(data)) OVER (ORDER BY id DESC) AS size
+    FROM (SELECT id, data FROM sse_relay.events ORDER BY id DESC LIMIT 10000) AS newest
+) AS recent WHERE size <= %s
+"""
+
 # (channels list[str], since int, until int) x as named -> (epoch text | None, pruned bigint, newest bigint,
 # events int at most 10,001, bytes of data int among those). What a resume would have to send.
 LOG_REPLAY_SIZE_SQL: Final = """
@@ -2869,6 +2877,29 @@ class LogSource:
         self._memory.begin_all(self._number)
         if known:
             await asyncio.shield(self._hub.send_gaps(reason, self.position()))
+        else:
+            await self._remember()
+
+    async def _remember(self) -> None:
+        """Take the newest events into memory: who comes back after a restart finds them there."""
+        assert self.listener is not None
+        ((number,),) = await self.listener.query(LOG_RECENT_SQL, (self._memory.limit // 2,))
+        if number is None:
+            return
+        frames: list[Frame] = []
+        start, full = number, True
+        while full:
+            rows = await self.listener.query(LOG_READ_SQL, (number,))
+            row_epoch, pruned = rows[0][:2]
+            if row_epoch != self._epoch or pruned > number:
+                return
+            page, full = self._read_rows(rows)
+            frames += page
+            number = page[-1].number if page else number
+        self._number = number
+        self._memory.begin_all(start)
+        for frame in frames:
+            self._memory.append(frame)
 
     async def _read_on(self) -> None:
         loop = asyncio.get_running_loop()
