@@ -524,11 +524,18 @@ def test_an_open_transaction_holds_up_nobody(log: Database, start_relay: RelaySt
     with contextlib.closing(old), old.cursor() as cursor, SseReader(relay.url("a")) as reader:
         reader.wait_for_id()
         cursor.execute("BEGIN; SELECT sse_relay.publish('a', 'old')")
-        publish(log, "a", "young")
-        reader.wait_for_data("young", SWEEP_INTERVAL / 2)
+        # What can be cleaned up only when it has ended.
+        log.execute(
+            "BEGIN; INSERT INTO sse_relay.pending (channel, data) SELECT 'a', 'dead'"
+            " FROM generate_series(1, 1000000); DELETE FROM sse_relay.pending WHERE data = 'dead'; COMMIT"
+        )
+        young = words("young", 20)
+        for word in young:
+            publish(log, "a", word)
+            reader.wait_for_data(word, SWEEP_INTERVAL / 2)
         cursor.execute("COMMIT")
         reader.wait_for_data("old", SWEEP_INTERVAL / 2)
-        assert reader.data == ["young", "old"]
+        assert reader.data == [*young, "old"]
 
 
 # ==== Positions ===============================================================
