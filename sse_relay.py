@@ -1188,6 +1188,8 @@ class Hub:
         # A position may go out only between two bursts: in the midst of one, some
         # subscribers have not got its events yet.
         self._writing = asyncio.Lock()
+        # The seconds of `expiring`, as a heap; some may be gone from there.
+        self._ends: list[int] = []
         self._cuts: dict[int, tuple[float, int]] = {}
 
     def enter(self, subscriber: Subscriber) -> list[str]:
@@ -1315,7 +1317,13 @@ class Hub:
     def end_at(self, subscriber: Subscriber, second: int) -> None:
         """Note that a stream ends in this second since 1970."""
         subscriber.expires = second
-        self.expiring.setdefault(second, set()).add(subscriber)
+        if second not in self.expiring:
+            if len(self._ends) > 2 * len(self.expiring) + 16:
+                # Most are gone. A sorted list is a heap.
+                self._ends = sorted(self.expiring)
+            self.expiring[second] = set()
+            heappush(self._ends, second)
+        self.expiring[second].add(subscriber)
 
     async def end_expired(self, clock: Callable[[], float], final: Callable[[], bytes]) -> None:
         """End each stream when its token does, for ever, from one timer.
@@ -1327,13 +1335,18 @@ class Hub:
         while True:
             await asyncio.sleep(1.0 - clock() % 1.0)
             # All that is past: a clock that jumps must not leave anybody behind.
-            for second in [second for second in self.expiring if second <= clock()]:
+            past = set()
+            while self._ends and self._ends[0] <= clock():
+                past.add(heappop(self._ends))
+            for second in past:
                 for subscriber in tuple(self.expiring.get(second, ())):
                     if subscriber.transport is not None and subscriber.transport.is_closing():
                         # It had a second to take what waited for it.
                         subscriber.transport.abort()
                     else:
                         subscriber.end(final())
+                if second in self.expiring:
+                    heappush(self._ends, second)
 
     async def beat(self, position: Callable[[], bytes | None]) -> None:
         """Write to the idle streams, for ever, from one timer.

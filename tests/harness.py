@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,32 @@ def free_port() -> int:
 
 
 # ==== The relay ===============================================================
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """Count the bytecode instructions that some work takes: a cost that no noise of the machine touches."""
+    count = 0
+
+    def trace(frame: types.FrameType, event: str, argument: object) -> Callable[..., Any]:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def run_without_waiting(coroutine: Coroutine[Any, Any, object]) -> None:
+    """Run a coroutine that has nothing to wait for."""
+    with contextlib.suppress(StopIteration):
+        coroutine.send(None)
+        raise AssertionError("it waited")
 
 
 class Relay:

@@ -14,6 +14,7 @@ import pytest
 
 import harness
 import sse_relay
+from harness import count_operations, run_without_waiting
 from sse_relay import (
     CUT_MEMORY,
     POSITION_INTERVAL,
@@ -700,3 +701,84 @@ async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
     async with asyncio.timeout(5):
         await asyncio.gather(*reading)
     assert {block for stream in streams for block in stream.writes} == {streams[0].writes[0]}
+
+
+# What it costs, counted in operations: no clock of a shared machine could tell.
+
+
+def crowded(clients: int, channels: int) -> Hub:
+    """A hub with so many clients, on so many channels in turn, without sockets."""
+    hub = make_hub()
+    for number in range(clients):
+        subscriber = Subscriber(hub, (f"c{number % channels}",), Resume(None, None), 0, 0.0)
+        subscriber.resume = None
+        hub.enter(subscriber)
+        hub.end_at(subscriber, 10_000 + number)
+    return hub
+
+
+async def test_an_event_costs_the_same_whoever_else_is_there(open_stream: OpenStream) -> None:
+    costs = set()
+    for clients, channels in ((1, 1), (1_000, 1), (1_000, 1_000), (4_000, 2_000)):
+        hub = crowded(clients, channels)
+        await open_stream(hub, "wanted")
+        frames = make_frames("wanted", "nobody")
+        costs.add(count_operations(lambda hub=hub, f=frames: run_without_waiting(hub.broadcast(f))))  # type: ignore[misc]
+    assert len(costs) == 1
+
+
+async def test_each_further_client_of_an_event_costs_one_write_and_little_more(
+    open_stream: OpenStream,
+) -> None:
+    def cost(hub: Hub) -> int:
+        return count_operations(lambda: run_without_waiting(hub.broadcast(make_frames("a", "a", "a"))))
+
+    few, many = make_hub(), make_hub()
+    for hub, clients in ((few, 10), (many, 60)):
+        for _ in range(clients):
+            await open_stream(hub, "a")
+    # Half of them are asyncio's, in its write.
+    assert (cost(many) - cost(few)) / 50 < 250
+
+
+async def test_coming_and_leaving_cost_the_same_whoever_else_is_there() -> None:
+    costs = set()
+    for clients, channels in ((1, 1), (1_000, 1), (4_000, 2_000)):
+        hub = crowded(clients, channels)
+
+        def visit(hub: Hub = hub) -> None:
+            subscriber = Subscriber(hub, ("visited", "c0"), Resume(None, None), 0, 0.0)
+            hub.enter(subscriber)
+            hub.end_at(subscriber, 5_000)
+            hub.leave(subscriber)
+
+        costs.add(count_operations(visit))
+    assert len(costs) == 1
+
+
+async def test_a_look_at_the_tokens_costs_the_same_however_many_end_later() -> None:
+    costs = set()
+    for clients in (1, 1_000, 4_000):
+        ending = crowded(clients, 1).end_expired(lambda: 99.999, lambda: b"")
+        asleep = ending.send(None)
+        await until(asleep.done)
+        costs.add(count_operations(lambda ending=ending: ending.send(None)))  # type: ignore[misc]
+        ending.close()
+    # asyncio's own, in debug mode, varies.
+    assert max(costs) - min(costs) < 2_000
+
+
+async def test_a_heartbeat_tick_does_little_for_a_client_that_needs_none() -> None:
+    async def cost(clients: int) -> int:
+        hub = crowded(clients, 1)
+        for subscriber in hub.subscribers:
+            subscriber.written = subscriber.marked = FOREVER * 1e6
+        hub._heartbeat = 0.004
+        beating = hub.beat(lambda: POSITION)
+        asleep = beating.send(None)
+        await until(asleep.done)
+        operations = count_operations(lambda: beating.send(None))
+        beating.close()
+        return operations
+
+    assert (await cost(1_100) - await cost(100)) / 1_000 < 60
