@@ -89,7 +89,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol, Self
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, Self
 
 import aiohttp
 import aiopg
@@ -3167,7 +3167,7 @@ class Streams:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
-            return await self._open(request, target, headers, expires)
+            await self._open(request, target, headers, expires)
         except RefusedError as error:
             refused = error
         except ConnectionError:
@@ -3228,7 +3228,7 @@ class Streams:
 
     async def _open(
         self, request: web.BaseRequest, target: Target, headers: dict[str, str], expires: float | None
-    ) -> web.Response:
+    ) -> NoReturn:
         """Open a stream: listen, headers and retry, what was missed, the position, live."""
         now = asyncio.get_running_loop().time()
         subscriber = Subscriber(
@@ -3252,7 +3252,8 @@ class Streams:
         head = encode_head(int(subscriber.chunked), headers)
         comment = b":\n" if subscriber.chunked else HTTP_10_COMMENT
         self._advance(subscriber, head, comment + encode_retry(retry))
-        return web.Response()  # goes nowhere: aiohttp no longer has the connection
+        # aiohttp no longer has the connection, and has cancelled this task: spare it the answer.
+        raise asyncio.CancelledError
 
     def _resume(self, headers: Mapping[str, str], target: Target) -> Resume:
         """Read where the client stands.
@@ -3724,6 +3725,7 @@ class Door(web.Server):
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
+            tcp_keepalive=False,  # heartbeats find a client that is gone
             logger=_quiet_http_log(),
         )
         self._handler = handler
