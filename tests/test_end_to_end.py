@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import resource
+import selectors
 import signal
 import socket
 import threading
@@ -19,6 +22,7 @@ import pytest
 from httpx_sse._decoders import SSEDecoder
 
 import harness
+from sse_relay import SOCKETS_PER_TURN, FairSelector, Hub, Listener, Memory, NotifySource, parse_dsn
 
 StartRelay = Callable[..., harness.Relay]
 
@@ -415,3 +419,54 @@ def test_clients_that_come_at_the_moment_of_the_stop_are_answered_and_not_reset(
             answers.append(answer)
         assert relay.wait() == 0
     assert all(b"\nretry: " in answer for answer in answers)
+
+
+# ==== The loop ================================================================
+
+
+def test_few_sockets_in_one_turn_postgresql_first_and_nobody_is_forgotten() -> None:
+    pairs = [socket.socketpair() for _ in range(3 * SOCKETS_PER_TURN)]
+    with FairSelector() as selector, contextlib.ExitStack() as stack:
+        for near, far in pairs:
+            stack.enter_context(near)
+            stack.enter_context(far)
+            selector.register(near, selectors.EVENT_READ)
+            far.send(b"x")
+        urgent = pairs[-1][0].fileno()
+        selector.first = {urgent}
+        seen: list[int] = []
+        turns = 0
+        while ready := [key.fd for key, _ in selector.select(0)]:
+            assert len(ready) <= SOCKETS_PER_TURN + 1
+            turns += 1
+            if turns == 1:
+                assert ready[0] == urgent
+            seen += ready
+            for fd in ready:
+                os.read(fd, 1)
+        assert sorted(seen) == sorted(near.fileno() for near, _ in pairs)
+        assert turns == 3
+
+
+async def test_the_sockets_to_postgresql_are_those_that_come_first(database: harness.Database) -> None:
+    def peers() -> list[int]:
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket(fileno=os.dup(fd))) for fd in listener.descriptors]
+            return [sock.getpeername()[1] for sock in sockets]
+
+    listener = Listener(database.dsn, NotifySource(Hub(1_000, 15.0), Memory(1_000), 60.0, 10))
+    running = asyncio.create_task(listener.run())
+    port = int(parse_dsn(database.dsn)["port"])
+    try:
+        for _ in range(2):
+            async with asyncio.timeout(20):
+                await listener.ready.wait()
+            assert peers() == [port, port]
+            database.terminate_backends()
+            async with asyncio.timeout(20):
+                while listener.ready.is_set():  # noqa: ASYNC110  # no event for the loss
+                    await asyncio.sleep(0.005)
+            assert listener.descriptors == set()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
