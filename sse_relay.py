@@ -3558,6 +3558,7 @@ class Settings:
     allow_origin: tuple[str, ...] = ()
     jwt_key_file: tuple[Path, ...] = ()
     jwt_cookie: str | None = None
+    loop: str = "asyncio"
 
 
 Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
@@ -5139,13 +5140,22 @@ def run_relay(
 
     selector = FairSelector()
 
+    def new_loop() -> asyncio.AbstractEventLoop:
+        if settings.loop == "asyncio":
+            return asyncio.SelectorEventLoop(selector)
+        try:
+            import uvloop
+        except ImportError:
+            raise click.ClickException("--loop uvloop: pip install 'sse-relay[uvloop]'") from None
+        return uvloop.new_event_loop()
+
     async def serve() -> None:
         relay = Relay(settings, pages)
         selector.first = relay.listener.descriptors
         await relay.run(on_ready)
 
     try:
-        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(serve())
     except UnusableDatabaseError as error:
         raise click.ClickException(f"PostgreSQL cannot be used: {error}") from None
@@ -5282,6 +5292,14 @@ def cli() -> None:
     envvar="SSE_RELAY_JWT_COOKIE",
     metavar="NAME",
     help="Look for a token in this cookie too, beside the Authorization header and ?access_token=.",
+)
+@click.option(
+    "--loop",
+    envvar="SSE_RELAY_LOOP",
+    type=click.Choice(["asyncio", "uvloop"]),
+    default="asyncio",
+    show_default=True,
+    help="Event loop. uvloop takes less CPU for each event, and more for each new client.",
 )
 @click.option(
     "--log-format",

@@ -459,6 +459,30 @@ def test_a_signal_ends_the_relay_with_0(relay: Relay, number: signal.Signals) ->
     assert "Aborted" not in relay.log
 
 
+def test_uvloop_serves_the_same_streams(database: Database, start_relay: StartRelay) -> None:
+    relay = start_relay("--loop", "uvloop", dsn=database.dsn)
+    assert "uvloop" in Path(f"/proc/{relay.pid}/maps").read_text()
+    with SseReader(relay.url("orders")) as reader:
+        start = reader.wait_for_id()
+        database.notify("orders", "one")
+        reader.wait_for_data("one")
+        with SseReader(relay.url("orders"), last_event_id=start) as resuming:
+            resuming.wait_for_data("one")
+        relay.process.terminate()
+        reader.wait_for_end()
+    assert relay.wait() == 0
+
+
+def test_without_its_extra_uvloop_names_it(
+    database: Database, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    # Found before the package, and like a package that is not there.
+    (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError('uvloop')")
+    relay = start_relay("--loop", "uvloop", dsn=database.dsn, env={"PYTHONPATH": str(tmp_path)}, wait=False)
+    assert relay.wait() == 1
+    assert "pip install 'sse-relay[uvloop]'" in relay.log
+
+
 # ==== publish =================================================================
 
 
