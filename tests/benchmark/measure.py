@@ -41,13 +41,12 @@ def compile_c(name: str, folder: Path) -> Path:
 # ==== Instruments =============================================================
 
 
-def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU time that processes have used, that of the kernel on their behalf included."""
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used, that of the kernel on its behalf included."""
     total = 0
-    for pid in pids:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it, or a thread, has ended
         for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                total += int((task / "schedstat").read_text().split()[0])
+            total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
 
 
@@ -83,14 +82,14 @@ def children(pid: int) -> list[int]:
 
 
 class Meter:
-    """CPU seconds of some processes since it was made."""
+    """CPU seconds of some processes since it was made, without those that have ended."""
 
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
         self._pids = pids
-        self._before = cpu_seconds(pids())
+        self._before = {pid: cpu_seconds(pid) for pid in pids()}
 
     def read(self) -> float:
-        return cpu_seconds(self._pids()) - self._before
+        return sum(cpu_seconds(pid) - self._before.get(pid, 0.0) for pid in self._pids())
 
 
 # ==== Load ====================================================================
@@ -112,7 +111,7 @@ class Report(NamedTuple):
     reads: int
     unstamped: int
     span_s: float
-    since_reset_s: float
+    elapsed_s: float
     p50_ms: float
     p90_ms: float
     p99_ms: float

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -42,7 +43,7 @@ PEER_PACKAGES = (
     "aiohttp-sse",
     f"aiohttp=={importlib.metadata.version('aiohttp')}",
     f"aiopg=={importlib.metadata.version('aiopg')}",
-    f"{RIVAL}[postgres]=={RIVAL_VERSION}",
+    f"{RIVAL}[postgres,redis]=={RIVAL_VERSION}",
 )
 START_SECONDS = 20.0
 
@@ -290,29 +291,34 @@ class HttpPublisher:
 
 @contextlib.contextmanager
 def process(
-    *command: str | Path, port: int, env: dict[str, str] | None = None
+    bench: Bench, *command: str | Path, port: int, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server on the server's core; it is there when its port is."""
-    running = subprocess.Popen(
-        [*ON_SERVER_CORE, *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        env={**harness.clean_environment(), **(env or {})},
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                break
-            if running.poll() is not None or time.monotonic() > deadline:
-                raise BenchmarkError(f"{command[0]} did not start")
-            time.sleep(0.01)
-        yield running
-    finally:
-        running.terminate()
+    with tempfile.TemporaryFile(dir=bench.folder) as output:
+        running = subprocess.Popen(
+            [*ON_SERVER_CORE, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**harness.clean_environment(), **(env or {})},
+        )  # fmt: skip
         try:
-            running.wait(5)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                if running.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise BenchmarkError(
+                        f"did not start: {output.read().decode(errors='replace').strip()[-200:]}"
+                    )
+                time.sleep(0.01)
+            yield running
+        finally:
+            running.terminate()
+            try:
+                running.wait(5)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
 
 
 @contextlib.contextmanager
@@ -356,7 +362,7 @@ def nchan(bench: Bench) -> Iterator[Running]:
         )
         command = (nginx, "-p", name, "-e", Path(name) / "error.log", "-c", settings)
         with (
-            process(*command, port=port) as running,
+            process(bench, *command, port=port) as running,
             contextlib.closing(HttpPublisher(port)) as publisher,
         ):
             yield Running(port, "/events/ch%d", lambda: children(running.pid), publisher, 50, comments=True)
@@ -367,7 +373,7 @@ def naive(bench: Bench) -> Iterator[Running]:
     """The relay that one writes first (`naive.py`)."""
     port, dsn = harness.free_port(), bench.postgres.dsn
     program = (bench.peers / "python", HERE / "naive.py", str(port), dsn)
-    with process(*program, port=port) as running, connected(dsn) as connection:
+    with process(bench, *program, port=port) as running, connected(dsn) as connection:
         send = functools.partial(notify, connection)
         yield Running(port, "/events/ch%d", lambda: [running.pid], send, 1, comments=False)
 
@@ -377,7 +383,7 @@ def climit(bench: Bench) -> Iterator[Running]:
     """The limit in C (`climit.c`)."""
     port, feed = harness.free_port(), harness.free_port()
     with (
-        process(bench.climit, str(port), str(feed), port=port) as running,
+        process(bench, bench.climit, str(port), str(feed), port=port) as running,
         socket.create_connection(("127.0.0.1", feed)) as publisher,
     ):
         publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -396,7 +402,7 @@ def rival(bench: Bench) -> Iterator[Running]:
     port = harness.free_port()
     program = (bench.peers / RIVAL, "--host", "127.0.0.1", "--port", str(port))
     with (
-        process(*program, port=port, env={"DATABASE_URL": url, "LOG_LEVEL": "WARNING"}) as running,
+        process(bench, *program, port=port, env={"DATABASE_URL": url, "LOG_LEVEL": "WARNING"}) as running,
         connected(bench.small_postgres.dsn) as connection,
     ):
         send = functools.partial(notify, connection)
@@ -434,8 +440,6 @@ def find_nchan() -> tuple[str, Path]:
 
 def open_files() -> int:
     """Return how many files a process may have open."""
-    import resource
-
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

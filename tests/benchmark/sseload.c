@@ -392,16 +392,18 @@ static void say_report(void) {
         if (events < least) least = events;
         if (events > most) most = events;
     }
+    /* Without a reset, events that were published before this program started count, too. */
+    uint64_t start = count.since ? count.since : program_start;
     double span = count.first_stamp ? (double)(count.last_arrival - count.first_stamp) / 1e9 : 0;
     printf("{\"events\": %llu, \"least\": %u, \"most\": %u, \"disconnected\": %d, \"stalled_disconnected\": %d, "
            "\"failed\": %d, \"refused\": %d, \"controls\": %llu, \"comments\": %llu, \"bytes\": %llu, \"reads\": %llu, \"unstamped\": %llu, "
-           "\"span_s\": %.6f, \"since_reset_s\": %.6f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, \"p99_ms\": %.4f, "
+           "\"span_s\": %.6f, \"elapsed_s\": %.6f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, \"p99_ms\": %.4f, "
            "\"max_ms\": %.4f, \"mean_ms\": %.4f}\n",
            (unsigned long long)count.events, least == ~0u ? 0 : least, most, count.disconnected,
            count.stalled_disconnected, failed, refused,
            (unsigned long long)count.controls, (unsigned long long)count.comments, (unsigned long long)count.bytes,
            (unsigned long long)count.reads, (unsigned long long)count.unstamped, span,
-           count.last_arrival ? (double)(count.last_arrival - count.since) / 1e9 : 0, quantile(&delays, 0.5),
+           count.last_arrival ? (double)(count.last_arrival - start) / 1e9 : 0, quantile(&delays, 0.5),
            quantile(&delays, 0.9), quantile(&delays, 0.99), (double)delays.most / 1e6,
            delays.values ? delays.sum / (double)delays.values / 1e6 : 0);
     fflush(stdout);
