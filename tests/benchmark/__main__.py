@@ -1,0 +1,113 @@
+"""Measure the relay beside its peers, in one run on one machine, and print the tables.
+
+    python tests/benchmark --quick
+
+It needs Linux, a C compiler, and for the peers nginx with nchan and the package index: the packages of the
+naive relay and of sse-relay-server go into a virtual environment in the cache. A quiet machine of two cores
+or more gives figures that mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark import report
+from benchmark.measure import LOAD_CORE, BenchmarkError
+from benchmark.servers import RELAY, Bench
+from benchmark.works import WORKS, Work
+from sse_relay import raise_file_limit
+
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sse-relay-benchmark"
+
+
+def say(text: str) -> None:
+    """Tell who waits how far it is; the tables alone go to standard output."""
+    click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+
+
+def run(bench: Bench, name: str, work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Do a work's rounds, each with the variants in turn, beginning with another one each time."""
+    samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in work.variants}
+    for turn in range(rounds):
+        for place in range(len(work.variants)):
+            variant = work.variants[(turn + place) % len(work.variants)]
+            try:
+                figures = work.measure(bench, variant)
+            except BenchmarkError as error:
+                if variant == RELAY:
+                    raise
+                # One peer that is missing or fails is told of, and ends nothing.
+                bench.note(f"{name}, {variant}: {error}")
+                continue
+            samples[variant].append(figures)
+            shown = ", ".join(f"{figure} {report.number(value)}" for figure, value in figures.items())
+            say(f"{name} {turn + 1}/{rounds}, {variant}: {shown}")
+    return samples
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--quick",
+    "length",
+    flag_value="quick",
+    default=True,
+    help="The bars alone; under two minutes.  [default]",
+)
+@click.option("--full", "length", flag_value="full", help="All works, several rounds: some fifteen minutes.")
+@click.option(
+    "--tiny", "length", flag_value="tiny", help="A few clients and moments: shows that it runs, no more."
+)
+@click.option("--only", "names", multiple=True, type=click.Choice(list(WORKS)), help="This work. Repeatable.")
+@click.option("--rounds", type=click.IntRange(1), help="As many rounds of each work.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every round's figures here.",
+)
+@click.option(
+    "--cache", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_CACHE,
+    help="Where the peers' packages are kept.  [default: below ~/.cache]",
+)  # fmt: skip
+def main(
+    length: str, names: tuple[str, ...], rounds: int | None, json_file: Path | None, cache: Path
+) -> None:
+    raise_file_limit()
+    os.sched_setaffinity(0, {LOAD_CORE})
+    started = time.monotonic()
+    loads = [os.getloadavg()[0]]
+    samples: report.Samples = {}
+    with Bench(cache, full=length == "full", tiny=length == "tiny") as bench:
+        for name, work in WORKS.items():
+            many = rounds or (work.full if length == "full" or names else work.quick)
+            if many and (name in names or not names):
+                samples[name] = run(bench, name, work, many)
+        about = report.machine(bench, samples)
+        loads.append(os.getloadavg()[0])
+        if loads[0] > 0.5:
+            bench.note(f"the machine was not quiet: its load was {loads[0]:.1f} at the start")
+        minutes = (time.monotonic() - started) / 60
+        click.echo(f"`python tests/benchmark --{length}`, {minutes:.1f} minutes, medians. {about}\n")
+        click.echo(report.table_of_bars(samples))
+        for name, found in samples.items():
+            if RELAY not in found:
+                click.echo(f"\n{report.table_of_variants(name, found)}")
+        for note in bench.notes:
+            click.echo(f"\n- {note}")
+        if json_file:
+            json_file.write_text(
+                json.dumps({"about": about, "notes": bench.notes, "samples": samples}, indent=1)
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""What is measured: the relay and its peers, each started alone on the server's core."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg2
+
+import harness
+from benchmark.measure import (
+    ALL_CORES,
+    HERE,
+    LOAD_CORE,
+    ON_SERVER_CORE,
+    BenchmarkError,
+    Load,
+    Send,
+    children,
+    compile_c,
+)
+from sse_relay import apply_schema
+
+RIVAL = "sse-relay-server"
+RIVAL_VERSION = "1.0.14"
+# Of these the naive relay and sse-relay-server are made; where both use a package, they have our version.
+PEER_PACKAGES = (
+    "aiohttp-sse",
+    f"aiohttp=={importlib.metadata.version('aiohttp')}",
+    f"aiopg=={importlib.metadata.version('aiopg')}",
+    f"{RIVAL}[postgres,redis]=={RIVAL_VERSION}",
+)
+START_SECONDS = 20.0
+
+NGINX = """
+load_module {module};
+daemon off;
+{user}
+worker_processes 1;
+worker_rlimit_nofile {descriptors};
+pid {folder}/pid;
+error_log {folder}/error.log crit;
+events {{ worker_connections {descriptors}; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    keepalive_requests 1000000000;
+    nchan_shared_memory_size 256M;
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location = /version {{ return 200 $nchan_version; }}
+        location ~ ^/events/(\\w+)$ {{
+            nchan_subscriber eventsource;
+            nchan_channel_id $1;
+            nchan_subscriber_first_message newest;
+        }}
+        location ~ ^/publish/(\\w+)$ {{
+            nchan_publisher;
+            nchan_channel_id $1;
+            # It too keeps events for clients that come back.
+            nchan_message_buffer_length 1000;
+            nchan_message_timeout 60s;
+        }}
+    }}
+}}
+"""
+
+
+class Running(NamedTuple):
+    """A server that runs.
+
+    Attributes:
+        port: Where it serves, on 127.0.0.1.
+        path: Its streams; ``%d`` becomes the channel's number.
+        pids: Its processes.
+        send: Publishes to channel 0.
+        pipelined: How many events `send` should be given when they may go as fast as possible: 1 where
+            each shall be a transaction of its own.
+        comments: Whether it begins streams with a comment.
+    """
+
+    port: int
+    path: str
+    pids: Callable[[], list[int]]
+    send: Send
+    pipelined: int
+    comments: bool
+
+
+class Bench:
+    """What the works share: programs, databases, sizes, and notes for the reader.
+
+    Args:
+        cache: Where the peers' virtual environment is kept.
+        full: Measure long; else short.
+        tiny: A few clients and moments, to see that it runs.
+    """
+
+    def __init__(self, cache: Path, *, full: bool = False, tiny: bool = False) -> None:
+        self.full = full
+        self.tiny = tiny
+        self.notes: list[str] = []
+        self._cache = cache
+        self._stack = contextlib.ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sse-benchmark-")))
+        # nginx's workers are another user.
+        self.folder.chmod(0o755)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    # ---- sizes
+
+    def clients(self, many: int) -> int:
+        return max(many // 100, 5) if self.tiny else many
+
+    def seconds(self, quick: float, full: float) -> float:
+        return 0.3 if self.tiny else full if self.full else quick
+
+    def events(self, quick: int, full: int) -> int:
+        return max(quick // 10, 10) if self.tiny else full if self.full else quick
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # ---- what is built or started once
+
+    @functools.cached_property
+    def sseload(self) -> Path:
+        return compile_c("sseload", self.folder)
+
+    @functools.cached_property
+    def climit(self) -> Path:
+        return compile_c("climit", self.folder)
+
+    @functools.cached_property
+    def postgres(self) -> harness.Server:
+        """PostgreSQL on the load's core, not waiting for the disk; with the durable log."""
+        return self._postgres()
+
+    @functools.cached_property
+    def small_postgres(self) -> harness.Server:
+        """The same with PostgreSQL's default number of connections."""
+        return self._postgres(max_connections="100")
+
+    @functools.cached_property
+    def free_postgres(self) -> harness.Server:
+        """The same on all cores."""
+        return self._postgres(cores=ALL_CORES)
+
+    @functools.cached_property
+    def durable_postgres(self) -> harness.Server:
+        """The same on all cores, waiting for the disk."""
+        return self._postgres(cores=ALL_CORES, fsync="on")
+
+    def _postgres(self, cores: set[int] | None = None, **options: str) -> harness.Server:
+        # A child inherits the cores.
+        os.sched_setaffinity(0, cores or {LOAD_CORE})
+        try:
+            # Autovacuum would fall into one server's round and not into another's.
+            server = self._stack.enter_context(harness.Server(autovacuum="off", **options))
+        finally:
+            os.sched_setaffinity(0, {LOAD_CORE})
+        apply_schema(server.dsn)
+        return server
+
+    @functools.cached_property
+    def peers(self) -> Path:
+        """The folder of programs of a virtual environment with the peers' packages."""
+        wanted = [platform.python_version(), *PEER_PACKAGES]
+        venv = self._cache / "-".join(re.sub(r"[^a-z0-9.]+", "_", each) for each in wanted)
+        done = venv / "complete"
+        if not done.exists():
+            venv.mkdir(parents=True, exist_ok=True)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+            subprocess.run([venv / "bin/pip", "install", "-qq", *PEER_PACKAGES], check=True)
+            done.touch()
+        return venv / "bin"
+
+    # ---- servers
+
+    def start(self, name: str) -> contextlib.AbstractContextManager[Running]:
+        """Start a server by its name in the tables."""
+        return SERVERS[name](self)
+
+    def load(self, server: Running, clients: int, *options: str, nice: int = 0, wait: bool = True) -> Load:
+        """Open streams of a server; ready are those that have their first comment, where it sends one."""
+        comments = ["--first-comment"] if server.comments else []
+        return Load(
+            self.sseload, server.port, clients, "--path", server.path, *comments, *options,
+            nice=nice, wait=wait,
+        )  # fmt: skip
+
+
+# ==== Publishing ==============================================================
+
+
+def statement(one: str, many: str) -> Callable[[psycopg2.extensions.connection, Sequence[str]], None]:
+    """Return a function that publishes payloads by one of two statements: for one, and for an array."""
+
+    def send(connection: psycopg2.extensions.connection, payloads: Sequence[str]) -> None:
+        with connection.cursor() as cursor:
+            if len(payloads) == 1:
+                cursor.execute(one, (payloads[0],))
+            else:
+                cursor.execute(many, (payloads,))
+
+    return send
+
+
+notify = statement("SELECT pg_notify('ch0', %s)", "SELECT count(pg_notify('ch0', p)) FROM unnest(%s) AS p")
+publish_to_log = statement(
+    "SELECT sse_relay.publish('ch0', %s)", "SELECT sse_relay.publish('ch0', p) FROM unnest(%s) AS p"
+)
+
+
+@contextlib.contextmanager
+def connected(dsn: str) -> Iterator[psycopg2.extensions.connection]:
+    connection = psycopg2.connect(dsn)
+    connection.autocommit = True
+    with contextlib.closing(connection):
+        yield connection
+
+
+class HttpPublisher:
+    """Posts to nchan over one connection; several payloads in a row without waiting for each answer."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), START_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._waiting = b""
+
+    def __call__(self, payloads: Sequence[str]) -> None:
+        self._socket.sendall(
+            b"".join(
+                b"POST /publish/ch0 HTTP/1.1\r\nHost: nchan\r\nContent-Type: text/plain\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload.encode())
+                for payload in payloads
+            )
+        )
+        for _ in payloads:
+            self._read_answer()
+
+    def _read_answer(self) -> None:
+        while (end := self._waiting.find(b"\r\n\r\n")) < 0:
+            self._receive()
+        head = self._waiting[:end]
+        if head.split()[1] not in (b"201", b"202", b"200"):
+            raise BenchmarkError(f"nchan: {head.decode()}")
+        length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+        size = end + 4 + (int(length[1]) if length else 0)
+        while len(self._waiting) < size:
+            self._receive()
+        self._waiting = self._waiting[size:]
+
+    def _receive(self) -> None:
+        received = self._socket.recv(65536)
+        if not received:
+            raise BenchmarkError("nchan closed the publisher's connection")
+        self._waiting += received
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+# ==== The servers =============================================================
+
+
+@contextlib.contextmanager
+def process(
+    bench: Bench, *command: str | Path, port: int, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server on the server's core; it is there when its port is."""
+    with tempfile.TemporaryFile(dir=bench.folder) as output:
+        running = subprocess.Popen(
+            [*ON_SERVER_CORE, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**harness.clean_environment(), **(env or {})},
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                if running.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise BenchmarkError(
+                        f"did not start: {output.read().decode(errors='replace').strip()[-200:]}"
+                    )
+                time.sleep(0.01)
+            yield running
+        finally:
+            running.terminate()
+            try:
+                running.wait(5)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
+
+
+@contextlib.contextmanager
+def relay(
+    bench: Bench,
+    *options: str,
+    source: str = "notify",
+    postgres: harness.Server | None = None,
+    bind: str | None = None,
+) -> Iterator[Running]:
+    """The relay as one runs it: anybody may read, and the admin listener is on."""
+    dsn = (postgres or bench.postgres).dsn
+    send = notify if source == "notify" else publish_to_log
+    admin = f"127.0.0.1:{harness.free_port()}"
+    with (
+        connected(dsn) as connection,
+        harness.Relay(
+            "--allow-channel", "*", "--admin", admin, "--source", source, *options,
+            dsn=dsn, prefix=ON_SERVER_CORE, bind=bind,
+        ) as running,
+    ):  # fmt: skip
+        port = int(running.bind.rpartition(":")[2])
+        yield Running(
+            port, "/events/ch%d", lambda: [running.pid], functools.partial(send, connection), 1, comments=True
+        )
+
+
+@contextlib.contextmanager
+def nchan(bench: Bench) -> Iterator[Running]:
+    """nginx with nchan, one worker."""
+    nginx, module = find_nchan()
+    port = harness.free_port()
+    with tempfile.TemporaryDirectory(dir=bench.folder) as name:
+        Path(name).chmod(0o755)
+        settings = Path(name) / "nginx.conf"
+        # Streams and the connections of the master.
+        descriptors = open_files()
+        user = "user root;" if os.geteuid() == 0 else ""
+        settings.write_text(
+            NGINX.format(module=module, folder=name, port=port, descriptors=descriptors, user=user)
+        )
+        command = (nginx, "-p", name, "-e", Path(name) / "error.log", "-c", settings)
+        with (
+            process(bench, *command, port=port) as running,
+            contextlib.closing(HttpPublisher(port)) as publisher,
+        ):
+            yield Running(port, "/events/ch%d", lambda: children(running.pid), publisher, 50, comments=True)
+
+
+@contextlib.contextmanager
+def naive(bench: Bench) -> Iterator[Running]:
+    """The relay that one writes first (`naive.py`)."""
+    port, dsn = harness.free_port(), bench.postgres.dsn
+    program = (bench.peers / "python", HERE / "naive.py", str(port), dsn)
+    with process(bench, *program, port=port) as running, connected(dsn) as connection:
+        send = functools.partial(notify, connection)
+        yield Running(port, "/events/ch%d", lambda: [running.pid], send, 1, comments=False)
+
+
+@contextlib.contextmanager
+def climit(bench: Bench) -> Iterator[Running]:
+    """The limit in C (`climit.c`)."""
+    port, feed = harness.free_port(), harness.free_port()
+    with (
+        process(bench, bench.climit, str(port), str(feed), port=port) as running,
+        socket.create_connection(("127.0.0.1", feed)) as publisher,
+    ):
+        publisher.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def send(payloads: Sequence[str]) -> None:
+            publisher.sendall("".join(f"{payload}\n" for payload in payloads).encode())
+
+        yield Running(port, "/events/ch%d", lambda: [running.pid], send, 1, comments=True)
+
+
+@contextlib.contextmanager
+def rival(bench: Bench) -> Iterator[Running]:
+    """sse-relay-server from its package, as its README starts it."""
+    parts = psycopg2.extensions.parse_dsn(bench.small_postgres.dsn)
+    url = "postgresql://{user}:{password}@{host}:{port}/{dbname}".format(**parts)
+    port = harness.free_port()
+    program = (bench.peers / RIVAL, "--host", "127.0.0.1", "--port", str(port))
+    with (
+        process(bench, *program, port=port, env={"DATABASE_URL": url, "LOG_LEVEL": "WARNING"}) as running,
+        connected(bench.small_postgres.dsn) as connection,
+    ):
+        send = functools.partial(notify, connection)
+        yield Running(port, "/ch%d", lambda: [running.pid], send, 1, comments=False)
+
+
+RELAY = "sse-relay"
+SERVERS: dict[str, Callable[[Bench], contextlib.AbstractContextManager[Running]]] = {
+    RELAY: relay,
+    "C limit": climit,
+    "nchan": nchan,
+    "naive": naive,
+    RIVAL: rival,
+}
+
+
+# ==== What is there, and in which version =====================================
+
+
+def find_nchan() -> tuple[str, Path]:
+    """Return nginx and its module.
+
+    Raises:
+        BenchmarkError: If one is missing.
+    """
+    nginx = shutil.which(
+        "nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    )
+    for folder in ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/etc/nginx/modules"):
+        module = Path(folder, "ngx_nchan_module.so")
+        if nginx and module.exists():
+            return nginx, module
+    raise BenchmarkError("needs nginx with nchan (Debian: libnginx-mod-nchan)")
+
+
+def open_files() -> int:
+    """Return how many files a process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def nchan_version(bench: Bench) -> str:
+    with nchan(bench) as server, urllib.request.urlopen(f"http://127.0.0.1:{server.port}/version") as answer:
+        return str(answer.read().decode().strip())

@@ -1,0 +1,648 @@
+"""What is done to each server, and what is read off it: one function for each work.
+
+A work is called once for each round and variant, most often a server, and returns its figures by name.
+The rounds of a work take the variants in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import psycopg2
+
+from benchmark import servers
+from benchmark.measure import (
+    ALL_CORES,
+    LOAD_CORE,
+    PAYLOAD_BYTES,
+    SPARE_DESCRIPTORS,
+    BenchmarkError,
+    Delivered,
+    Load,
+    Meter,
+    Report,
+    Send,
+    children,
+    deliver,
+    memory_bytes,
+    socket_bytes,
+)
+from benchmark.servers import RELAY, RIVAL, Bench, Running
+
+Figures = dict[str, float]
+
+CPU = "µs CPU per delivery"
+P50, P99 = "p50 ms", "p99 ms"
+LOST, CUT = "events lost", "clients cut"
+DELIVERIES = "deliveries/s"
+# The load client is what was measured if it used more of its core than this.
+BUSY = 0.9
+
+
+class Work(NamedTuple):
+    """One work.
+
+    Attributes:
+        title: What is done, for the table.
+        measure: Does it once.
+        variants: To what.
+        quick, full: Rounds; without quick ones it is left out of ``--quick``.
+    """
+
+    title: str
+    measure: Callable[[Bench, str], Figures]
+    variants: Sequence[str]
+    quick: int
+    full: int
+
+
+def fan_out(bench: Bench, name: str, done: Delivered) -> Figures:
+    """Return what deliveries are judged by."""
+    tell_if_busy(bench, name, done)
+    return {
+        CPU: done.microseconds,
+        P50: done.report.p50_ms,
+        P99: done.report.p99_ms,
+        LOST: done.lost,
+        CUT: done.report.disconnected,
+    }
+
+
+def tell_if_busy(bench: Bench, name: str, done: Delivered) -> None:
+    if done.load_share > BUSY:
+        bench.note(f"{name}: the load client used {done.load_share:.0%} of its core: it is measured, too")
+
+
+def warm_up(load: Load, server: Running, readers: int | None = None) -> None:
+    """Deliver a few events: what is only done once is no part of the figures."""
+    done = deliver(load, server.pids, server.send, 10, 100.0, readers=readers)
+    if done.lost:
+        raise BenchmarkError(f"while warming up: {done.report}")
+
+
+# ==== Many clients of one channel =============================================
+
+
+def steady(bench: Bench, name: str) -> Figures:
+    with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
+        warm_up(load, server)
+        events = int(20 * bench.seconds(2, 5))
+        return fan_out(bench, f"steady, {name}", deliver(load, server.pids, server.send, events, 20.0))
+
+
+def many(bench: Bench, name: str) -> Figures:
+    """Connect ten thousand, let them idle, then send to them."""
+    clients = bench.clients(10_000)
+    with bench.start(name) as server:
+        before = memory_bytes(server.pids())
+        with bench.load(server, clients, "--inflight", "1000") as load:
+            seconds = load.connect["connect_s"]
+            time.sleep(bench.seconds(0.5, 3))
+            memory = (memory_bytes(server.pids()) - before) / clients / 1024
+            events = max(int(bench.seconds(3, 5)), 2)
+            done = deliver(load, server.pids, server.send, events, 1.0)
+    return {
+        "s until all are connected": seconds,
+        "connects/s": clients / seconds,
+        "KiB per idle connection": memory,
+        **fan_out(bench, f"many, {name}", done),
+    }
+
+
+def burst(bench: Bench, name: str) -> Figures:
+    """Publish 500 events, each alone, as fast as they can be had from one publisher."""
+    found: list[Delivered] = []
+    with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
+        warm_up(load, server)
+        # A slow server shows in one burst how slow it is.
+        while not found or (len(found) < 3 and found[0].report.span_s < 1):
+            batch = server.pipelined
+            found.append(deliver(load, server.pids, server.send, 500, batch=batch, timeout=60.0))
+    middle = sorted(found, key=lambda done: done.report.span_s)[len(found) // 2]
+    tell_if_busy(bench, f"burst, {name}", middle)
+    return {
+        DELIVERIES: middle.report.events / middle.report.span_s,
+        CPU: middle.microseconds,
+        P99: middle.report.p99_ms,
+        LOST: sum(done.lost for done in found),
+        CUT: sum(done.report.disconnected for done in found),
+    }
+
+
+def torrent(bench: Bench, name: str) -> Figures:
+    """5,000 events a second, five in each transaction."""
+    with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
+        warm_up(load, server)
+        events = int(5_000 * bench.seconds(3, 5))
+        meter, started = Meter(server.pids), time.monotonic()
+        done = deliver(load, server.pids, server.send, events, 5_000.0, batch=5)
+        share = meter.read() / (time.monotonic() - started)
+    published = events / (done.report.elapsed_s or 1)
+    if published < 4_800 and not bench.tiny:
+        bench.note(f"torrent: only {published:.0f} events/s came through")
+    return {**fan_out(bench, f"torrent, {name}", done), "% of the server's core": 100 * share}
+
+
+def arrivals(bench: Bench, name: str) -> Figures:
+    """All at once, and for a second, clients arrive while others read: what the others notice."""
+    events = int(50 * bench.seconds(1, 1))
+    with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
+        warm_up(load, server)
+        alone = deliver(load, server.pids, server.send, events, 50.0)
+        arriving = bench.clients(5_000)
+        # It gives way, so that on the load's core nobody waits for it.
+        with bench.load(
+            server, arriving, "--inflight", str(arriving), "--address-base", "2", nice=19, wait=False
+        ) as more:
+            during = deliver(load, server.pids, server.send, events, 50.0)
+            more.wait()
+            seconds = more.connect["connect_s"]
+    if seconds > 1:
+        bench.note(
+            f"arrivals, {name}: it took {seconds:.1f} s until all had arrived; p99 is of the first second"
+        )
+    return {
+        "p99 ms of those there": during.report.p99_ms,
+        "p99 ms before": alone.report.p99_ms,
+        "s until all have arrived": seconds,
+        LOST: during.lost + alone.lost,
+        CUT: during.report.disconnected,
+    }
+
+
+def heartbeat(bench: Bench, name: str) -> Figures:
+    """Ten thousand idle streams: all that the relay does then, heartbeats, canaries and all."""
+    interval = 15 if bench.full else 5
+    seconds = 60.0 if bench.full else 5.0 if not bench.tiny else 1.0
+    with (
+        servers.relay(bench, "--heartbeat", str(interval)) as server,
+        bench.load(server, bench.clients(10_000), "--inflight", "1000") as load,
+    ):
+        time.sleep(1)
+        load.reset()
+        meter, started = Meter(server.pids), time.monotonic()
+        report = load.until(1, seconds)
+        share = meter.read() / (time.monotonic() - started)
+    if not bench.full:
+        bench.note(
+            "heartbeat: --heartbeat 5 for 5 s, taken as a third for 15 s; --full: --heartbeat 15 for 60 s"
+        )
+    return {
+        "% of a core": 100 * share * interval / 15,
+        "heartbeats per client": (report.comments + report.events) / load.clients,
+        CUT: report.disconnected,
+    }
+
+
+def stall(bench: Bench, stopped: int) -> tuple[Report, int, float]:
+    """Send 1,000 events a second to 200 clients of which some have stopped reading.
+
+    Returns the report, how many events a reader lacks at the end, and the most bytes that were held for
+    clients: growth of the relay's memory, and the kernel's for those that had most waiting.
+    """
+    clients, events = 200, int(1_000 * bench.seconds(3, 5))
+    held = [0]
+    ended = threading.Event()
+    with servers.relay(bench) as server, bench.load(server, clients, "--stalled", str(stopped)) as load:
+        warm_up(load, server, readers=clients - stopped)
+        before = memory_bytes(server.pids())
+
+        def watch() -> None:
+            while not ended.wait(0.1):
+                kernel = sum(socket_bytes(server.port)[:stopped])
+                held.append(memory_bytes(server.pids()) - before + kernel)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            done = deliver(
+                load, server.pids, server.send, events, 1_000.0, readers=clients - stopped, timeout=5.0
+            )
+        finally:
+            ended.set()
+            watcher.join()
+    return done.report, events - done.report.least, max(held)
+
+
+def stalled(bench: Bench, name: str) -> Figures:
+    """None stalled, then five of 200; memory from a hundred of 200, of which each holds as much."""
+    none, none_lost, none_held = stall(bench, 0)
+    five, five_lost, _ = stall(bench, 5)
+    hundred, hundred_lost, hundred_held = stall(bench, 100)
+    return {
+        "p99 ms, none stalled": none.p99_ms,
+        "p99 ms of the others, 5 stalled": five.p99_ms,
+        "p99, 5 stalled / none": five.p99_ms / none.p99_ms,
+        "MB for each that is stalled": (hundred_held - none_held) / 100 / 1e6,
+        "stalled clients cut, of 5": five.stalled_disconnected,
+        LOST: none_lost + five_lost + hundred_lost,
+        CUT: none.disconnected + five.disconnected + hundred.disconnected,
+    }
+
+
+def transactions(bench: Bench, name: str) -> Figures:
+    """100 notifications in each transaction, made by the server, to ten clients."""
+    rounds = bench.events(200, 1_000)
+    pad = "x" * (PAYLOAD_BYTES - 35)
+
+    with bench.start(name) as server, bench.load(server, 10) as load:
+        warm_up(load, server)
+        with servers.connected(bench.postgres.dsn) as connection, connection.cursor() as cursor:
+            load.reset()
+            meter = Meter(server.pids)
+            for _ in range(rounds):
+                stamp = time.monotonic_ns()
+                cursor.execute(
+                    "SELECT count(pg_notify('ch0', 't=' || %s || ' i=' || n || %s))"
+                    " FROM generate_series(1, 100) AS n",
+                    (stamp, " " + pad),
+                )
+            report = load.until(100 * rounds * 10, 20)
+            cpu = meter.read()
+    notifications = 100 * rounds
+    return {
+        "µs CPU per notification": cpu * 1e6 / notifications,
+        "notifications/s": notifications / report.span_s,
+        LOST: notifications * 10 - report.events,
+        CUT: report.disconnected,
+    }
+
+
+def rival(bench: Bench, name: str) -> Figures:
+    """90 clients, each of which costs sse-relay-server a connection to PostgreSQL."""
+    postgres = bench.small_postgres
+    begin = servers.relay(bench, postgres=postgres) if name == RELAY else bench.start(name)
+    clients = min(bench.clients(9_000), 90)
+
+    def as_json(send: Send, texts: Sequence[str]) -> None:
+        # The form that both read.
+        send([f'{{"event": "message", "data": "{text}"}}' for text in texts])
+
+    with begin as server, bench.load(server, clients) as load:
+        # The connections of sse-relay-server LISTEN after the head is out.
+        time.sleep(1)
+        send = functools.partial(as_json, server.send)
+        pids = server.pids
+        deliver(load, pids, send, 10, 100.0)
+        both = Meter(lambda: [*pids(), *children(postgres.pid)])
+        done = deliver(load, pids, send, int(20 * bench.seconds(2, 5)), 20.0)
+        cpu = both.read()
+    return {
+        "µs CPU per delivery, with PostgreSQL": cpu * 1e6 / done.report.events,
+        **fan_out(bench, f"rival, {name}", done),
+    }
+
+
+# ==== The log =================================================================
+
+
+def epoch_and_number(dsn: str) -> str:
+    """Return the newest position of the log."""
+    with servers.connected(dsn) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT sse_relay.position()")
+        return str(cursor.fetchone()[0]).partition("@")[0]  # type: ignore[index]  # a row there is
+
+
+def log_read(bench: Bench, name: str) -> Figures:
+    """Bursts of 100 events, published in one transaction each, read from the table by the relay."""
+    with servers.relay(bench, source="log") as server, bench.load(server, 1) as load:
+        warm_up(load, server)
+        bursts = bench.events(40, 200)
+        done = deliver(load, server.pids, server.send, 100 * bursts, 2_000.0, batch=100)
+    return {
+        "µs CPU per event": done.microseconds,
+        P50: done.report.p50_ms,
+        P99: done.report.p99_ms,
+        LOST: done.lost,
+        CUT: done.report.disconnected,
+    }
+
+
+@contextlib.contextmanager
+def restarted(bench: Bench, events: int) -> Iterator[tuple[Running, str]]:
+    """Publish to the log, then give a relay whose memory begins after that, and the position before it."""
+    dsn = bench.postgres.dsn
+    with servers.relay(bench, source="log") as server, bench.load(server, 1) as load:
+        before = epoch_and_number(dsn)
+        deliver(load, server.pids, server.send, events, batch=1_000)
+    with servers.relay(bench, source="log") as server:
+        yield server, before
+
+
+def catch_up(bench: Bench, name: str) -> Figures:
+    """One client resumes from the table as many events as one may."""
+    events = bench.events(10_000, 10_000)
+    with restarted(bench, events) as (server, before):
+        meter = Meter(server.pids)
+        with bench.load(server, 1, "--last-event-id", before) as load:
+            report = load.until(events, 20)
+            cpu = meter.read()
+    return {
+        # From the client's start on.
+        "events/s": report.events / report.elapsed_s,
+        "µs CPU per event": cpu * 1e6 / events,
+        LOST: events - report.events,
+        CUT: report.disconnected,
+    }
+
+
+def outage(bench: Bench, name: str) -> Figures:
+    """A relay that has stood still reads what another one has numbered."""
+    events = bench.events(20_000, 50_000)
+    with (
+        servers.relay(bench, source="log") as asleep,
+        servers.relay(bench, source="log") as awake,
+        bench.load(asleep, 1) as late,
+        bench.load(awake, 1, "--address-base", "2") as load,
+    ):
+        warm_up(load, awake)
+        time.sleep(0.2)
+        (pid,) = asleep.pids()
+        late.reset()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            deliver(load, awake.pids, awake.send, events, batch=1_000)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        meter, started = Meter(asleep.pids), time.monotonic()
+        report = late.until(events, 20)
+        elapsed = time.monotonic() - started
+        cpu = meter.read()
+    return {
+        "rows/s": report.events / elapsed,
+        "µs CPU per event": cpu * 1e6 / events,
+        LOST: events - report.events,
+        "gaps": report.controls,
+    }
+
+
+def resume(bench: Bench, name: str) -> Figures:
+    """10,000 clients come back at once; each has missed 100 events."""
+    clients, events = bench.clients(10_000), 100
+    dsn = bench.postgres.dsn
+    with contextlib.ExitStack() as stack:
+        if name == "from the table":
+            server, before = stack.enter_context(restarted(bench, events))
+        else:
+            server = stack.enter_context(servers.relay(bench, source="log"))
+            with bench.load(server, 1) as load:
+                before = epoch_and_number(dsn)
+                deliver(load, server.pids, server.send, events, batch=events)
+        meter = Meter(server.pids)
+        with bench.load(server, clients, "--inflight", "1000", "--last-event-id", before) as load:
+            report = load.until(events * clients, 60)
+            cpu = meter.read()
+    return {
+        "s until all have what they missed": report.elapsed_s,
+        DELIVERIES: report.events / report.elapsed_s,
+        "µs CPU per client": cpu * 1e6 / clients,
+        LOST: events * clients - report.events,
+        "gaps": report.controls,
+        CUT: report.disconnected,
+    }
+
+
+DATA = '{"op": "update", "table": "public.orders", "key": {"id": 7}, "row": {"id": 7, "status": "paid"}}'
+PLAIN = "insert + pg_notify"
+WAYS = {
+    "pg_notify": "SELECT pg_notify('orders', %(data)s)",
+    PLAIN: "INSERT INTO plain (channel, event, data) VALUES ('orders', NULL, %(data)s)"
+    " RETURNING pg_notify('plain', id::text)",
+    "sse_relay.publish": "SELECT sse_relay.publish('orders', %(data)s)",
+}
+# The same without the commits, in one statement. The plain insert folds nothing either: each notification
+# carries another id.
+CALLS = 20_000
+INSIDE = {
+    "pg_notify": "PERFORM pg_notify('orders', repeat('x', 90) || i)",
+    PLAIN: "INSERT INTO plain (channel, event, data) VALUES ('orders', NULL, repeat('x', 90))"
+    " RETURNING id INTO new; PERFORM pg_notify('plain', new::text)",
+    "sse_relay.publish": "PERFORM sse_relay.publish('orders', repeat('x', 90))",
+}
+
+
+def closed_loop(dsn: str, sql: str, connections: int, seconds: float) -> float:
+    """Transactions per second of connections that each run a statement in autocommit, again and again."""
+    done = [0] * connections
+    ready = threading.Barrier(connections + 1, timeout=20)
+    stop = threading.Event()
+
+    def run(place: int) -> None:
+        with servers.connected(dsn) as connection, connection.cursor() as cursor:
+            cursor.execute(sql, {"data": DATA})
+            ready.wait()
+            while not stop.is_set():
+                cursor.execute(sql, {"data": DATA})
+                done[place] += 1
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(connections)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    started = time.perf_counter()
+    time.sleep(seconds)
+    stop.set()
+    elapsed = time.perf_counter() - started
+    for thread in threads:
+        thread.join()
+    return sum(done) / elapsed
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let this process run anywhere: it publishes, and no relay's CPU is read."""
+    os.sched_setaffinity(0, ALL_CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, {LOAD_CORE})
+
+
+def publishing(bench: Bench, name: str) -> Figures:
+    """What a way to publish costs its transaction: PostgreSQL on all cores, tables emptied each time."""
+    figures: Figures = {}
+    seconds = bench.seconds(0.3, 0.7)
+    for disk, postgres in (("fsync on", bench.durable_postgres), ("fsync off", bench.free_postgres)):
+        dsn = postgres.dsn
+        with servers.connected(dsn) as connection, connection.cursor() as cursor, all_cores():
+
+            def empty(cursor: psycopg2.extensions.cursor = cursor) -> None:
+                cursor.execute(
+                    "CREATE TABLE IF NOT EXISTS plain (id bigserial PRIMARY KEY, channel text NOT NULL,"
+                    " event text, data text NOT NULL, created timestamptz NOT NULL DEFAULT clock_timestamp())"
+                )
+                cursor.execute("TRUNCATE plain, sse_relay.pending, sse_relay.events")
+
+            for relaying in ("no relay", "a relay"):
+                with contextlib.ExitStack() as stack:
+                    if relaying == "a relay":
+                        source = "notify" if name == "pg_notify" else "log"
+                        server = stack.enter_context(servers.relay(bench, source=source, postgres=postgres))
+                        stack.enter_context(bench.load(server, 1, "--path", "/events/orders"))
+                    for connections in (1, 8):
+                        empty()
+                        rate = closed_loop(dsn, WAYS[name], connections, seconds)
+                        figures[f"µs, {connections} at once, {relaying}, {disk}"] = 1e6 / rate
+            empty()
+            block = (
+                f"DO $$ DECLARE new bigint; BEGIN FOR i IN 1..{CALLS} LOOP {INSIDE[name]}; END LOOP; END $$"
+            )
+            cursor.execute("BEGIN")
+            started = time.perf_counter()
+            cursor.execute(block)
+            figures[f"µs in one statement, {disk}"] = (time.perf_counter() - started) * 1e6 / CALLS
+            cursor.execute("ROLLBACK")
+    return figures
+
+
+def delay(bench: Bench, name: str) -> Figures:
+    """From before the commit to the client, 200 events a second, PostgreSQL on all cores."""
+    figures: Figures = {}
+    for disk, postgres in (("fsync on", bench.durable_postgres), ("fsync off", bench.free_postgres)):
+        with servers.relay(bench, source=name, postgres=postgres) as server, bench.load(server, 1) as load:
+            warm_up(load, server)
+            events = int(200 * bench.seconds(2, 3))
+            done = deliver(load, server.pids, server.send, events, 200.0)
+            figures |= {
+                f"p50 ms, {disk}": done.report.p50_ms,
+                f"p99 ms, {disk}": done.report.p99_ms,
+                f"µs CPU per event, {disk}": done.microseconds,
+                f"events lost, {disk}": done.lost,
+            }
+    return figures
+
+
+# ==== Scale ===================================================================
+
+
+def scale(bench: Bench, name: str) -> Figures:
+    """More and more clients of one channel; at most 50,000 deliveries a second."""
+    most = servers.open_files() - SPARE_DESCRIPTORS
+    clients = most if name == MOST else min(int(name.replace(",", "")), most)
+    clients = bench.clients(clients)
+    rate = min(20.0, 50_000 / clients)
+    with servers.relay(bench, "--max-clients", str(clients)) as server:
+        before = memory_bytes(server.pids())
+        with bench.load(server, clients, "--inflight", "1000") as load:
+            time.sleep(0.5)
+            memory = (memory_bytes(server.pids()) - before) / 1024
+            done = deliver(load, server.pids, server.send, max(int(rate * bench.seconds(2, 5)), 3), rate)
+    return {
+        "clients": clients,
+        "events/s": rate,
+        "connects/s": clients / load.connect["connect_s"],
+        "KiB per connection": memory / clients,
+        **fan_out(bench, f"scale, {name}", done),
+    }
+
+
+MOST = "as many as descriptors allow"
+
+
+def hold_listeners(dsn: str, many: int, ready: multiprocessing.synchronize.Event) -> None:
+    """Be so many sessions that LISTEN and take what comes, as relays do."""
+    connections = []
+    for _ in range(many):
+        connection = psycopg2.connect(dsn)
+        connection.autocommit = True
+        connection.cursor().execute("LISTEN orders")
+        connections.append(connection)
+    ready.set()
+    while True:
+        for connection in select.select(connections, [], [])[0]:
+            connection.poll()
+            connection.notifies.clear()
+
+
+def listeners(bench: Bench, name: str) -> Figures:
+    """One publisher's NOTIFYs, each a transaction, while so many sessions LISTEN to its channel."""
+    postgres = bench.free_postgres
+    ready = multiprocessing.get_context("spawn").Event()
+    holder = multiprocessing.get_context("spawn").Process(
+        target=hold_listeners, args=(postgres.dsn, int(name), ready), daemon=True
+    )
+    with all_cores():
+        holder.start()
+        try:
+            if not ready.wait(30):
+                raise BenchmarkError("the listening sessions did not come up")
+            listening = children(postgres.pid)
+            meter = Meter(lambda: listening)
+            seconds = bench.seconds(0.5, 2)
+            rate = closed_loop(postgres.dsn, WAYS["pg_notify"], 1, seconds)
+            cpu = meter.read()
+        finally:
+            holder.kill()
+            holder.join()
+    return {
+        "NOTIFY/s": rate,
+        "µs per NOTIFY": 1e6 / rate,
+        "µs CPU of the listening backends": cpu * 1e6 / (rate * seconds),
+    }
+
+
+def relays(bench: Bench, name: str) -> Figures:
+    """So many relays on one log: what each adds to the delay, and to publishing as fast as it goes."""
+    postgres = bench.free_postgres
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(servers.relay(bench, source="log", postgres=postgres))
+            for _ in range(int(name))
+        ]
+        load = stack.enter_context(bench.load(running[0], 1))
+        warm_up(load, running[0])
+        pids = running[0].pids
+        paced = deliver(load, pids, running[0].send, int(200 * bench.seconds(2, 3)), 200.0)
+        with all_cores():
+            load.reset()
+            sql = (
+                WAYS["sse_relay.publish"].replace("'orders'", "'ch0'").replace("%(data)s", "'t=' || %(data)s")
+            )
+            rate = closed_loop(postgres.dsn, sql, 8, bench.seconds(0.5, 2))
+            fast = load.until(1 << 40, 1.0)
+    return {
+        P50: paced.report.p50_ms,
+        P99: paced.report.p99_ms,
+        "µs CPU of one relay per event": paced.microseconds,
+        "publish/s, 8 at once": rate,
+        "delivered a second later": fast.events,
+        LOST: paced.lost,
+    }
+
+
+PEERS = (RELAY, "C limit", "nchan", "naive")
+WORKS = {
+    "steady": Work("1,000 clients, 20 events/s", steady, PEERS, 2, 5),
+    "many": Work("10,000 clients, 1 event/s", many, (RELAY, "nchan", "naive"), 1, 3),
+    "burst": Work("500 single NOTIFYs at once to 1,000 clients", burst, PEERS, 1, 3),
+    "torrent": Work("5,000 events/s steady to 1,000 clients", torrent, (RELAY,), 1, 3),
+    "arrivals": Work(
+        "5,000 arrive at once while 1,000 receive 50 events/s", arrivals, (RELAY, "nchan"), 1, 5
+    ),
+    "heartbeat": Work("heartbeat for 10,000", heartbeat, (RELAY,), 1, 1),
+    "stalled": Work("5 of 200 clients stalled at 1,000 events/s", stalled, (RELAY,), 1, 3),
+    "transactions": Work("100 notifications per transaction", transactions, (RELAY,), 1, 5),
+    "rival": Work("90 clients, 20 events/s", rival, (RELAY, RIVAL), 1, 3),
+    "log": Work("source log, bursts of 100", log_read, (RELAY,), 1, 5),
+    "catch-up": Work("source log, one client resumes 10,000 events", catch_up, (RELAY,), 1, 5),
+    "outage": Work("source log, a relay reads what it has slept through", outage, (RELAY,), 0, 3),
+    "resume": Work(
+        "source log, 10,000 clients resume 100 events each", resume, ("from memory", "from the table"), 0, 3
+    ),
+    "publishing": Work("publishing an event", publishing, tuple(WAYS), 0, 5),
+    "delay": Work("from before the commit to the client", delay, ("notify", "log"), 0, 3),
+    "scale": Work("one relay, more and more clients", scale, ("100", "1,000", "5,000", "10,000", MOST), 0, 1),
+    "listeners": Work(
+        "sessions that LISTEN, on one PostgreSQL", listeners, ("1", "2", "4", "8", "16", "32", "64"), 0, 3
+    ),
+    "relays": Work("relays on one log", relays, ("1", "2", "4", "8"), 0, 2),
+}
