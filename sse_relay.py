@@ -928,16 +928,17 @@ class Memory:
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
         shelf.numbers.append(frame.number)
         shelf.frames.append(frame)
-        shelf.ends.append((shelf.ends[-1] if shelf.ends else shelf.before) + size)
+        end = (shelf.ends[-1] if shelf.ends else shelf.before) + size
+        shelf.ends.append(end)
         self.size += size
-        if shelf.size * 8 > self.limit:
+        if (end - shelf.before) * 8 > self.limit:
             self._loud.add(channel)
         while self.size > self.limit:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         if self._loud:
-            channel = min(self._loud, key=self._oldest)
+            channel = min(self._loud, key=self._oldest) if len(self._loud) > 1 else next(iter(self._loud))
         else:
             number, channel = heappop(self._heads)
             while channel not in self._shelves or self._oldest(channel) != number:
@@ -1366,25 +1367,32 @@ class Hub:
                 now = loop.time()
                 present = position()
                 mark = b"" if present is None else encode_position(present)
+                # By whether the position is due, and whether the stream is chunked.
+                forms = ((b":\n", as_chunk(b":\n")), (mark, as_chunk(mark)))
                 late = now - self._heartbeat + period
                 old = now - POSITION_INTERVAL + period
                 left = WRITES_PER_TURN
                 for subscriber in tuple(self.subscribers):
+                    written = subscriber.written
+                    # A stream that became live in the midst of this has its position.
                     due = (
-                        mark
+                        bool(mark)
+                        and written <= old
+                        and subscriber.marked <= old
                         and subscriber.resume is None
-                        and max(subscriber.written, subscriber.marked) <= old
                     )
-                    if not due and max(subscriber.written, subscriber.beat) > late:
+                    if not due and (written > late or subscriber.beat > late):
                         continue
+                    transport = subscriber.transport
                     # Where bytes wait already, a heartbeat would only add to them.
-                    if subscriber.transport is None or subscriber.transport.get_write_buffer_size():
+                    if transport is None or transport.is_closing() or transport.get_write_buffer_size():
                         continue
                     subscriber.beat = now
                     if due:
                         subscriber.marked = now
-                    # A stream that became live in the midst of this has its position.
-                    subscriber.write(mark if due else b":\n")
+                    form = forms[due][subscriber.chunked]
+                    transport.write(form)
+                    self.counts.sent_bytes += len(form)
                     left -= 1
                     if not left:
                         await asyncio.sleep(0)
