@@ -5695,7 +5695,6 @@ PAGE: Final = r"""<!doctype html>
   }
 }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif; }
 header, main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
 header { padding-bottom: 0; }
@@ -5716,9 +5715,9 @@ input, textarea, button { font: inherit; border-radius: .3rem; padding: .4rem .6
 input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; font-weight: 400; }
 textarea { resize: vertical; }
 button { border: 1px solid var(--action); background: var(--card); color: var(--action); font-weight: 600; }
-button { cursor: pointer; }
 button.primary { background: var(--action); color: var(--on-action); }
-summary { cursor: pointer; font-weight: 600; font-size: .9rem; }
+button, summary { cursor: pointer; }
+summary { font-weight: 600; font-size: .9rem; }
 summary h2 { display: inline; }
 details[open] > summary { margin-bottom: .5rem; }
 :focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
@@ -5735,8 +5734,8 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
 #figures dd { margin: 0; }
 #figures .now { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 #figures svg { display: block; width: 100%; height: 2.5rem; border-bottom: 1px solid var(--line); }
-#figures path { fill: none; stroke: var(--action); stroke-width: 2; stroke-linecap: round; }
-#figures path { stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+#figures path { fill: none; stroke: var(--action); stroke-width: 2; vector-effect: non-scaling-stroke; }
+#figures path { stroke-linecap: round; stroke-linejoin: round; }
 #events { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
 #events li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; min-width: 0; }
 #events .facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .85rem; color: var(--quiet); }
@@ -5744,12 +5743,10 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
 #events .facts > * { overflow-wrap: anywhere; min-width: 0; }
 #events .facts b { color: var(--text); }
 #events .data { white-space: pre-wrap; }
-#events .note .data { color: var(--quiet); }
+#events .note { color: var(--quiet); }
 #events .start { border-color: var(--good); }
-#events .gap { border-color: var(--wait); }
-#events .gap .data { color: var(--wait); font-weight: 600; }
-#events .refused { border-color: var(--bad); }
-#events .refused .data { color: var(--bad); font-weight: 600; }
+#events .gap { border-color: var(--wait); color: var(--wait); }
+#events .refused { border-color: var(--bad); color: var(--bad); }
 </style>
 </head>
 <body>
@@ -5771,8 +5768,8 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
       <div class="buttons"><button type="button" id="cut"></button></div>
       <!-- [demo] -->
       <div class="buttons">
-        <button type="button" data-restart="relay">Restart the relay</button>
-        <button type="button" data-restart="postgresql">Restart PostgreSQL</button>
+        <button type="button" data-restart="Relay">Restart the relay</button>
+        <button type="button" data-restart="PostgreSQL">Restart PostgreSQL</button>
       </div>
       <div role="status"><p id="restarted"></p></div>
       <!-- [/demo] -->
@@ -5818,7 +5815,8 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
   </div>
   <section class="card" aria-labelledby="events-title">
     <h2 id="events-title">Events</h2>
-    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay.</p>
+    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay. An event's delay
+      begins when the relay hears of it, or numbers it in the log, and ends on this page.</p>
     <div role="log" aria-labelledby="events-title" aria-live="polite" aria-relevant="additions">
       <ol id="events"></ol>
     </div>
@@ -5927,11 +5925,9 @@ function onEvent(event) {
 function onGap(event) {
   const { channel, reason, since } = JSON.parse(event.data);
   position = event.lastEventId || position;
-  if (since && since === START) addRow("start", channel, "start", event.lastEventId, "Live from here on.");
-  else {
-    const text = `Events may be missing here: ${GAPS[reason] ?? "see the reason"} (${reason}).`;
-    addRow("gap", channel, event.type, event.lastEventId, text);
-  }
+  const text = `Events may be missing here: ${GAPS[reason] ?? "see the reason"} (${reason}).`;
+  if (!since || since !== START) addRow("gap", channel, event.type, event.lastEventId, text);
+  else addRow("start", channel, "start", event.lastEventId, "Live from here on.");
 }
 
 function onRefused(event) {
@@ -5968,8 +5964,7 @@ function connect() {
     show("live");
   };
   source.onerror = () => {
-    const lost = element("state").dataset.state === "live";
-    if (lost) addRow("note", "", "", "", "The connection was lost.");
+    if (element("state").dataset.state === "live") addRow("note", "", "", "", "The connection was lost.");
     if (source.readyState === EventSource.CONNECTING) return show("waiting");
     disconnect();
     show("closed");
@@ -6029,16 +6024,13 @@ function drawFigure({ write, current, most, path, points }, when) {
   most.textContent = values.length ? `at most ${write(Math.max(...values))}` : "";
   const top = Math.max(...values) || 1;
   const span = Math.max(when - points[0][0], WINDOW_MS / 5);
-  let joined = false;
-  path.setAttribute("d", points.map(([time, value]) => {
-    if (value === null) return (joined = false) || "";
-    const [x, y] = [300 * (1 - (when - time) / span), 37 - (34 * value) / top];
-    const place = `${x.toFixed(1)} ${y.toFixed(1)}`;
+  const drawn = points.map(([time, value], index) => {
+    if (value === null) return "";
+    const place = [300 * (1 - (when - time) / span), 37 - (34 * value) / top].map((part) => part.toFixed(1));
     // A line of no length shows as a dot.
-    const drawn = joined ? `L${place}` : `M${place}h0`;
-    joined = true;
-    return drawn;
-  }).join(""));
+    return (points[index - 1]?.[1] ?? null) === null ? `M${place}h0` : `L${place}`;
+  });
+  path.setAttribute("d", drawn.join(""));
 }
 
 let before = null;
@@ -6050,7 +6042,7 @@ let clock = { took: Infinity, ahead: 0 };
 function fillDelays({ position, recent }) {
   const epoch = position.slice(0, position.lastIndexOf("-"));
   undated = undated.filter((event) => {
-    const [, its, number] = event[0].match(/^(\w+)-(\d+)/);
+    const [, its, number] = event[0].match(/^(\w+)-(\d+)/) ?? [];
     const burst = its === epoch && recent.find(([first, last]) => first <= number && number <= last);
     const delay = burst && event[1] + clock.ahead - burst[2] * 1000;
     // A page's clock has no finer grain.
@@ -6072,8 +6064,7 @@ async function look() {
   const problem = now ? now.reason ?? "" : "the relay cannot be reached";
   tellState("relay", now?.ready ? "live" : "waiting", now?.ready ? "ready" : "not ready", problem);
   if (now) {
-    const took = when - asked;
-    const ahead = now.time * 1000 - (when + asked) / 2;
+    const [took, ahead] = [when - asked, now.time * 1000 - (when + asked) / 2];
     if (took <= clock.took) clock = { took, ahead: Math.abs(ahead) <= took / 2 + 1 ? 0 : ahead };
     // A relay that was started anew counts from 0.
     const anew = before && before.events_total > now.events_total;
@@ -6114,30 +6105,27 @@ element("watch").parentNode.open = true;
 show("idle");
 // [/admin]
 // [demo]
-async function ask(path, fields) {
+async function ask(path, fields, output, done, failed) {
+  let problem = "";
   try {
     const headers = { "Content-Type": "application/json" };
     const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(fields) });
-    return response.ok ? "" : (await response.json()).detail;
+    if (!response.ok) problem = (await response.json()).detail;
   } catch {
-    return "the relay cannot be reached";
+    problem = "the relay cannot be reached";
   }
+  element(output).className = problem ? "bad" : "good";
+  element(output).textContent = problem ? `${failed}: ${problem}.` : done;
 }
 
-function tell(id, problem, text) {
-  element(id).className = problem ? "bad" : "good";
-  element(id).textContent = text;
-}
-
-element("publish").onsubmit = async (event) => {
+element("publish").onsubmit = (event) => {
   event.preventDefault();
   const fields = event.target.elements;
-  const channel = fields.channel.value;
-  const name = fields.event.value || null;
+  const [channel, name, data] = ["channel", "event", "data"].map((field) => fields[field].value);
   if (name) listenFor(name);
-  const problem = await ask("/publish", { channel, event: name, data: fields.data.value });
   const unseen = channels.includes(channel) ? "" : " This page does not watch that channel.";
-  tell("published", problem, problem ? `Not published: ${problem}.` : `Published to ${channel}.${unseen}`);
+  const done = `Published to ${channel}.${unseen}`;
+  ask("/publish", { channel, event: name, data }, "published", done, "Not published");
 };
 
 element("publish").onkeydown = (event) => {
@@ -6145,11 +6133,10 @@ element("publish").onkeydown = (event) => {
 };
 
 for (const button of document.querySelectorAll("[data-restart]")) {
-  button.onclick = async () => {
-    const text = `${button.dataset.restart === "relay" ? "The relay" : "PostgreSQL"} restarts.`;
-    addRow("note", "", "", "", text);
-    const problem = await ask(`/restart-${button.dataset.restart}`);
-    tell("restarted", problem, problem ? `Not restarted: ${problem}.` : text);
+  button.onclick = () => {
+    const done = `${button.dataset.restart} restarting.`;
+    addRow("note", "", "", "", done);
+    ask(`/restart-${button.dataset.restart.toLowerCase()}`, {}, "restarted", done, "Not restarted");
   };
 }
 
