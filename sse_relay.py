@@ -38,7 +38,7 @@ Contents, in the order in which an event travels:
     SQL                         schema and statements of the durable log
     Source log                  numbers what was published, reads it back
     Streams                     HTTP request to subscriber
-    Admin                       liveness, readiness, metrics, channels
+    Admin                       liveness, readiness, metrics, channels, the page
     systemd                     notifications and inherited sockets
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
@@ -56,6 +56,7 @@ import contextlib
 import errno
 import functools
 import gc
+import hashlib
 import importlib.util
 import ipaddress
 import itertools
@@ -84,7 +85,7 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -1015,6 +1016,8 @@ class Memory:
 
 # Seconds; the last bucket of `Counts.delays` is for all that took longer.
 DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# The page shows as many events; each may be of a burst of its own.
+RECENT_BURSTS: Final = 200
 
 
 @dataclass
@@ -1031,6 +1034,8 @@ class Counts:
         cut_clients: Slow clients that were cut.
         delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
         delay_sum: Seconds.
+        recent: The last bursts: first number, last number, and from when on their delay counts,
+            in seconds since 1970.
     """
 
     events: int = 0
@@ -1042,13 +1047,16 @@ class Counts:
     cut_clients: int = 0
     delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
     delay_sum: float = 0.0
+    recent: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_BURSTS))
 
-    def observe(self, delay: float, events: int) -> None:
-        """Note that so many events took so many seconds."""
+    def observe(self, delay: float, frames: Sequence[Frame], now: float) -> None:
+        """Note that a burst took so many seconds, and ended now, in seconds since 1970."""
         delay = max(delay, 0.0)
-        self.events += events
-        self.delays[bisect.bisect_left(DELAY_BUCKETS, delay)] += events
-        self.delay_sum += delay * events
+        self.events += len(frames)
+        self.delays[bisect.bisect_left(DELAY_BUCKETS, delay)] += len(frames)
+        self.delay_sum += delay * len(frames)
+        if frames:
+            self.recent.append((frames[0].number, frames[-1].number, now - delay))
 
 
 # ==== Hub =====================================================================
@@ -2091,7 +2099,7 @@ class NotifySource:
             await self._hub.broadcast(frames)
         finally:
             self._delivering = False
-        self._hub.counts.observe(asyncio.get_running_loop().time() - since, len(frames))
+        self._hub.counts.observe(asyncio.get_running_loop().time() - since, frames, time.time())
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2999,7 +3007,8 @@ class LogSource:
                 await asyncio.shield(self._hub.broadcast(frames))
             finally:
                 self._delivering = False
-            self._hub.counts.observe(time.time() - rows[0][-1], len(frames))
+            now = time.time()
+            self._hub.counts.observe(now - rows[0][-1], frames, now)
 
     def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
         """Encode the rows of a page; tell whether the page was full, so that more may follow."""
@@ -3053,16 +3062,23 @@ class Access:
     keys: Sequence[Key] = ()
     cookie: str | None = None
 
-    def check(self, channels: Iterable[str], token: str | None, now: float) -> float | None:
+    def check(
+        self, channels: Iterable[str], token: str | None, now: float, only_tokens: bool = False
+    ) -> float | None:
         """Tell until when these channels may be read, in seconds since 1970; None for ever.
+
+        Args:
+            only_tokens: Nothing is open to everybody.
 
         Raises:
             RefusedError: 401 for no token or a bad one, 403 for a good one that does not
                 open all of the channels.
         """
-        closed = [channel for channel in channels if not self.channels.fullmatch(channel)]
+        closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
         if not closed:
             return None
+        if not self.keys and only_tokens:
+            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
         if not self.keys:
             raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
         if not token:
@@ -3162,13 +3178,21 @@ class Streams:
         self._waking: asyncio.Task[None] | None = None
         source.on_listening = self._wake
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request on a listening socket of the streams."""
-        is_stream = is_stream_path(request.raw_path.partition("?")[0], self._path)
+    async def handle(
+        self, request: web.BaseRequest, path: str | None = None, only_tokens: bool = False
+    ) -> web.StreamResponse:
+        """Answer a request on a listening socket of the streams.
+
+        Args:
+            path: Where the stream routes begin there, if elsewhere.
+            only_tokens: Nothing is open to everybody there.
+        """
+        path = path or self._path
+        is_stream = is_stream_path(request.raw_path.partition("?")[0], path)
         headers: dict[str, str] = {}
         try:
             if not is_stream:
-                raise RefusedError(404, f"there is nothing here: streams are at {self._path}")
+                raise RefusedError(404, f"there is nothing here: streams are at {path}")
             headers = self._cors(request.headers)
             if request.method == "OPTIONS":
                 return web.Response(status=204, headers={**headers, "Allow": "GET, HEAD, OPTIONS"})
@@ -3176,8 +3200,9 @@ class Streams:
                 raise RefusedError(405, "streams are read with GET")
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
-            target = parse_target(request.raw_path, self._path)
-            expires = self._access.check(target.channels, self._token(request, target), time.time())
+            target = parse_target(request.raw_path, path)
+            token = self._token(request, target)
+            expires = self._access.check(target.channels, token, time.time(), only_tokens)
             if len(self._hub.subscribers) >= self._max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
@@ -3412,6 +3437,9 @@ class Streams:
 
 # ==== Admin ===================================================================
 
+# Whatever --path says: with / a channel could hide a route.
+ADMIN_STREAMS: Final = "/events"
+
 
 def metric_families(relay: Relay) -> list[Any]:
     """Give all metrics, for prometheus-client to write; names and units by its conventions."""
@@ -3459,21 +3487,74 @@ def metric_families(relay: Relay) -> list[Any]:
     return [*families, gaps, refusals, delay]
 
 
+def readiness(relay: Relay) -> dict[str, object]:
+    """Tell whether events can arrive, else why not."""
+    if relay.streams.draining:
+        return {"ready": False, "reason": "stopping"}
+    if not relay.listener.ready.is_set():
+        return {"ready": False, "reason": relay.listener.trouble}
+    return {"ready": True, "round_trip_seconds": relay.listener.round_trip}
+
+
+def answer_status(relay: Relay) -> web.Response:
+    """Give what the page shows: some of the metrics, by their names, and when recent events came."""
+    counts = relay.hub.counts
+    status = {
+        **readiness(relay),
+        "clients": len(relay.hub.subscribers),
+        "channels": len(relay.hub.channels),
+        "events_total": counts.events,
+        "delivery_delay_seconds_sum": counts.delay_sum,
+        "position": relay.source.position().decode(),
+        "recent": list(counts.recent),
+        "time": time.time(),
+    }
+    return web.json_response(status, headers={"Cache-Control": "no-store"})
+
+
+@functools.cache
+def read_page(place: Literal["admin", "demo"]) -> tuple[str, str]:
+    """Give the page without what only the other place has, and its Content-Security-Policy."""
+    other = "demo" if place == "admin" else "admin"
+    text = re.sub(rf"^.*\[{other}\].*\n(?s:.*?)\[/{other}\].*\n", "", PAGE, flags=re.MULTILINE)
+    text = re.sub(r"^.*\[/?(?:admin|demo)\].*\n", "", text, flags=re.MULTILINE).replace("[place]", place)
+    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    policy += "frame-ancestors 'none'"
+    for tag in ("script", "style"):
+        content = text.partition(f"<{tag}")[2].partition(">")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return text, policy
+
+
+def answer_page(place: Literal["admin", "demo"]) -> web.Response:
+    text, policy = read_page(place)
+    headers = {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+    }
+    return web.Response(text=text, content_type="text/html", headers=headers)
+
+
 async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
     """Answer a request on the admin listener."""
     headers = {"Cache-Control": "no-store"}
     if request.method not in ("GET", "HEAD"):
         return web.Response(status=405, headers={**headers, "Allow": "GET, HEAD"})
-    match request.raw_path.partition("?")[0]:
+    path = request.raw_path.partition("?")[0]
+    if is_stream_path(path, ADMIN_STREAMS):
+        return await relay.streams.handle(request, ADMIN_STREAMS, relay.only_tokens_at_admin)
+    match path:
+        case "/":
+            return answer_page("admin")
+        case "/status":
+            return answer_status(relay)
         case "/live":
             return web.json_response({"live": True}, headers=headers)
         case "/ready":
-            ready = relay.listener.ready.is_set() and not relay.streams.draining
-            reason = "stopping" if relay.streams.draining else relay.listener.trouble
-            answer = {"round_trip_seconds": relay.listener.round_trip} if ready else {"reason": reason}
-            return web.json_response(
-                {"ready": ready, **answer}, status=200 if ready else 503, headers=headers
-            )
+            answer = readiness(relay)
+            return web.json_response(answer, status=200 if answer["ready"] else 503, headers=headers)
         case "/channels":
             counted = {channel: len(watchers) for channel, watchers in relay.hub.channels.items()}
             return web.json_response(
@@ -3496,7 +3577,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
                 body=exposition.generate_latest(scrape),
                 headers={**headers, "Content-Type": exposition.CONTENT_TYPE_LATEST},
             )
-    return web.Response(status=404, text="/live, /ready, /metrics, /channels\n", headers=headers)
+    return web.Response(status=404, text="/, /live, /ready, /metrics, /channels, /status\n", headers=headers)
 
 
 # ==== systemd =================================================================
@@ -3570,6 +3651,10 @@ class Settings:
 
 
 Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+# Further routes, by method and path.
+Pages = Mapping[
+    tuple[str, str], "Callable[[Relay, web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]"
+]
 
 
 def raise_file_limit() -> int:
@@ -3826,11 +3911,16 @@ class FairSelector(selectors.DefaultSelector):
 
 
 class Relay:
-    """The whole, wired; the one place that orders start and stop."""
+    """The whole, wired; the one place that orders start and stop.
 
-    def __init__(self, settings: Settings, pages: Mapping[tuple[str, str], Handler] | None = None) -> None:
+    Attributes:
+        again: It stops for another to take its place.
+        only_tokens_at_admin: What everybody may read needs a token on the admin listener.
+    """
+
+    def __init__(self, settings: Settings, pages: Pages | None = None) -> None:
         """Args:
-        pages: Further routes, by method and path, in front of the streams.
+        pages: In front of the streams.
 
         Raises:
             click.ClickException: An address cannot be listened on, a key cannot be read.
@@ -3849,6 +3939,11 @@ class Relay:
         self._sockets += [open_socket(bind) for bind in own]
         if settings.admin is not None:
             self._admin_sockets.append(open_socket(settings.admin, option="--admin"))
+        # Who reaches that listener may not reach this one: an administrator's network, or users of
+        # this machine where streams are behind a unix socket that only nginx can open.
+        self.only_tokens_at_admin = not all(
+            is_local(address_of(sock)) for sock in self._admin_sockets
+        ) or all(sock.family == socket.AF_UNIX for sock in self._sockets)
         binds = [*own, settings.admin] if settings.admin else own
         self._own_paths = [path for path in map(split_address, binds) if isinstance(path, Path)]
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
@@ -3869,11 +3964,13 @@ class Relay:
             max_clients=min(settings.max_clients or most * 3 // 4, most),
             max_backlog=settings.max_backlog,
         )
+        self.again = False
         self._most = most
         self._told = False
+        self._ending = asyncio.Event()
 
     async def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM, SIGINT or `restart`.
 
         Args:
             on_ready: Called once, when events can arrive for the first time.
@@ -3881,16 +3978,20 @@ class Relay:
         Raises:
             UnusableDatabaseError: The first connection showed it.
         """
-        stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signal, stop)
+            loop.add_signal_handler(number, self._signal)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         door = Door(self._handle, self._most, lambda: len(self.hub.subscribers))
         runner = web.ServerRunner(door, shutdown_timeout=0.1)
         sites = await serve_on(runner, self._sockets)
         admin = web.ServerRunner(
-            web.Server(functools.partial(answer_admin, self), access_log=None, logger=_quiet_http_log()),
+            web.Server(
+                functools.partial(answer_admin, self),
+                handler_cancellation=True,
+                access_log=None,
+                logger=_quiet_http_log(),
+            ),
             shutdown_timeout=0.1,
         )
         await serve_on(admin, self._admin_sockets)
@@ -3911,7 +4012,7 @@ class Relay:
                 door.close_late(),
                 self._report(),
                 self._tell(on_ready),
-                _wait(stop),
+                _wait(self._ending),
             )
         finally:
             await self._stop(runner, sites)
@@ -3948,8 +4049,14 @@ class Relay:
     def _last_block(self) -> bytes:
         return encode_retry(retry_after(self._settings.retry, len(self.hub.subscribers)))
 
-    def _signal(self, stop: asyncio.Event) -> None:
-        stop.set()
+    def restart(self) -> None:
+        """Stop; whoever runs this relay starts another."""
+        self.again = True
+        self._ending.set()
+
+    def _signal(self) -> None:
+        self.again = False
+        self._ending.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
@@ -3964,7 +4071,7 @@ class Relay:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         page = self._pages.get((request.method, request.raw_path)) if self._pages else None
-        return await (page(request) if page else self.streams.handle(request))
+        return await (page(self, request) if page else self.streams.handle(request))
 
     async def _stop(self, runner: web.ServerRunner, sites: Sequence[web.SockSite]) -> None:
         loop = asyncio.get_running_loop()
@@ -5141,7 +5248,7 @@ def start_log(level: str, form: str = "text") -> None:
 
 def run_relay(
     settings: Settings,
-    pages: Mapping[tuple[str, str], Handler] | None = None,
+    pages: Pages | None = None,
     on_ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Run a relay in an event loop of its own; turn what a user can mend into one line."""
@@ -5158,9 +5265,14 @@ def run_relay(
         return uvloop.new_event_loop()
 
     async def serve() -> None:
-        relay = Relay(settings, pages)
-        selector.first = relay.listener.descriptors
-        await relay.run(on_ready)
+        tell = on_ready
+        again = True
+        while again:
+            relay = Relay(settings, pages)
+            selector.first = relay.listener.descriptors
+            await relay.run(tell)
+            again = relay.again
+            tell = lambda: None  # noqa: E731  # once is enough
 
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -5200,7 +5312,8 @@ def cli() -> None:
     envvar="SSE_RELAY_ADMIN",
     metavar="HOST:PORT|unix:PATH",
     callback=lambda ctx, param, value: value and check_bind(ctx, param, (value,))[0],
-    help="Where to serve /live, /ready, /metrics and /channels, to whoever can reach it.  [default: nowhere]",
+    help="Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it. "
+    " [default: nowhere]",
 )
 @click.option(
     "--path",
@@ -5496,36 +5609,68 @@ def token(key_file: Path, lifetime: int, channels: tuple[str, ...]) -> None:
     click.echo(sign_token(key, channels, int(time.time()) + lifetime))
 
 
-def demo_pages(dsn: str, source: str) -> dict[tuple[str, str], Handler]:
-    """Serve the demo's page, and publish what it sends."""
+def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
+    """Serve the demo's page, and do what it asks for."""
+    restarting = threading.Lock()
 
-    async def show(request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(text=DEMO_PAGE, content_type="text/html")
+    def restart() -> None:
+        with restarting:
+            postgres.restart()
 
-    async def take(request: web.BaseRequest) -> web.StreamResponse:
+    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        return answer_page("demo")
+
+    async def status(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        return answer_status(relay)
+
+    async def publish(relay: Relay, body: bytes) -> None:
         detail = "the request is no JSON object with channel, data and event"
         try:
-            if foreign_origin(request.headers) is not None:
-                raise UnsendableError("only the demo's own page may publish here")
-            fields = json.loads(await request.read())
+            fields = json.loads(body)
             channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
-            if not all(isinstance(text, str) for text in (channel, data, event or "")):
-                raise UnsendableError(detail)
-            await in_thread(lambda: send_event(dsn, source, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
-            return web.Response(status=204)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass
-        except UnsendableError as error:
-            detail = str(error)
-        except psycopg2.Error as error:
-            detail = one_line(error, dsn)
-        return web.json_response(
-            {"title": "not published", "status": 400, "detail": detail},
-            status=400,
-            content_type="application/problem+json",
-        )
+            raise UnsendableError(detail) from None
+        if not all(isinstance(text, str) for text in (channel, data, event or "")):
+            raise UnsendableError(detail)
+        await in_thread(lambda: send_event(postgres.dsn, source, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
 
-    return {("GET", "/"): show, ("HEAD", "/"): show, ("POST", "/publish"): take}
+    async def restart_relay(relay: Relay, body: bytes) -> None:
+        relay.restart()
+
+    async def restart_postgres(relay: Relay, body: bytes) -> None:
+        # Not `in_thread`: PostgreSQL ends when the thread that started it does, and those of the
+        # loop's own pool stay until the loop ends.
+        await asyncio.to_thread(restart)
+
+    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> Any:
+        async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                if foreign_origin(request.headers) is not None:
+                    raise UnsendableError("only the demo's own page may do this")
+                await act(relay, await request.read())
+                return web.Response(status=204)
+            except UnsendableError as error:
+                detail = str(error)
+            except click.ClickException as error:
+                detail = error.message
+            except psycopg2.Error as error:
+                detail = one_line(error, postgres.dsn)
+            return web.json_response(
+                {"title": "not done", "status": 400, "detail": detail},
+                status=400,
+                content_type="application/problem+json",
+            )
+
+        return answer
+
+    return {
+        ("GET", "/"): show,
+        ("HEAD", "/"): show,
+        ("GET", "/status"): status,
+        ("POST", "/publish"): only_here(publish),
+        ("POST", "/restart-relay"): only_here(restart_relay),
+        ("POST", "/restart-postgresql"): only_here(restart_postgres),
+    }
 
 
 @cli.command()
@@ -5586,7 +5731,7 @@ def demo(source: str, bind: str, data: Path | None) -> None:
                 "Ctrl-C ends it."
             )
 
-        run_relay(settings, demo_pages(postgres.dsn, source), show)
+        run_relay(settings, demo_pages(postgres, source), show)
 
 
 def check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -5659,12 +5804,14 @@ def main() -> None:
 
 # ==== Pages ===================================================================
 
-DEMO_PAGE: Final = r"""<!doctype html>
+# For the demo and the admin listener: what one of them has alone stands between lines with
+# [demo] and [/demo], [admin] and [/admin]. [place] is which of them it is.
+PAGE: Final = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>sse-relay demo</title>
+<title>sse-relay [place]</title>
 <link rel="icon" href="data:,">
 <style>
 :root {
@@ -5688,8 +5835,8 @@ h2 { font-size: 1.05rem; }
 main { display: grid; gap: 1rem; align-items: start; }
 main > * { min-width: 0; }
 @media (min-width: 50rem) {
-  main { grid-template-columns: 22rem minmax(0, 1fr); grid-template-rows: auto 1fr; }
-  .events { grid-column: 2; grid-row: 1 / span 2; }
+  main { grid-template-columns: 22rem minmax(0, 1fr); }
+  .wide { grid-column: 1 / span 2; }
 }
 .controls { display: grid; gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
@@ -5697,19 +5844,29 @@ form { display: grid; gap: .6rem; }
 label { display: grid; gap: .2rem; font-weight: 600; font-size: .9rem; }
 input, textarea, button { font: inherit; border-radius: .3rem; padding: .4rem .6rem; width: 100%; }
 input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; font-weight: 400; }
-textarea { resize: vertical; min-height: 4.5rem; }
+textarea { resize: vertical; }
 button { border: 1px solid var(--action); background: var(--card); color: var(--action); font-weight: 600; }
-button { cursor: pointer; }
 button.primary { background: var(--action); color: var(--on-action); }
+button, summary { cursor: pointer; }
+summary { font-weight: 600; font-size: .9rem; }
+summary h2 { display: inline; }
+details[open] > summary { margin-bottom: .5rem; }
 :focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
-.buttons { display: flex; flex-wrap: wrap; gap: .5rem; }
-.buttons button { flex: 1; }
+.buttons { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; }
+.buttons button { flex: 1 1 auto; width: auto; max-width: 100%; overflow-wrap: anywhere; }
 .quiet { color: var(--quiet); font-size: .85rem; }
 code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
-#state strong { color: var(--wait); }
-#state strong::before { content: "●"; margin-right: .4rem; }
-#state[data-state="live"] strong, .good { color: var(--good); }
-#state[data-state="refused"] strong, #state[data-state="closed"] strong, .bad { color: var(--bad); }
+.state strong { color: var(--wait); }
+.state strong::before { content: "●"; margin-right: .4rem; }
+[data-state="live"] strong, .good { color: var(--good); }
+[data-state="refused"] strong, [data-state="closed"] strong, .bad { color: var(--bad); }
+#figures { display: grid; gap: .75rem; grid: auto-flow / repeat(auto-fit, minmax(8.5rem, 1fr)); margin: 0; }
+#figures dt { font-size: .85rem; color: var(--quiet); }
+#figures dd { margin: 0; }
+#figures .now { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+#figures svg { display: block; width: 100%; height: 2.5rem; border-bottom: 1px solid var(--line); }
+#figures path { fill: none; stroke: var(--action); stroke-width: 2; vector-effect: non-scaling-stroke; }
+#figures path { stroke-linecap: round; stroke-linejoin: round; }
 #events { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
 #events li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; min-width: 0; }
 #events .facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .85rem; color: var(--quiet); }
@@ -5717,72 +5874,98 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
 #events .facts > * { overflow-wrap: anywhere; min-width: 0; }
 #events .facts b { color: var(--text); }
 #events .data { white-space: pre-wrap; }
+#events .note { color: var(--quiet); }
 #events .start { border-color: var(--good); }
-#events .gap { border-color: var(--wait); }
-#events .gap .data { color: var(--wait); font-weight: 600; }
-#events .refused { border-color: var(--bad); }
-#events .refused .data { color: var(--bad); font-weight: 600; }
+#events .gap { border-color: var(--wait); color: var(--wait); }
+#events .refused { border-color: var(--bad); color: var(--bad); }
 </style>
 </head>
 <body>
 <header>
-  <h1>sse-relay demo</h1>
-  <p>Each event goes through PostgreSQL's <code>NOTIFY</code> and comes back as a Server-Sent Event.</p>
+  <h1>sse-relay [place]</h1>
+  <p>Each event goes through PostgreSQL's <code>NOTIFY</code> and comes out as a Server-Sent Event.</p>
 </header>
 <main spellcheck="false">
+  <section class="card wide" aria-labelledby="figures-title">
+    <h2 id="figures-title">Figures of the last five minutes</h2>
+    <div role="status"><p id="relay" class="state"><strong></strong> <span></span></p></div>
+    <dl id="figures"></dl>
+  </section>
   <div class="controls">
     <section class="card" aria-labelledby="stream-title">
       <h2 id="stream-title">Stream</h2>
-      <div role="status"><p id="state"><strong></strong> <span></span></p></div>
+      <div role="status"><p id="state" class="state"><strong></strong> <span></span></p></div>
       <p class="quiet"><code id="address"></code></p>
       <div class="buttons"><button type="button" id="cut"></button></div>
+      <!-- [demo] -->
+      <div class="buttons">
+        <button type="button" data-restart="Relay">Restart the relay</button>
+        <button type="button" data-restart="PostgreSQL">Restart PostgreSQL</button>
+      </div>
+      <div role="status"><p id="restarted"></p></div>
+      <!-- [/demo] -->
     </section>
+    <!-- [demo] -->
     <section class="card" aria-labelledby="publish-title">
       <h2 id="publish-title">Publish</h2>
       <form id="publish" autocomplete="off">
         <label>Channel <input name="channel" value="orders" required></label>
         <label>Event name, or empty <input name="event"></label>
         <label>Data
-          <textarea name="data" aria-describedby="publish-hint">{"id": 42, "state": "paid"}</textarea>
+          <textarea name="data" rows="3" aria-describedby="hint">{"id": 42, "state": "paid"}</textarea>
         </label>
         <button class="primary">Publish</button>
-        <p class="quiet" id="publish-hint">Ctrl+Enter in the data publishes too.</p>
+        <p class="quiet" id="hint">Ctrl+Enter in the data publishes too. The page listens for the name.</p>
       </form>
       <div role="status"><p id="published"></p></div>
     </section>
+    <!-- [/demo] -->
+    <details class="card">
+      <summary><h2>Watch</h2></summary>
+      <form id="watch" autocomplete="off">
+        <label>Channels, one on a line
+          <textarea name="channels" rows="2" required aria-describedby="channels-hint"></textarea>
+        </label>
+        <p class="quiet" id="channels-hint">With several, an event without a name carries its channel as its
+          name. One with a name does not tell its channel.</p>
+        <label>Listen for names, with blanks between
+          <input name="names" aria-describedby="names-hint">
+        </label>
+        <p class="quiet" id="names-hint">EventSource gives a page only events without a name, and those whose
+          names it listens for.</p>
+        <!-- [admin] -->
+        <details id="watched"><summary>Channels with clients</summary><div class="buttons"></div></details>
+        <label>Token, for channels that need one
+          <input name="token" type="password" autocomplete="off" aria-describedby="token-hint">
+        </label>
+        <p class="quiet" id="token-hint">Who watches here is a client like any other.</p>
+        <!-- [/admin] -->
+        <button>Watch</button>
+      </form>
+    </details>
   </div>
-  <section class="card events" aria-labelledby="events-title">
+  <section class="card" aria-labelledby="events-title">
     <h2 id="events-title">Events</h2>
-    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay.</p>
+    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay. An event's delay
+      begins when the relay hears of it, or numbers it in the log, and ends on this page.</p>
     <div role="log" aria-labelledby="events-title" aria-live="polite" aria-relevant="additions">
       <ol id="events"></ol>
     </div>
   </section>
-  <section class="card" aria-labelledby="watch-title">
-    <h2 id="watch-title">Watch</h2>
-    <form id="watch" autocomplete="off">
-      <label>Channels, with blanks between
-        <input name="channels" value="orders" required aria-describedby="channels-hint">
-      </label>
-      <p class="quiet" id="channels-hint">With several, an event without a name carries its channel as its
-        name. One with a name does not tell its channel.</p>
-      <label>Listen for names, with blanks between
-        <input name="names" aria-describedby="names-hint">
-      </label>
-      <p class="quiet" id="names-hint">EventSource gives a page only events without a name, and those whose
-        names it listens for. Names published on this page are added by themselves.</p>
-      <button>Watch</button>
-    </form>
-  </section>
 </main>
 <script type="module">
 const MOST_ROWS = 200;
+const WINDOW_MS = 300_000;
+const LOOK_MS = matchMedia("(prefers-reduced-motion: reduce)").matches ? 10_000 : 1_000;
 // Names that are EventSource's own, or the relay's.
 const RESERVED = /^(error|open|relay\..*)$/;
+const DEMO = "[place]" === "demo";
 // A position of no history. The relay answers it with a gap, and that carries the present
 // position: without it, a page that has seen no event yet could not resume after a cut.
-const START = "start-0";
+// Elsewhere nobody cuts, and the gap would be counted among the true ones.
+const START = DEMO ? "start-0" : "";
 const STATES = {
+  idle: ["not watching", "choose channels to see their events."],
   connecting: ["connecting", ""],
   live: ["live", "connected to the relay."],
   waiting: ["waiting to retry", "the connection is lost; the browser comes back by itself."],
@@ -5801,21 +5984,32 @@ const GAPS = {
 };
 
 const element = (id) => document.getElementById(id);
-const words = (text) => text.split(/\s+/).filter(Boolean);
+const split = (text, by) => text.split(by).filter(Boolean);
 
 let source = null;
 let channels = [];
+let token = "";
 let position = START;
 let count = 0;
 let rows = [];
+// Events whose delay is not known yet: id, time, place on the page, how often it was looked for.
+let undated = [];
 const names = new Set(["message"]);
 
+function tellState(id, state, label, detail) {
+  const [first, second] = element(id).children;
+  // What has not changed is not to be read out again.
+  if (first.textContent === label && second.textContent === detail) return;
+  element(id).dataset.state = state;
+  first.textContent = label;
+  second.textContent = detail;
+}
+
 function show(state, detail = STATES[state][1]) {
-  const [label, text] = element("state").children;
-  element("state").dataset.state = state;
-  label.textContent = STATES[state][0];
-  text.textContent = detail;
-  element("cut").textContent = source ? "Cut the connection" : state === "cut" ? "Resume" : "Try again";
+  tellState("state", state, STATES[state][0], detail);
+  const stop = DEMO ? "Cut the connection" : "Stop watching";
+  element("cut").hidden = state === "idle";
+  element("cut").textContent = source ? stop : state === "cut" ? "Resume" : "Try again";
 }
 
 function make(tag, className, text) {
@@ -5838,7 +6032,8 @@ function addRow(kind, channel, name, id, data) {
   const time = make("time", "", `${now.toTimeString().slice(0, 8)}.${thousandths}`);
   time.dateTime = now.toISOString();
   const facts = make("p", "facts", "");
-  const parts = [time, make("b", "", channel), make("span", "", name), make("span", "position", id)];
+  const delay = make("span", "delay", "");
+  const parts = [time, make("b", "", channel), make("span", "", name), make("span", "position", id), delay];
   // Blanks, so that it reads as words where the layout does not count.
   facts.append(...parts.flatMap((part) => [part, " "]));
   const row = make("li", kind, "");
@@ -5846,6 +6041,8 @@ function addRow(kind, channel, name, id, data) {
   if (rows.length === 0) requestAnimationFrame(drawRows);
   rows.push(row);
   if (rows.length > MOST_ROWS) rows.shift();
+  if (kind === "event") undated.push([id, now.getTime(), delay, 0]);
+  if (undated.length > MOST_ROWS) undated.shift();
 }
 
 function onEvent(event) {
@@ -5853,15 +6050,15 @@ function onEvent(event) {
   position = event.lastEventId || position;
   const told = channels.find((name) => name === event.type || `channel:${name}` === event.type);
   const channel = channels.length === 1 ? channels[0] : told ?? "(one of several)";
-  addRow("", channel, event.type, event.lastEventId, event.data);
+  addRow("event", channel, event.type, event.lastEventId, event.data);
 }
 
 function onGap(event) {
   const { channel, reason, since } = JSON.parse(event.data);
   position = event.lastEventId || position;
-  if (since === START) return addRow("start", channel, "start", event.lastEventId, "Live from here on.");
   const text = `Events may be missing here: ${GAPS[reason] ?? "see the reason"} (${reason}).`;
-  addRow("gap", channel, event.type, event.lastEventId, text);
+  if (!since || since !== START) addRow("gap", channel, event.type, event.lastEventId, text);
+  else addRow("start", channel, "start", event.lastEventId, "Live from here on.");
 }
 
 function onRefused(event) {
@@ -5890,10 +6087,15 @@ function connect() {
   if (inPath) url.pathname += `/${encodeURIComponent(first)}`;
   else for (const channel of channels) url.searchParams.append("channel", channel);
   element("address").textContent = url;
-  url.searchParams.set("lastEventId", position);
+  if (position) url.searchParams.set("lastEventId", position);
+  if (token) url.searchParams.set("access_token", token);
   source = new EventSource(url);
-  source.onopen = () => show("live");
+  source.onopen = () => {
+    if (element("state").dataset.state === "waiting") addRow("note", "", "", "", "It is back, and resumes.");
+    show("live");
+  };
   source.onerror = () => {
+    if (element("state").dataset.state === "live") addRow("note", "", "", "", "The connection was lost.");
     if (source.readyState === EventSource.CONNECTING) return show("waiting");
     disconnect();
     show("closed");
@@ -5907,49 +6109,171 @@ function connect() {
 element("cut").onclick = () => {
   if (!source) return connect();
   disconnect();
-  show("cut");
+  show(DEMO ? "cut" : "idle");
+  if (!DEMO) element("watch").elements.channels.focus();
 };
 
 element("watch").onsubmit = (event) => {
   event.preventDefault();
   const fields = event.target.elements;
-  const asked = [...new Set(words(fields.channels.value))];
-  for (const name of words(fields.names.value)) listenFor(name);
+  const asked = [...new Set(split(fields.channels.value, /\n/))];
+  const given = fields.token?.value ?? "";
+  for (const name of split(fields.names.value, /\s+/)) listenFor(name);
   if (asked.length > 1) for (const name of asked) listenFor(RESERVED.test(name) ? `channel:${name}` : name);
-  if (asked.join(" ") !== channels.join(" ")) {
+  if (asked.join("\n") !== channels.join("\n") || given !== token || !DEMO) {
     disconnect();
     channels = asked;
+    token = given;
     position = START;
   }
   if (!source) connect();
 };
 
-element("publish").onsubmit = async (event) => {
-  event.preventDefault();
-  const fields = event.target.elements;
-  const channel = fields.channel.value;
-  const name = fields.event.value || null;
-  if (name) listenFor(name);
+const round = (value) => String(Number(value.toFixed(value < 10 ? 1 : 0)));
+const asText = (ms) => (ms < 1000 ? `${round(ms)} ms` : `${round(ms / 1000)} s`);
+// Label, how it is written, and what it is between two looks; null where there is nothing to tell.
+const FIGURES = [
+  ["Clients", String, (now) => now.clients],
+  ["Channels", String, (now) => now.channels],
+  ["Events per second", round, (now, before) => before && (1000 * now.events) / (now.when - before.when)],
+  ["Delivery delay", asText, (now) => (now.events ? (1000 * now.delay) / now.events : null)],
+  ["PostgreSQL round trip", asText, (now) => (now.ready ? 1000 * now.round_trip_seconds : null)],
+].map(([label, write, read]) => {
+  const group = make("div", "", "");
+  const [current, most, plot] = ["now", "quiet", ""].map((kind) => make("dd", kind, ""));
+  plot.setAttribute("aria-hidden", "true");
+  plot.innerHTML = '<svg viewBox="0 0 300 40" preserveAspectRatio="none"><path/></svg>';
+  group.append(make("dt", "", label), current, plot, most);
+  element("figures").append(group);
+  return { write, read, current, most, path: plot.querySelector("path"), points: [] };
+});
+
+function drawFigure({ write, current, most, path, points }, when) {
+  while (points.length && points[0][0] < when - WINDOW_MS) points.shift();
+  const values = points.map(([, value]) => value).filter((value) => value !== null);
+  current.textContent = values.length ? write(values.at(-1)) : "none yet";
+  most.textContent = values.length ? `at most ${write(Math.max(...values))}` : "";
+  const top = Math.max(...values) || 1;
+  const span = Math.max(when - points[0][0], WINDOW_MS / 5);
+  const drawn = points.map(([time, value], index) => {
+    if (value === null) return "";
+    const place = [300 * (1 - (when - time) / span), 37 - (34 * value) / top].map((part) => part.toFixed(1));
+    // A line of no length shows as a dot.
+    return (points[index - 1]?.[1] ?? null) === null ? `M${place}h0` : `L${place}`;
+  });
+  path.setAttribute("d", drawn.join(""));
+}
+
+let before = null;
+let timer = 0;
+// The relay's clock against this one's, from the quickest answer so far. What may be the
+// answer's way alone is no difference.
+let clock = { took: Infinity, ahead: 0 };
+
+function fillDelays({ position, recent }) {
+  const epoch = position.slice(0, position.lastIndexOf("-"));
+  undated = undated.filter((event) => {
+    const [, its, number] = event[0].match(/^(\w+)-(\d+)/) ?? [];
+    const burst = its === epoch && recent.find(([first, last]) => first <= number && number <= last);
+    const delay = burst && event[1] + clock.ahead - burst[2] * 1000;
+    // A page's clock has no finer grain.
+    if (burst) event[2].textContent = `delay ${delay < 1 ? "under 1 ms" : asText(Math.round(delay))}`;
+    // It may still be on its way to others. Else it is of the past.
+    else if ((event[3] += 1) > 2) event[2].textContent = "delay not known";
+    return !event[2].textContent;
+  });
+}
+
+async function look() {
+  if (document.hidden) return;
+  const asked = Date.now();
+  let now = null;
+  try {
+    now = await (await fetch("/status", { signal: AbortSignal.timeout(5000) })).json();
+  } catch {}
+  const when = Date.now();
+  const problem = now ? now.reason ?? "" : "the relay cannot be reached";
+  tellState("relay", now?.ready ? "live" : "waiting", now?.ready ? "ready" : "not ready", problem);
+  if (now) {
+    const [took, ahead] = [when - asked, now.time * 1000 - (when + asked) / 2];
+    if (took <= clock.took) clock = { took, ahead: Math.abs(ahead) <= took / 2 + 1 ? 0 : ahead };
+    // A relay that was started anew counts from 0.
+    const anew = before && before.events_total > now.events_total;
+    const since = anew ? { events_total: 0, delivery_delay_seconds_sum: 0 } : before ?? now;
+    now.when = when;
+    now.events = now.events_total - since.events_total;
+    now.delay = now.delivery_delay_seconds_sum - since.delivery_delay_seconds_sum;
+    fillDelays(now);
+  }
+  for (const figure of FIGURES) {
+    figure.points.push([when, now && figure.read(now, before)]);
+    drawFigure(figure, when);
+  }
+  before = now ?? before;
+  clearTimeout(timer);
+  timer = setTimeout(look, LOOK_MS);
+}
+
+document.addEventListener("visibilitychange", look);
+look();
+
+// [admin]
+element("watched").ontoggle = async (event) => {
+  if (!event.target.open) return;
+  const counted = Object.entries((await (await fetch("/channels")).json()).channels);
+  const most = counted.sort(([, a], [, b]) => b - a).slice(0, 50);
+  const field = element("watch").elements.channels;
+  const buttons = most.map(([name, clients]) => {
+    const button = make("button", "", `${name} (${clients})`);
+    button.type = "button";
+    button.onclick = () => (field.value = [...new Set([...split(field.value, /\n/), name])].join("\n"));
+    return button;
+  });
+  event.target.lastChild.replaceChildren(...buttons, buttons.length ? "" : "There are none.");
+};
+
+element("watch").parentNode.open = true;
+show("idle");
+// [/admin]
+// [demo]
+async function ask(path, fields, output, done, failed) {
   let problem = "";
   try {
-    const body = JSON.stringify({ channel, event: name, data: fields.data.value });
     const headers = { "Content-Type": "application/json" };
-    const response = await fetch("/publish", { method: "POST", headers, body });
+    const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(fields) });
     if (!response.ok) problem = (await response.json()).detail;
   } catch {
     problem = "the relay cannot be reached";
   }
+  element(output).className = problem ? "bad" : "good";
+  element(output).textContent = problem ? `${failed}: ${problem}.` : done;
+}
+
+element("publish").onsubmit = (event) => {
+  event.preventDefault();
+  const fields = event.target.elements;
+  const [channel, name, data] = ["channel", "event", "data"].map((field) => fields[field].value);
+  if (name) listenFor(name);
   const unseen = channels.includes(channel) ? "" : " This page does not watch that channel.";
-  const result = problem ? `Not published: ${problem}.` : `Published to ${channel}.${unseen}`;
-  element("published").className = problem ? "bad" : "good";
-  element("published").textContent = result;
+  const done = `Published to ${channel}.${unseen}`;
+  ask("/publish", { channel, event: name, data }, "published", done, "Not published");
 };
 
 element("publish").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.currentTarget.requestSubmit();
 };
 
+for (const button of document.querySelectorAll("[data-restart]")) {
+  button.onclick = () => {
+    const done = `${button.dataset.restart} restarting.`;
+    addRow("note", "", "", "", done);
+    ask(`/restart-${button.dataset.restart.toLowerCase()}`, {}, "restarted", done, "Not restarted");
+  };
+}
+
+element("watch").elements.channels.value = "orders";
 element("watch").requestSubmit();
+// [/demo]
 </script>
 </body>
 </html>

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import http.server
 import json
@@ -26,7 +27,7 @@ import types
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
@@ -1075,6 +1076,17 @@ class Page:
         assert found is not None
         return found
 
+    def set_look(self, scheme: Literal["light", "dark"], width: int) -> None:
+        """Show the page as to a person who prefers this scheme, in a window of this width."""
+        self.browser.run(self.playwright.emulate_media(color_scheme=scheme))
+        self.browser.run(self.playwright.set_viewport_size({"width": width, "height": 800}))
+
+    def violations(self, modules: Path) -> list[str]:
+        """What axe-core, from the fixture ``node_modules``, finds against the rules of accessibility."""
+        self.evaluate((modules / "node_modules/axe-core/axe.min.js").read_text())
+        found = self.evaluate("axe.run()")["violations"]
+        return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
+
     def close(self) -> None:
         self.browser.run(self.playwright.context.close())
 
@@ -1130,30 +1142,29 @@ for (const name of ["message", ...process.argv.slice(2)])
 """
 
 
+NPM_PACKAGES = ("eventsource@3.0.7", "axe-core@4.14.1")
+
+
+def install_node_modules(folder: Path) -> Path:
+    """Install what the tests need from npm below ``folder``, once; needs npm and its registry."""
+    modules = folder / "+".join(NPM_PACKAGES)
+    modules.mkdir(parents=True, exist_ok=True)
+    # Two processes of one run may come here at once.
+    with (modules / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (modules / "done").exists():
+            npm = [require("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(modules)]
+            done = subprocess.run(
+                [*npm, *NPM_PACKAGES], capture_output=True, text=True, check=False, timeout=110
+            )
+            if done.returncode != 0:
+                missing(f"npm could not install {NPM_PACKAGES}: {done.stderr[-500:]}")
+            (modules / "done").touch()
+    return modules
+
+
 class NodeEventSource:
     """The npm package ``eventsource`` in Node, as a process; `modules` is the folder it is installed in."""
-
-    PACKAGE: ClassVar[str] = "eventsource@3.0.7"
-
-    @classmethod
-    def install(cls, folder: Path) -> Path:
-        """Install the package below ``folder``, once; needs npm and its registry."""
-        modules = folder / cls.PACKAGE
-        if not (modules / "node_modules" / "eventsource" / "package.json").exists():
-            modules.mkdir(parents=True, exist_ok=True)
-            npm = [
-                require("npm"),
-                "install",
-                "--no-audit",
-                "--no-fund",
-                "--prefix",
-                str(modules),
-                cls.PACKAGE,
-            ]
-            done = subprocess.run(npm, capture_output=True, text=True, check=False, timeout=110)
-            if done.returncode != 0:
-                missing(f"npm could not install {cls.PACKAGE}: {done.stderr[-500:]}")
-        return modules
 
     def __init__(self, modules: Path, url: str, *names: str) -> None:
         self.happened: list[tuple[float, dict[str, Any]]] = []

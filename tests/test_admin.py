@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from test_access import token_for
+from test_demo import figures, rows, wait_row, wait_state
+from test_tokens import SECRET
 
 import harness
-from harness import Database, FreezableProxy, RawStream, Relay, SseReader, free_port, wait_until
+from harness import (
+    Browser,
+    Database,
+    FreezableProxy,
+    Page,
+    RawStream,
+    Relay,
+    SseReader,
+    free_port,
+    wait_until,
+)
 from sse_relay import SCHEMA_SQL
 
 StartRelay = Callable[..., Relay]
@@ -98,7 +112,7 @@ def test_channels_are_listed_with_their_clients(admin: Admin) -> None:
     wait_until(lambda: admin.get("/channels").json() == {"clients": 0, "channels": {}}, what="nobody")
 
 
-@pytest.mark.parametrize("path", ["/live", "/ready", "/channels", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/live", "/ready", "/channels", "/metrics", "/status"])
 def test_head_gives_the_headers_and_other_methods_are_refused(admin: Admin, path: str) -> None:
     head = admin.get(path, "HEAD")
     assert (head.status_code, head.content) == (200, b"")
@@ -109,15 +123,15 @@ def test_head_gives_the_headers_and_other_methods_are_refused(admin: Admin, path
 
 
 def test_what_is_not_there_says_what_is(admin: Admin) -> None:
-    for path in ("/events/orders", "/lives", "/metrics/"):
+    for path in ("/else", "/lives", "/metrics/"):
         answer = admin.get(path)
         assert answer.status_code == 404
         assert "/ready" in answer.text
     assert admin.get("/live?x=1").status_code == 200
 
 
-def test_streams_are_not_admin_and_admin_is_not_streams(admin: Admin) -> None:
-    for path in ("/live", "/ready", "/metrics", "/channels"):
+def test_streams_are_not_admin(admin: Admin) -> None:
+    for path in ("/", "/live", "/ready", "/metrics", "/channels", "/status"):
         assert httpx.get(f"http://{admin.relay.bind}{path}").status_code == 404
 
 
@@ -130,6 +144,213 @@ def test_the_admin_listener_may_be_a_unix_socket(
         answer.wait_for(b'"ready": true')
     assert relay.stop() == 0
     assert not (tmp_path / "admin.sock").exists()
+
+
+# ==== Streams beside the figures ==============================================
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    file = tmp_path / "key"
+    file.write_bytes(SECRET)
+    return file
+
+
+def answers(address: str, target: str) -> int:
+    """The true status of a request for a stream, which a client that takes anything is told."""
+    with RawStream(address, target, headers={"Host": address, "Accept": "*/*"}) as client:
+        return wait_until(lambda: client.status, what="a status")
+
+
+def test_events_are_read_there_by_the_rules_of_the_streams(
+    start_relay: StartRelay, database: Database, key: Path
+) -> None:
+    options = ("--jwt-key-file", str(key), "--allow-channel", "open-*", "--path", "/")
+    admin = Admin(start_relay, *options, dsn=database.dsn)
+    token = token_for("orders")
+    for channel, query, status in (
+        ("open-1", "", 200),
+        ("orders", "", 401),
+        ("orders", f"?access_token={token}", 200),
+        ("stock", f"?access_token={token}", 403),
+        ("sse_relay_x", f"?access_token={token}", 403),
+    ):
+        assert answers(admin.address, f"/events/{channel}{query}") == status
+        assert answers(admin.relay.bind, f"/{channel}{query}") == status
+    foreign = {"Accept": "*/*", "Host": admin.address, "Origin": "https://elsewhere.example"}
+    with RawStream(admin.address, "/events/open-1", headers=foreign) as page:
+        wait_until(lambda: page.status == 403, what="a refusal")
+    with SseReader(f"http://{admin.address}/events/orders?access_token={token}") as reader:
+        reader.wait_for_id()
+        database.notify("orders", "seen")
+        reader.wait_for_data("seen")
+        assert admin.relay.stop() == 0
+        reader.wait_for_end()
+
+
+@pytest.mark.parametrize("streams", ["tcp", "unix"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_what_everybody_may_read_needs_a_token_where_others_come(
+    start_relay: StartRelay, database: Database, key: Path, tmp_path: Path, host: str, streams: str
+) -> None:
+    bind = f"unix:{tmp_path / 'http.sock'}" if streams == "unix" else None
+    port = free_port()
+    options = ("--allow-channel", "*", "--jwt-key-file", str(key), "--admin", f"{host}:{port}")
+    relay = start_relay(*options, dsn=database.dsn, bind=bind)
+    # On loopback come users of this machine, and they reach its TCP ports.
+    open_to_all = (host, streams) == ("127.0.0.1", "tcp")
+    assert answers(f"127.0.0.1:{port}", "/events/orders") == (200 if open_to_all else 401)
+    assert answers(f"127.0.0.1:{port}", f"/events/orders?access_token={token_for('orders')}") == 200
+    assert answers(relay.bind, "/events/orders") == 200
+
+
+def test_the_page_says_that_only_tokens_open_channels(
+    start_relay: StartRelay, database: Database, browser: Browser, tmp_path: Path
+) -> None:
+    admin = Admin(start_relay, dsn=database.dsn, bind=f"unix:{tmp_path / 'http.sock'}")
+    with browser.open(url=f"http://{admin.address}/") as page:
+        watch(page, "orders")
+        wait_state(page, "refused")
+        assert "403: only a token opens channels at this address" in text_of(page, "state")
+
+
+# ==== The page ================================================================
+
+
+def watch(page: Page, *channels: str, token: str = "", names: str = "") -> None:
+    """Choose channels as a person does."""
+    for field, value in (("channels", "\n".join(channels)), ("token", token), ("names", names)):
+        page.browser.run(page.playwright.fill(f"#watch [name={field}]", value))
+    page.browser.run(page.playwright.get_by_role("button", name="Watch", exact=True).click())
+
+
+def text_of(page: Page, element: str) -> str:
+    return str(page.evaluate(f"document.getElementById('{element}').textContent"))
+
+
+def test_the_page_shows_figures_and_the_channels_that_one_may_read(
+    start_relay: StartRelay, database: Database, browser: Browser, key: Path
+) -> None:
+    admin = Admin(start_relay, "--jwt-key-file", str(key), dsn=database.dsn)
+    token = token_for("orders", "of two words")
+    with (
+        SseReader(admin.relay.url("orders", access_token=token)) as reader,
+        browser.open(url=f"http://{admin.address}/") as page,
+    ):
+        reader.wait_for_id()
+        assert text_of(page, "state").startswith("not watching")
+        wait_until(lambda: figures(page)["Clients"][0] == "1", what="a client, and the page is none")
+        watch(page, "orders")
+        wait_state(page, "refused")
+        assert "401: this channel needs a token" in text_of(page, "state")
+
+        watch(page, "orders", "of two words", token=token, names="created")
+        wait_state(page, "live")
+        assert token not in page.evaluate("document.documentElement.outerHTML")
+        database.notify("orders", "plain")
+        database.notify("of two words", '{"event": "created", "data": "named"}')
+        wait_row(page, "plain")
+        wait_row(page, "named")
+        assert admin.get("/status").json()["position"] in page.evaluate(
+            "document.querySelector('#events .event .position').textContent"
+        )
+        delay = "document.querySelector('#events .event .delay').textContent"
+        assert wait_until(lambda: page.evaluate(delay), what="a delay").startswith("delay ")
+        wait_until(lambda: figures(page)["Channels"][0] == "2", what="two channels")
+        wait_until(lambda: figures(page)["Delivery delay"][2].startswith("M"), what="a plot")
+
+        page.browser.run(page.playwright.get_by_text("Channels with clients").click())
+        page.browser.run(page.playwright.fill("#watch [name=channels]", ""))
+        page.browser.run(page.playwright.get_by_role("button", name="orders (2)", exact=True).click())
+        field = "document.getElementById('watch').elements.channels"
+        assert page.evaluate(f"{field}.value") == "orders"
+
+        page.browser.run(page.playwright.get_by_role("button", name="Stop watching", exact=True).click())
+        wait_state(page, "idle")
+        assert page.evaluate(f"document.activeElement === {field}")
+        wait_until(lambda: admin.get("/channels").json()["clients"] == 1, what="the page's leave")
+        # Nobody was told of a gap who has none.
+        assert rows(page) == ["named", "plain"]
+        assert not any("gaps_total" in sample for sample in admin.metrics())
+        assert all(url.startswith(f"http://{admin.address}/") for _, url in page.requests)
+
+
+def test_the_page_says_why_the_relay_is_not_ready(
+    start_relay: StartRelay, database: Database, browser: Browser
+) -> None:
+    with FreezableProxy.before(database) as proxy:
+        admin = Admin(start_relay, dsn=proxy.dsn(database))
+        with browser.open(url=f"http://{admin.address}/") as page:
+            wait_until(lambda: text_of(page, "relay").strip() == "ready", what="readiness")
+            proxy.refuse()
+            proxy.drop()
+            wait_until(lambda: text_of(page, "relay").startswith("not ready"), what="word of the loss")
+            admin.relay.stop()
+            wait_until(lambda: "cannot be reached" in text_of(page, "relay"), what="word of the end")
+
+
+def test_the_page_only_watches(admin: Admin, browser: Browser) -> None:
+    with browser.open(url=f"http://{admin.address}/") as page:
+        assert page.evaluate("[...document.forms].map(form => form.id)") == ["watch"]
+        assert page.evaluate("[...document.querySelectorAll('[data-restart]')].length") == 0
+        html = page.evaluate("document.documentElement.outerHTML")
+    assert not any(word in html for word in ("/publish", "/restart", "[admin]", "[demo]", "[place]"))
+    for path in ("/", "/publish", "/restart-relay", "/restart-postgresql", "/events/orders"):
+        assert admin.get(path, "POST").status_code == 405
+
+
+def test_the_page_looks_only_while_it_is_visible(admin: Admin, browser: Browser) -> None:
+    with browser.open(url=f"http://{admin.address}/") as page:
+        wait_until(lambda: len(page.requests) >= 2, what="looks")
+        page.evaluate("""() => {
+            Object.defineProperty(document, "hidden", {get: () => window.away, configurable: true});
+            window.away = true;
+        }""")
+        wait_until(lambda: time.monotonic() - page.requests[-1][0] > 1.5, what="the end of the looks")
+        count = len(page.requests)
+        page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+        wait_until(lambda: len(page.requests) > count + 1, what="further looks")
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_for_everybody(
+    scheme: Literal["light", "dark"], width: int, admin: Admin, database: Database, browser: Browser,
+    node_modules: Path,
+) -> None:  # fmt: skip
+    with browser.open(url=f"http://{admin.address}/") as page:
+        page.set_look(scheme, width)
+        watch(page, "x" * 63, "orders")
+        wait_state(page, "live")
+        database.notify("orders", "long" * 500)
+        wait_row(page, "long" * 500)
+        page.browser.run(page.playwright.get_by_text("Channels with clients").click())
+        wait_until(lambda: page.evaluate("document.querySelectorAll('#watched button').length") == 2)
+        assert page.violations(node_modules) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_status_is_some_of_the_metrics(admin: Admin, database: Database) -> None:
+    with SseReader(admin.relay.url("orders")) as reader:
+        reader.wait_for_id()
+        for number in range(250):
+            database.notify("orders", f"event {number}")
+        position = reader.wait_for_data("event 249").id
+        admin.wait_for(events_total=250)
+        status, metrics = admin.get("/status").json(), admin.metrics()
+    assert "orders" not in json.dumps(status)
+    for name in ("clients", "channels", "events_total", "delivery_delay_seconds_sum"):
+        assert status[name] == metrics[f"sse_relay_{name}"]
+    assert 0 < status["round_trip_seconds"] < 1
+    assert status["ready"] is True
+    assert status["position"] == position
+    # However many there were, the answer stays small.
+    recent = status["recent"]
+    assert 0 < len(recent) <= 200
+    assert recent[-1][1] == int(position.partition("-")[2])
+    assert all(first <= last for first, last, _ in recent)
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(recent))
+    assert all(status["time"] - 60 < came <= status["time"] for _, _, came in recent)
 
 
 # ==== Metrics =================================================================

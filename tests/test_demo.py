@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -111,13 +113,40 @@ def wait_state(page: Page, state: str) -> None:
 
 
 def rows(page: Page) -> list[str]:
-    """The data of the events on the page, newest first, without the row that marks the start."""
-    script = "[...document.querySelectorAll('#events li:not(.start) .data')].map(data => data.textContent)"
+    """The data of the events on the page, newest first."""
+    script = "[...document.querySelectorAll('#events .event .data')].map(data => data.textContent)"
     return list(page.evaluate(script))
 
 
 def wait_row(page: Page, data: str) -> None:
     harness.wait_until(lambda: data in rows(page), what=f"a row {data!r}")
+
+
+def gaps(page: Page) -> list[str]:
+    """What the page says of gaps, newest first."""
+    script = "[...document.querySelectorAll('#events .gap .data')].map(data => data.textContent)"
+    return list(page.evaluate(script))
+
+
+def figures(page: Page) -> dict[str, tuple[str, str, str]]:
+    """Each figure's present value, its most, and its plot, by its name."""
+    script = """[...document.querySelectorAll('#figures > div')].map(figure => [
+        figure.querySelector("dt").textContent,
+        [...["now", "quiet"].map(kind => figure.querySelector("." + kind).textContent),
+         figure.querySelector("path").getAttribute("d")]])"""
+    return {name: tuple(values) for name, values in page.evaluate(script)}
+
+
+def status(demo: Relay) -> dict[str, Any]:
+    return dict(httpx.get(f"http://{demo.bind}/status").json())
+
+
+def publish_anyhow(demo: Relay, data: str) -> bool:
+    """Publish past the page; tell whether the demo was there."""
+    try:
+        return httpx.post(f"http://{demo.bind}/publish", json={"channel": "orders", "data": data}).is_success
+    except httpx.TransportError:
+        return False
 
 
 def click(page: Page, button: str) -> None:
@@ -201,7 +230,105 @@ def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
     wait_state(page, "live")
     wait_row(page, "meanwhile")
     assert rows(page)[:2] == ["meanwhile", "before"]
-    assert page.evaluate("document.querySelectorAll('#events .gap').length") == 0
+    assert gaps(page) == []
+
+
+def test_the_figures_move_when_events_are_published(page: Page) -> None:
+    harness.wait_until(lambda: figures(page)["Clients"][0] == "1", what="the page among the clients")
+    for number in range(3):
+        publish(page, f"figure {number}")
+    wait_row(page, "figure 2")
+
+    def moved() -> bool:
+        now = figures(page)
+        return now["Events per second"][1] != "at most 0" and now["Delivery delay"][1] != ""
+
+    harness.wait_until(moved, what="figures")
+    now = figures(page)
+    assert list(now) == [
+        "Clients",
+        "Channels",
+        "Events per second",
+        "Delivery delay",
+        "PostgreSQL round trip",
+    ]
+    assert now["Channels"][0] == "1"
+    for figure in ("Delivery delay", "PostgreSQL round trip"):
+        assert re.fullmatch(r"[0-9.]+ ms", now[figure][0]), now
+    assert all(line.startswith("M") for _, _, line in now.values()), "each has its plot"
+    assert page.evaluate("document.getElementById('relay').textContent.trim()") == "ready"
+
+
+def test_each_event_tells_its_delay(page: Page) -> None:
+    publish(page, "at once")
+    wait_row(page, "at once")
+    first = "document.querySelector('#events .event .delay').textContent"
+    delay = harness.wait_until(lambda: page.evaluate(first), what="a delay")
+    assert re.fullmatch(r"delay (under 1|[0-9]+) ms", delay)
+    click(page, "Cut the connection")
+    publish(page, "late")
+    harness.wait_until(lambda: result(page).startswith("Published"), what="the answer")
+    time.sleep(1.1)  # what the delay is to hold
+    click(page, "Resume")
+    wait_row(page, "late")
+    delay = harness.wait_until(lambda: page.evaluate(first), what="a delay")
+    assert re.fullmatch(r"delay [1-9][0-9.]* s", delay)
+
+
+@pytest.mark.parametrize("source", ["notify", "log"])
+def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: Browser, folder: Path) -> None:
+    fresh = start("--source", source, temporary=folder)
+    try:
+        with browser.open(url=f"http://{fresh.bind}/") as page:
+            wait_state(page, "live")
+            publish(page, "before")
+            wait_row(page, "before")
+            epoch = status(fresh)["position"].partition("-")[0]
+
+            click(page, "Restart the relay")
+            wait_state(page, "waiting")
+            harness.wait_until(lambda: publish_anyhow(fresh, "meanwhile"), what="the relay's return")
+            assert (status(fresh)["position"].partition("-")[0] == epoch) == (source == "log")
+            wait_state(page, "live")
+            publish(page, "after")
+            wait_row(page, "after")
+            if source == "log":
+                assert (rows(page), gaps(page)) == (["after", "meanwhile", "before"], [])
+            else:
+                # Nobody watched the channel when it was published.
+                assert rows(page) == ["after", "before"]
+                assert [gap.rpartition("(")[2] for gap in gaps(page)] == ["restart)."]
+
+            click(page, "Restart PostgreSQL")
+            harness.wait_until(lambda: "lost PostgreSQL" in fresh.log, 20, "the end of the connection")
+            harness.wait_until(lambda: status(fresh)["ready"], 20, "the connection's return")
+            assert page.evaluate("document.getElementById('state').dataset.state") == "live"
+            assert publish_anyhow(fresh, "last")
+            wait_row(page, "last")
+            reasons = [gap.rpartition("(")[2] for gap in gaps(page)]
+            assert reasons == ([] if source == "log" else ["outage).", "restart)."])
+        fresh.process.send_signal(signal.SIGINT)
+        assert fresh.wait(20) == 0
+        assert "Traceback" not in fresh.log
+    finally:
+        end(fresh)
+    assert processes_below(folder) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_for_everybody(
+    scheme: Literal["light", "dark"], width: int, page: Page, node_modules: Path
+) -> None:
+    page.set_look(scheme, width)
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    publish(page, "long" * 500)
+    wait_row(page, "long" * 500)
+    publish(page, "refused", "error")
+    harness.wait_until(lambda: result(page).startswith("Not published"), what="the answer")
+    assert page.violations(node_modules) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # ==== What the page asks ======================================================
@@ -212,7 +339,13 @@ def test_the_page_is_html(demo: Relay) -> None:
         response = httpx.request(method, f"http://{demo.bind}/")
         assert response.status_code == 200
         assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert httpx.get(f"http://{demo.bind}/publish").status_code == 404
+        # Nothing that a publisher sends could bring in a script, and no other page can frame this one.
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; connect-src 'self'; ")
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+    for path in ("/publish", "/restart-relay", "/restart-postgresql"):
+        assert httpx.get(f"http://{demo.bind}{path}").status_code == 404
 
 
 def test_publishing_is_answered_with_204_and_reaches_the_streams(demo: Relay) -> None:
@@ -275,7 +408,10 @@ def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
     for origin in ("http://evil.example", "http://127.0.0.1:1", "null"):
         response = httpx.post(f"http://{demo.bind}/publish", content=body, headers={"Origin": origin})
         assert response.status_code == 400
-        assert "only the demo's own page may publish here" in response.json()["detail"]
+        assert "only the demo's own page may do this" in response.json()["detail"]
+        for path in ("/restart-relay", "/restart-postgresql"):
+            response = httpx.post(f"http://{demo.bind}{path}", headers={"Origin": origin})
+            assert response.status_code == 400
     with SseReader(demo.url("orders")) as reader, browser.open() as other:
         reader.wait_for_id()
         # What a page may send anywhere without asking first.
@@ -284,6 +420,7 @@ def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
         httpx.post(f"http://{demo.bind}/publish", json={"channel": "orders", "data": "own"})
         reader.wait_for_data("own")
         assert reader.data == ["own"]
+        assert not reader.ended
     assert "Traceback" not in demo.log
 
 

@@ -111,7 +111,7 @@ def test_sockets_come_from_systemd_and_the_first_client_waits_in_their_queue(
         first.wait_for(b"data: hello")
         with RawStream(admin, "/ready") as ready:
             ready.wait_for(b'"ready": true')
-        with RawStream(admin, "/events/orders") as not_there:
+        with RawStream(admin, "/else") as not_there:
             not_there.wait_for(b"/live")
             assert not_there.status == 404
         # --bind is served beside what systemd gives.
