@@ -129,9 +129,16 @@ def test_bars_are_of_figures_that_are_measured() -> None:
 
 
 def test_a_bar_that_is_missed_is_told() -> None:
-    figures = {"sse-relay": [{CPU: 3.0}], "nchan": [{CPU: 2.0}], "naive": [{CPU: 20.0}]}
-    (row,) = report.table_of_bars({"steady": figures}).splitlines()[2:]
-    assert row.endswith("| 1.50; 0.150;  | **no**; yes; not measured |")
+    figures = {
+        "sse-relay": [{CPU: 4.0, LOST: 0, CUT: 0}, {CPU: 3.0, LOST: 0, CUT: 0}, {CPU: 2.0, LOST: 1, CUT: 0}],
+        "nchan": [{CPU: 2.0, LOST: 0, CUT: 0}],
+        "naive": [{CPU: 20.0, LOST: 0, CUT: 0}],
+    }
+    cpu, lost, *_ = report.table_of_bars({"steady": figures}).splitlines()[2:]
+    assert cpu.endswith("| 1.50; 0.150;  | **no**; yes; not measured |")
+    # Of three rounds one lost one: no median hides it.
+    assert f"| {LOST} | 1.00 |" in lost
+    assert lost.endswith("| **no** |")
 
 
 @pytest.mark.parametrize("command", [COMMAND, (sys.executable, "-m", "tests.benchmark")])

@@ -76,9 +76,15 @@ def socket_bytes(port: int) -> list[int]:
 
 def children(pid: int) -> list[int]:
     """Return a process and its children."""
-    with contextlib.suppress(FileNotFoundError):
-        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    return []
+    # /proc/PID/task/PID/children is said to miss some.
+    found = [pid]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # After the name, which may hold anything: state, parent.
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid:
+                found.append(int(stat.parent.name))
+    return found
 
 
 class Meter:

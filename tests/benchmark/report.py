@@ -37,7 +37,7 @@ class Bar(NamedTuple):
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        return f"{sign} {self.limit:,g}" + (f" times {self.peer}" if self.peer else "")
+        return f"{sign} {self.limit:,g}" + (f" × {self.peer}" if self.peer else "")
 
 
 # By work and figure. Nothing may be lost, and no client that reads may be cut, in any of them.
@@ -104,6 +104,10 @@ def table_of_bars(samples: Samples) -> str:
             values = medians(found, figure)
             bars = BARS.get((name, figure), ())
             if figure in (LOST, CUT):
+                if name != "torrent" and not any(
+                    round_[figure] for rounds in found.values() for round_ in rounds
+                ):
+                    continue
                 # Of the worst round, not of a median one.
                 values = {
                     variant: max(round_[figure] for round_ in rounds)
@@ -121,6 +125,7 @@ def table_of_bars(samples: Samples) -> str:
                 ])
             )  # fmt: skip
             title = ""
+    rows += ["", "Where no row says otherwise, no event was lost and no client was cut that reads."]
     return "\n".join(rows)
 
 

@@ -161,7 +161,7 @@ def arrivals(bench: Bench, name: str) -> Figures:
         arriving = bench.clients(5_000)
         # It gives way, so that on the load's core nobody waits for it.
         with bench.load(
-            server, arriving, "--inflight", str(arriving), "--address-base", "2", nice=19, wait=False
+            server, arriving, "--inflight", str(arriving), "--address-base", "2", nice=5, wait=False
         ) as more:
             during = deliver(load, server.pids, server.send, events, 50.0)
             more.wait()
