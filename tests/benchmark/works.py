@@ -329,12 +329,12 @@ def log_read(bench: Bench, name: str) -> Figures:
 
 @contextlib.contextmanager
 def restarted(bench: Bench, events: int) -> Iterator[tuple[Running, str]]:
-    """Publish to the log, then give a relay whose memory begins after that, and the position before it."""
+    """Publish to the log, then give a relay whose memory holds nothing of it, and the position before it."""
     dsn = bench.postgres.dsn
     with servers.relay(bench, source="log") as server, bench.load(server, 1) as load:
         before = epoch_and_number(dsn)
         deliver(load, server.pids, server.send, events, batch=1_000)
-    with servers.relay(bench, source="log") as server:
+    with servers.relay(bench, "--memory", "0", source="log") as server:
         yield server, before
 
 
