@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -164,3 +165,25 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         assert f"| {WORKS[name].title} |" in done.stdout
     assert "PostgreSQL" in found["about"]
     assert found["about"] in done.stdout
+
+
+def test_terminated_it_leaves_nothing_behind(open_folder: Path, tmp_path: Path) -> None:
+    open_folder.chmod(0o755)  # PostgreSQL's user goes through it
+    running = subprocess.Popen(
+        [*COMMAND, "--tiny", "--rounds", "9", "--only", "transactions", "--cache", tmp_path],
+        cwd=harness.ROOT, env={**os.environ, "TMPDIR": str(open_folder)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stderr is not None
+    try:
+        assert "transactions 1/9" in running.stderr.readline()
+        assert list(open_folder.iterdir())
+        running.terminate()
+        # Its children hold this pipe, too: none is left at its end.
+        running.stderr.read()
+        assert running.wait(20) == 143
+        assert not list(open_folder.iterdir())
+    finally:
+        running.kill()
+        running.wait()
+        running.stderr.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,8 @@ def main(
     length: str, names: tuple[str, ...], rounds: int | None, json_file: Path | None, cache: Path
 ) -> None:
     raise_file_limit()
+    # All that runs ends with us, and what is temporary goes.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.sched_setaffinity(0, {LOAD_CORE})
     started = time.monotonic()
     loads = [os.getloadavg()[0]]

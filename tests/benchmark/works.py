@@ -591,7 +591,10 @@ def listeners(bench: Bench, name: str) -> Figures:
 
 
 def relays(bench: Bench, name: str) -> Figures:
-    """So many relays on one log: what each adds to the delay, and to publishing as fast as it goes."""
+    """So many relays on one log: what each adds to the delay, and to publishing as fast as it goes.
+
+    All are on the server's core, which in use they would not share.
+    """
     postgres = bench.free_postgres
     with contextlib.ExitStack() as stack:
         running = [
@@ -604,17 +607,16 @@ def relays(bench: Bench, name: str) -> Figures:
         paced = deliver(load, pids, running[0].send, int(200 * bench.seconds(2, 3)), 200.0)
         with all_cores():
             load.reset()
-            sql = (
-                WAYS["sse_relay.publish"].replace("'orders'", "'ch0'").replace("%(data)s", "'t=' || %(data)s")
-            )
-            rate = closed_loop(postgres.dsn, sql, 8, bench.seconds(0.5, 2))
+            seconds = bench.seconds(0.5, 2)
+            rate = closed_loop(postgres.dsn, WAYS["sse_relay.publish"].replace("orders", "ch0"), 8, seconds)
             fast = load.until(1 << 40, 1.0)
     return {
         P50: paced.report.p50_ms,
         P99: paced.report.p99_ms,
         "µs CPU of one relay per event": paced.microseconds,
         "publish/s, 8 at once": rate,
-        "delivered a second later": fast.events,
+        # What is published while the connections begin and end comes on top of rate times seconds.
+        "% delivered a second later": min(100.0, 100 * fast.events / (rate * seconds)),
         LOST: paced.lost,
     }
 
@@ -644,5 +646,5 @@ WORKS = {
     "listeners": Work(
         "sessions that LISTEN, on one PostgreSQL", listeners, ("1", "2", "4", "8", "16", "32", "64"), 0, 3
     ),
-    "relays": Work("relays on one log", relays, ("1", "2", "4", "8"), 0, 2),
+    "relays": Work("relays on one log, all on one core", relays, ("1", "2", "4", "8"), 0, 2),
 }
