@@ -3674,9 +3674,8 @@ class Settings:
 
 Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
 # Further routes, by method and path.
-Pages = Mapping[
-    tuple[str, str], "Callable[[Relay, web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]"
-]
+PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+Pages = Mapping[tuple[str, str], PageHandler]
 
 
 def raise_file_limit() -> int:
@@ -5664,7 +5663,7 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         # loop's own pool stay until the loop ends.
         await asyncio.to_thread(restart)
 
-    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> Any:
+    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> PageHandler:
         async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
             try:
                 if foreign_origin(request.headers) is not None:

@@ -254,20 +254,21 @@ def test_the_figures_move_when_events_are_published(page: Page) -> None:
     ]
     assert now["Channels"][0] == "1"
     for figure in ("Delivery delay", "PostgreSQL round trip"):
-        assert re.fullmatch(r"[0-9.]+ ms", now[figure][0]), now
+        assert re.fullmatch(r"[0-9.]+ m?s", now[figure][0]), now
     assert all(line.startswith("M") for _, _, line in now.values()), "each has its plot"
     assert page.evaluate("document.getElementById('relay').textContent.trim()") == "ready"
 
 
-def test_each_event_tells_its_delay(page: Page) -> None:
+def test_each_event_tells_its_delay(page: Page, demo: Relay) -> None:
     publish(page, "at once")
     wait_row(page, "at once")
     first = "document.querySelector('#events .event .delay').textContent"
     delay = harness.wait_until(lambda: page.evaluate(first), what="a delay")
-    assert re.fullmatch(r"delay (under 1|[0-9]+) ms", delay)
+    assert re.fullmatch(r"delay (under 1 ms|[0-9.]+ m?s)", delay)
     click(page, "Cut the connection")
+    heard = status(demo)["events_total"]
     publish(page, "late")
-    harness.wait_until(lambda: result(page).startswith("Published"), what="the answer")
+    harness.wait_until(lambda: status(demo)["events_total"] > heard, what="the event's arrival at the relay")
     time.sleep(1.1)  # what the delay is to hold
     click(page, "Resume")
     wait_row(page, "late")
@@ -295,8 +296,8 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
             if source == "log":
                 assert (rows(page), gaps(page)) == (["after", "meanwhile", "before"], [])
             else:
-                # Nobody watched the channel when it was published.
-                assert rows(page) == ["after", "before"]
+                # Most likely nobody listened to the channel when it was published.
+                assert [row for row in rows(page) if row != "meanwhile"] == ["after", "before"]
                 assert [gap.rpartition("(")[2] for gap in gaps(page)] == ["restart)."]
 
             click(page, "Restart PostgreSQL")
