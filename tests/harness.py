@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
@@ -1129,49 +1129,25 @@ class _PageServer:
 # ==== Node ====================================================================
 
 # Counts requests by the fetch that the package calls, and prints one JSON object for each thing that happens.
-# What every client in Node says of itself, a JSON object a line; then the clients.
-NODE_PROLOGUE = """
-const [, url, ...names] = process.argv;
+NODE_CLIENT = """
+const {EventSource} = require("eventsource");
 const say = what => console.log(JSON.stringify(what));
-const ask = globalThis.fetch;
-globalThis.fetch = (url, init) => { say({kind: "request"}); return ask(url, init); };
-const watch = source => {
-    source.onopen = () => say({kind: "open"});
-    source.onerror = e => say({kind: "error", state: source.readyState, code: e.code || null});
-    for (const name of ["message", ...names])
-        source.addEventListener(name, e => say({kind: "event", name, data: e.data, id: e.lastEventId}));
-};
-"""
-NODE_CLIENTS = {
-    "eventsource": 'watch(new (require("eventsource").EventSource)(url));',
-    "reconnecting-eventsource": """
-globalThis.EventSource = require("eventsource").EventSource;
-const source = new (require("reconnecting-eventsource").default)(url);
-watch(source);
-source.addEventListener("relay.refused", () => source.close());
-""",
-    "@microsoft/fetch-event-source": """
-// It is made for browsers.
-globalThis.window = globalThis;
-require("@microsoft/fetch-event-source").fetchEventSource(url, {
-    openWhenHidden: true,
-    onopen: async () => say({kind: "open"}),
-    onmessage: m => m.data && say({kind: "event", name: m.event || "message", data: m.data, id: m.id}),
-    onerror: () => say({kind: "error", state: null, code: null}),
+const source = new EventSource(process.argv[1], {
+    fetch: (url, init) => { say({kind: "request"}); return fetch(url, init); },
 });
-""",
-}
+source.onopen = () => say({kind: "open"});
+source.onerror = e => say({kind: "error", state: source.readyState, code: e.code || null});
+for (const name of ["message", ...process.argv.slice(2)])
+    source.addEventListener(name, e => say({kind: "event", name, data: e.data, id: e.lastEventId}));
+"""
 
 
-NPM_PACKAGES = (
-    "eventsource@3.0.7", "reconnecting-eventsource@1.6.4", "@microsoft/fetch-event-source@2.0.1",
-    "axe-core@4.14.1",
-)  # fmt: skip
+NPM_PACKAGES = ("eventsource@3.0.7", "axe-core@4.14.1")
 
 
 def install_node_modules(folder: Path) -> Path:
     """Install what the tests need from npm below ``folder``, once; needs npm and its registry."""
-    modules = folder / "+".join(NPM_PACKAGES).replace("/", "-")
+    modules = folder / "+".join(NPM_PACKAGES)
     modules.mkdir(parents=True, exist_ok=True)
     # Two processes of one run may come here at once.
     with (modules / "lock").open("w") as lock:
@@ -1187,14 +1163,15 @@ def install_node_modules(folder: Path) -> Path:
     return modules
 
 
-class ProcessClient:
-    """A client in a process of its own, which says what happens to it, a JSON object a line."""
+class NodeEventSource:
+    """The npm package ``eventsource`` in Node, as a process; `modules` is the folder it is installed in."""
 
-    def __init__(self, command: Sequence[str], folder: Path | None = None) -> None:
+    def __init__(self, modules: Path, url: str, *names: str) -> None:
         self.happened: list[tuple[float, dict[str, Any]]] = []
         self._process = subprocess.Popen(
-            command, cwd=folder, text=True, encoding="utf-8", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-        )
+            [require("node"), "-e", NODE_CLIENT, url, *names], cwd=modules, text=True, encoding="utf-8",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        )  # fmt: skip
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -1223,7 +1200,7 @@ class ProcessClient:
 
     def wait_for(self, predicate: Callable[[PageEvent], bool], timeout: float = 10.0) -> PageEvent:
         """Return the first event for which ``predicate`` is true."""
-        found = wait_until(lambda: next(filter(predicate, self.events), None), timeout, "an event")
+        found = wait_until(lambda: next(filter(predicate, self.events), None), timeout, "an event in Node")
         assert found is not None
         return found
 
@@ -1233,11 +1210,3 @@ class ProcessClient:
         self._thread.join(10)
         assert self._process.stdout is not None
         self._process.stdout.close()
-
-
-class NodeClient(ProcessClient):
-    """One of `NODE_CLIENTS`; `modules` is the folder in which npm's packages are installed."""
-
-    def __init__(self, modules: Path, url: str, *names: str, package: str = "eventsource") -> None:
-        script = NODE_PROLOGUE + NODE_CLIENTS[package]
-        super().__init__([require("node"), "-e", script, url, *names], modules)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness import Browser, Database, FreezableProxy, NodeClient, Page, PageEvent, Relay, SseReader
+from harness import Browser, Database, FreezableProxy, NodeEventSource, Page, PageEvent, Relay, SseReader
 
 StartRelay = Callable[..., Relay]
 
@@ -269,13 +269,13 @@ def test_refused_clients_do_not_come_back(
     """Takes 10 s, as long as it watches."""
     relays = [start_relay("--retry", "1", dsn=database.dsn) for _ in range(2)]
     targets = {400: (), 403: ("sse_relay_canary",)}
-    clients: list[Page | NodeClient] = []
+    clients: list[Page | NodeEventSource] = []
     try:
         for channels in targets.values():
             page = browser.open()
             clients.append(page)
             page.event_source(relays[0].url(*channels), "relay.refused")
-            clients.append(NodeClient(node_modules, relays[1].url(*channels), "relay.refused"))
+            clients.append(NodeEventSource(node_modules, relays[1].url(*channels), "relay.refused"))
         for client in clients:
             client.wait_for(lambda event: event.name == "relay.refused")
         time.sleep(10)
@@ -298,7 +298,7 @@ def test_nodes_event_source_receives_and_resumes(
     node_modules: Path, cuttable: tuple[Relay, FreezableProxy], database: Database
 ) -> None:
     relay, proxy = cuttable
-    with NodeClient(node_modules, through(proxy, relay, "orders"), "created", "relay.gap") as node:
+    with NodeEventSource(node_modules, through(proxy, relay, "orders"), "created", "relay.gap") as node:
         harness.wait_until(lambda: node.of_kind("open"), what="Node's EventSource to open")
         database.notify("orders", "x")
         node.wait_for(lambda event: event.data == "x")
