@@ -600,11 +600,6 @@ class Target(NamedTuple):
     token: str | None
 
 
-def module_path(prefix: str) -> str | None:
-    """Give where the client module is: beside the stream routes, unless they take every path."""
-    return None if prefix == "/" else f"{prefix}.js"
-
-
 def is_stream_path(path: str, prefix: str) -> bool:
     """Tell whether a path, without its query, is one of the stream routes."""
     return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
@@ -3145,20 +3140,6 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
     subscriber.transport = transport
 
 
-def answer_module(request: web.BaseRequest) -> web.Response:
-    """Give the client module, to pages of every origin: it holds nothing that is anybody's own."""
-    headers = {
-        "Cache-Control": "no-cache",
-        "ETag": f'"{hashlib.sha256(EVENTS_JS.encode()).hexdigest()[:16]}"',
-        "Access-Control-Allow-Origin": "*",
-        "Cross-Origin-Resource-Policy": "cross-origin",
-        "X-Content-Type-Options": "nosniff",
-    }
-    if request.headers.get("If-None-Match") == headers["ETag"]:
-        return web.Response(status=304, headers=headers)
-    return web.Response(text=EVENTS_JS, content_type="text/javascript", headers=headers)
-
-
 class Streams:
     """Turns HTTP requests into subscribers.
 
@@ -3207,10 +3188,7 @@ class Streams:
             only_tokens: Nothing is open to everybody there.
         """
         path = path or self._path
-        asked = request.raw_path.partition("?")[0]
-        if asked == module_path(path) and request.method in ("GET", "HEAD"):
-            return answer_module(request)
-        is_stream = is_stream_path(asked, path)
+        is_stream = is_stream_path(request.raw_path.partition("?")[0], path)
         headers: dict[str, str] = {}
         try:
             if not is_stream:
@@ -5824,44 +5802,6 @@ def main() -> None:
 
 
 # ==== Pages ===================================================================
-
-# The client module, read by people who debug a page: not minified, and under 2,000 bytes.
-EVENTS_JS: Final = r"""/** Opens an event stream of sse-relay that comes back whatever happens.
- *  on: {name: handler}, "message" for events without a name. onGap({channel, reason, since}): fetch
- *  the state anew. onRefused({status, reason}): it does not come back; mend that and open another.
- *  position: where to start, from `stream.position` or SQL. */
-export function openStream(url, {on = {}, onOpen, onGap, onRefused, position = "", withCredentials} = {}) {
-  const [, epoch, snapshot] = /^(\w+)-\d+(@[^/]*)?/.exec(position) ?? [];
-  let last = position, wait = 2000, blind = false, source, timer;
-  const close = () => { clearTimeout(timer); source.close(); };
-  const seen = ({lastEventId: id}) => { last = id || last; };
-  const start = () => {
-    // What the page showed already stays out after a new start, too.
-    let since = last.split("/")[0];
-    if (snapshot && since.startsWith(`${epoch}-`) && !since.includes("@")) since += snapshot;
-    const address = new URL(url, location.href);
-    if (since) address.searchParams.set("lastEventId", since);
-    source = new EventSource(address, {withCredentials});
-    source.onopen = (event) => {
-      onOpen?.(event);
-      if (blind) onGap?.({channel: null, reason: "unknown", since: null});
-      wait = 2000, blind = false;
-    };
-    // EventSource comes back by itself, unless it got an answer that is no stream.
-    source.onerror = () => {
-      if (source.readyState !== EventSource.CLOSED) return;
-      blind = !last;
-      timer = setTimeout(start, wait * (0.5 + Math.random()));
-      wait = Math.min(2 * wait, 60000);
-    };
-    for (const name in on) source.addEventListener(name, (event) => { seen(event); on[name](event); });
-    source.addEventListener("relay.gap", (event) => { seen(event); onGap?.(JSON.parse(event.data)); });
-    source.addEventListener("relay.refused", (event) => { close(); onRefused?.(JSON.parse(event.data)); });
-  };
-  start();
-  return {close, get position() { return last; }};
-}
-"""
 
 # For the demo and the admin listener: what one of them has alone stands between lines with
 # [demo] and [/demo], [admin] and [/admin]. [place] is which of them it is.
