@@ -91,5 +91,5 @@ def browser() -> Iterator[harness.Browser]:
 
 @pytest.fixture(scope="session")
 def node_modules(request: pytest.FixtureRequest) -> Path:
-    """The folder with the npm package ``eventsource``, kept in pytest's cache."""
-    return harness.NodeEventSource.install(request.config.cache.mkdir("node"))
+    """The folder with the npm packages, kept in pytest's cache."""
+    return harness.npm_install(request.config.cache.mkdir("node"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -20,12 +21,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
@@ -447,6 +449,18 @@ class FreezableProxy:
 # The README's blocks for nginx name these.
 README_SOCKET = "unix:/run/sse-relay/http.sock"
 README_LOGS = "/var/log/nginx"
+
+
+# Inside server { }, in place of the README's, without its error_page: a relay that is away is a 502.
+BARE_PROXY = """
+location /events {
+    proxy_pass http://sse_relay;
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $http_host;
+    proxy_buffering off;
+}
+"""
 
 
 def nginx_recipe(place: str) -> str:
@@ -1089,6 +1103,35 @@ class _PageServer:
 
 # ==== Node ====================================================================
 
+# The newest that run on Node 20.
+NPM_PACKAGES = (
+    "@microsoft/fetch-event-source@2.0.1",
+    "eventsource@4.1.1",
+    "htmx-ext-sse@2.2.4",
+    "htmx.org@2.0.11",
+    "reconnecting-eventsource@1.6.5",
+    "vite@8.3.8",
+)
+
+
+def npm_install(folder: Path, packages: Iterable[str] = NPM_PACKAGES) -> Path:
+    """Install packages below ``folder``, once; give the folder that holds ``node_modules``."""
+    names = " ".join(packages)
+    modules = folder / hashlib.sha256(names.encode()).hexdigest()[:16]
+    if not modules.exists():
+        # Whole or not at all: another process may be about the same.
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            npm = [require("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(new), *packages]
+            done = subprocess.run(npm, capture_output=True, text=True, check=False, timeout=110)
+            if done.returncode != 0:
+                missing(f"npm could not install {names}: {done.stderr[-500:]}")
+            with contextlib.suppress(OSError):
+                new.rename(modules)
+    return modules
+
+
 # Counts requests by the fetch that the package calls, and prints one JSON object for each thing that happens.
 NODE_CLIENT = """
 const {EventSource} = require("eventsource");
@@ -1105,28 +1148,6 @@ for (const name of ["message", ...process.argv.slice(2)])
 
 class NodeEventSource:
     """The npm package ``eventsource`` in Node, as a process; `modules` is the folder it is installed in."""
-
-    PACKAGE: ClassVar[str] = "eventsource@3.0.7"
-
-    @classmethod
-    def install(cls, folder: Path) -> Path:
-        """Install the package below ``folder``, once; needs npm and its registry."""
-        modules = folder / cls.PACKAGE
-        if not (modules / "node_modules" / "eventsource" / "package.json").exists():
-            modules.mkdir(parents=True, exist_ok=True)
-            npm = [
-                require("npm"),
-                "install",
-                "--no-audit",
-                "--no-fund",
-                "--prefix",
-                str(modules),
-                cls.PACKAGE,
-            ]
-            done = subprocess.run(npm, capture_output=True, text=True, check=False, timeout=110)
-            if done.returncode != 0:
-                missing(f"npm could not install {cls.PACKAGE}: {done.stderr[-500:]}")
-        return modules
 
     def __init__(self, modules: Path, url: str, *names: str) -> None:
         self.happened: list[tuple[float, dict[str, Any]]] = []

@@ -46,18 +46,6 @@ OPEN_STREAM = """async ([module, url, names, options]) => {
     });
 }"""
 
-# Without the README's error_page: what a proxy does that nobody told about event streams.
-BARE_PROXY = """
-location /events {
-    proxy_pass http://sse_relay;
-    proxy_http_version 1.1;
-    proxy_set_header Connection "";
-    proxy_set_header Host $http_host;
-    proxy_buffering off;
-}
-location / { root FOLDER; }
-"""
-
 
 @pytest.fixture(scope="module")
 def log(server: harness.Server) -> Iterator[Database]:
@@ -228,8 +216,7 @@ def test_a_502_is_not_the_end(
     how = {"bind": f"unix:{tmp_path}/http.sock", "dsn": log.dsn}
     options = ("--source", "log", "--retry", "100")
     relay = start_relay(*options, **how)
-    server = BARE_PROXY.replace("FOLDER", str(tmp_path))
-    with Nginx(tmp_path, str(how["bind"]), server=server) as nginx, browser.open() as quiet:
+    with Nginx(tmp_path, str(how["bind"]), server=harness.BARE_PROXY) as nginx, browser.open() as quiet:
         open_stream(page, nginx.url, f"{nginx.url}/events/orders")
         open_stream(quiet, nginx.url, f"{nginx.url}/events/orders", "paid")  # which does not come yet
         wait_open(page)
