@@ -168,6 +168,8 @@ BACKOFF_FIRST: Final = 0.1
 BACKOFF_MOST: Final = 5.0
 # Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
 KEEPALIVE_TIMEOUT: Final = 75.0
+# A page loads the module from its cache meanwhile, also while the relay is away.
+MODULE_MAX_AGE: Final = 600
 # How often systemd is told the status. Each time it waits for us, it is asked for more.
 STATUS_INTERVAL: Final = 5.0
 # For a connection's first request to arrive whole.
@@ -591,11 +593,13 @@ class Target(NamedTuple):
 
     Attributes:
         channels: One to fifty names, each once, in the order given.
-        last_event_id: ``?lastEventId=``, None if it is absent or empty.
-        token: ``?access_token=``, None likewise.
+        start: ``?lastEventId=``, None if it is absent or empty.
+        last_event_id: The same; of several the last, which a client appends that opens anew.
+        token: ``?access_token=``, None if it is absent or empty.
     """
 
     channels: tuple[str, ...]
+    start: str | None
     last_event_id: str | None
     token: str | None
 
@@ -636,7 +640,8 @@ def parse_target(target: str, prefix: str) -> Target:
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
     first = {key: value for key, value in reversed(fields) if value}
-    return Target(channels, first.get("lastEventId"), first.get("access_token"))
+    last = {key: value for key, value in fields if value}
+    return Target(channels, first.get("lastEventId"), last.get("lastEventId"), first.get("access_token"))
 
 
 # ==== Tokens ==================================================================
@@ -3298,16 +3303,17 @@ class Streams:
     def _resume(self, headers: Mapping[str, str], target: Target) -> Resume:
         """Read where the client stands.
 
-        The header is what the client has seen last; the address stays as it was when
-        the page was made, and only its snapshot remains worth knowing.
+        The header is what the client has seen last, or what it appended to the address
+        when it opened anew; the address otherwise stays as it was when the page was made,
+        and only its snapshot remains worth knowing.
         """
-        asked = parse_position(target.last_event_id) if target.last_event_id else None
-        last = headers.get("Last-Event-ID")
-        if not last:
-            return Resume(target.last_event_id, asked)
+        start = parse_position(target.start) if target.start else None
+        last = headers.get("Last-Event-ID") or target.last_event_id
+        if not last or last == target.start:
+            return Resume(target.start, start)
         position = parse_position(last)
-        if position and asked and position.epoch == asked.epoch:
-            position = position._replace(snapshot=asked.snapshot)
+        if position and start and position.epoch == start.epoch:
+            position = position._replace(snapshot=start.snapshot)
         resume = Resume(last, position)
         # What the snapshot shows was numbered before the client got its first position.
         resume.swept = True
@@ -3887,6 +3893,28 @@ class Door(web.Server):
                 self._wait(request.protocol, KEEPALIVE_TIMEOUT)
 
 
+def client_module(path: str) -> Pages:
+    """Serve the module for pages beside the streams at ``path``, as a public file; not at the root."""
+    if path == "/":
+        return {}
+    body = CLIENT_MODULE.replace("VERSION", __version__).encode()
+    tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    headers = {
+        "Access-Control-Allow-Origin": "*",
+        "Cross-Origin-Resource-Policy": "cross-origin",
+        "Cache-Control": f"public, max-age={MODULE_MAX_AGE}",
+        "ETag": tag,
+    }
+
+    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        # nginx weakens the tag where it compresses.
+        if request.headers.get("If-None-Match", "").removeprefix("W/") == tag:
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=body, content_type="text/javascript", charset="utf-8", headers=headers)
+
+    return {("GET", f"{path}.js"): show, ("HEAD", f"{path}.js"): show}
+
+
 class FairSelector(selectors.DefaultSelector):
     """Gives the loop few sockets in one turn, and PostgreSQL's first.
 
@@ -3919,14 +3947,14 @@ class Relay:
 
     def __init__(self, settings: Settings, pages: Pages | None = None) -> None:
         """Args:
-        pages: In front of the streams.
+        pages: In front of the streams; queries do not count.
 
         Raises:
             click.ClickException: An address cannot be listened on, a key cannot be read.
             click.UsageError: Nothing says what strangers may read.
         """
         self._settings = settings
-        self._pages = pages or {}
+        self._pages = {**client_module(settings.path), **(pages or {})}
         most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
         inherited = inherited_sockets()
         self._sockets = [sock for name, sock in inherited if name != "admin"]
@@ -4069,7 +4097,7 @@ class Relay:
         await asyncio.Event().wait()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        page = self._pages.get((request.method, request.raw_path)) if self._pages else None
+        page = self._pages.get((request.method, request.raw_path.partition("?")[0]))
         return await (page(self, request) if page else self.streams.handle(request))
 
     async def _stop(self, runner: web.ServerRunner, sites: Sequence[web.SockSite]) -> None:
@@ -5802,6 +5830,69 @@ def main() -> None:
 
 
 # ==== Pages ===================================================================
+
+# Less than 2 kB, as it is served. Two rules are not obvious. An EventSource keeps to itself the
+# positions that come without an event, so an opening anew can only name that of the last event; a stream
+# that had none yet asks for one that cannot be read, and is told of the gap. And the address keeps the
+# position that the page was made with, for its snapshot.
+CLIENT_MODULE: Final = r"""// sse-relay VERSION (MIT): an EventSource that comes back whatever ended it.
+//
+//   const stream = openStream("/events/orders", {
+//     on: { message: show, open: refetch },   // by the names of events
+//     onGap: ({ channel, reason, since }) => refetch(),
+//     onRefused: ({ status, reason }) => {},  // closed until stream.open()
+//     position,                               // where to start
+//     withCredentials,                        // cookies to another origin
+//   });
+//   stream.close();
+
+export function openStream(url, options = {}) {
+  const { on = {}, position, withCredentials } = options;
+  const { onGap = console.warn, onRefused = console.error } = options;
+  const start = new URL(url, location);
+  if (position) start.searchParams.set("lastEventId", position);
+  let source, timer, last;
+  let failures = 0;
+
+  function close() {
+    clearTimeout(timer);
+    source?.close();
+  }
+
+  function open() {
+    close();
+    const address = new URL(start);
+    // The relay goes by the last of two.
+    if (last) address.searchParams.append("lastEventId", last);
+    source = new EventSource(address, { withCredentials });
+
+    const listen = (name, handle) =>
+      source.addEventListener(name, (event) => {
+        last = event.lastEventId || last;
+        handle(event);
+      });
+    listen("open", () => {
+      failures = 0;
+      // Nothing to resume by yet: opened anew, ask for the gap.
+      if (!start.searchParams.get("lastEventId")) last ||= "none";
+    });
+    listen("error", ({ target }) => {
+      if (target.readyState !== EventSource.CLOSED) return;
+      const wait = Math.min(2000 * 2 ** failures++, 60000);
+      timer = setTimeout(open, wait * (0.5 + Math.random() / 2));
+    });
+    listen("relay.gap", ({ data }) => onGap(JSON.parse(data)));
+    listen("relay.refused", ({ data }) => {
+      close();
+      onRefused(JSON.parse(data));
+    });
+    for (const name in on) listen(name, on[name]);
+  }
+
+  open();
+  return { open, close };
+}
+"""
 
 # For the demo and the admin listener: what one of them has alone stands between lines with
 # [demo] and [/demo], [admin] and [/admin]. [place] is which of them it is.

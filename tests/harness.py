@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -24,7 +25,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
@@ -475,6 +476,18 @@ class FreezableProxy:
 # The README's blocks for nginx name these.
 README_SOCKET = "unix:/run/sse-relay/http.sock"
 README_LOGS = "/var/log/nginx"
+
+
+# Inside server { }, in place of the README's, without its error_page: a relay that is away is a 502.
+BARE_PROXY = """
+location /events {
+    proxy_pass http://sse_relay;
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $http_host;
+    proxy_buffering off;
+}
+"""
 
 
 def nginx_recipe(place: str) -> str:
@@ -1128,6 +1141,34 @@ class _PageServer:
 
 # ==== Node ====================================================================
 
+# The newest that run on Node 20.
+NPM_PACKAGES = (
+    "@microsoft/fetch-event-source@2.0.1",
+    "axe-core@4.14.1",
+    "eventsource@4.1.1",
+    "htmx-ext-sse@2.2.4",
+    "htmx.org@2.0.11",
+    "reconnecting-eventsource@1.6.5",
+    "vite@8.3.8",
+)
+
+
+def install_node_modules(folder: Path, packages: Sequence[str] = NPM_PACKAGES) -> Path:
+    """Install npm packages below ``folder``, once; give the folder that holds ``node_modules``."""
+    modules = folder / hashlib.sha256(" ".join(packages).encode()).hexdigest()[:16]
+    modules.mkdir(parents=True, exist_ok=True)
+    # Two processes of one run may come here at once.
+    with (modules / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (modules / "done").exists():
+            npm = [require("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(modules)]
+            done = subprocess.run([*npm, *packages], capture_output=True, text=True, check=False, timeout=110)
+            if done.returncode != 0:
+                missing(f"npm could not install {packages}: {done.stderr[-500:]}")
+            (modules / "done").touch()
+    return modules
+
+
 # Counts requests by the fetch that the package calls, and prints one JSON object for each thing that happens.
 NODE_CLIENT = """
 const {EventSource} = require("eventsource");
@@ -1140,27 +1181,6 @@ source.onerror = e => say({kind: "error", state: source.readyState, code: e.code
 for (const name of ["message", ...process.argv.slice(2)])
     source.addEventListener(name, e => say({kind: "event", name, data: e.data, id: e.lastEventId}));
 """
-
-
-NPM_PACKAGES = ("eventsource@3.0.7", "axe-core@4.14.1")
-
-
-def install_node_modules(folder: Path) -> Path:
-    """Install what the tests need from npm below ``folder``, once; needs npm and its registry."""
-    modules = folder / "+".join(NPM_PACKAGES)
-    modules.mkdir(parents=True, exist_ok=True)
-    # Two processes of one run may come here at once.
-    with (modules / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (modules / "done").exists():
-            npm = [require("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(modules)]
-            done = subprocess.run(
-                [*npm, *NPM_PACKAGES], capture_output=True, text=True, check=False, timeout=110
-            )
-            if done.returncode != 0:
-                missing(f"npm could not install {NPM_PACKAGES}: {done.stderr[-500:]}")
-            (modules / "done").touch()
-    return modules
 
 
 class NodeEventSource:

@@ -96,7 +96,7 @@ POSSIBLE_NAMES = [
 
 @pytest.mark.parametrize("name", POSSIBLE_NAMES, ids=ascii)
 def test_an_awkward_name_arrives_unchanged_as_a_query_and_as_a_path(name: str) -> None:
-    wanted = Target((name,), None, None)
+    wanted = Target((name,), None, None, None)
     assert check_channel(name) == name
     assert parse_target(f"/events?{urlencode({'channel': name})}", "/events") == wanted
     assert parse_target(f"/?{urlencode({'channel': name})}", "/") == wanted
@@ -487,7 +487,7 @@ def test_one_stream_takes_fifty_channels_and_counts_each_once() -> None:
         ("lastEventId=e-1", "e-1", None),
         ("lastEventId=e-1%401:2:3", "e-1@1:2:3", None),
         ("lastEventId=e-1@1:2:3,4", "e-1@1:2:3,4", None),
-        ("lastEventId=&lastEventId=e-2&lastEventId=e-3", "e-2", None),
+        ("lastEventId=&lastEventId=e-2", "e-2", None),
         ("lasteventid=e-1", None, None),
         ("lastEventId=%0A%00", "\n\0", None),
         ("access_token=t.u-v_w", None, "t.u-v_w"),
@@ -496,8 +496,17 @@ def test_one_stream_takes_fifty_channels_and_counts_each_once() -> None:
     ],
 )
 def test_position_and_token_of_a_target(query: str, last_event_id: str | None, token: str | None) -> None:
-    assert parse_target(f"/events/a?{query}", "/events") == Target(("a",), last_event_id, token)
-    assert parse_target(f"/?{query}&channel=a", "/") == Target(("a",), last_event_id, token)
+    assert parse_target(f"/events/a?{query}", "/events") == Target(
+        ("a",), last_event_id, last_event_id, token
+    )
+    assert parse_target(f"/?{query}&channel=a", "/") == Target(("a",), last_event_id, last_event_id, token)
+
+
+def test_of_several_positions_the_first_is_the_pages_and_the_last_the_clients() -> None:
+    target = parse_target(
+        "/events/a?lastEventId=e-1@1:2:3&lastEventId=e-2&lastEventId=e-3&lastEventId=", "/events"
+    )
+    assert (target.start, target.last_event_id) == ("e-1@1:2:3", "e-3")
 
 
 @quick
@@ -514,7 +523,7 @@ def test_any_channels_arrive_by_a_query_each_once_in_order(
     fields = [(key, value) for key, value in others if key not in known]
     fields += [("channel", name) for name in names] + [("lastEventId", last_event_id)]
     target = parse_target(f"{prefix}?{urlencode(fields)}", prefix)
-    assert target == Target(tuple(dict.fromkeys(names)), last_event_id or None, None)
+    assert target == Target(tuple(dict.fromkeys(names)), last_event_id or None, last_event_id or None, None)
 
 
 @quick
