@@ -187,6 +187,9 @@ LOG_PAGE_BYTES: Final = 4 * MIB
 LOG_ADVANCE_MOST: Final = 1_000
 # Seconds. What no notification announced is found at the latest then.
 SWEEP_INTERVAL: Final = 5.0
+# Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
+# load it is better to number more events less often.
+NUMBERING_PAUSE: Final = 0.002
 PRUNE_INTERVAL: Final = 60.0
 
 # LISTENs in one round trip: bounds the length of a statement.
@@ -2559,7 +2562,8 @@ BEGIN
     RETURN removed;
 END $$;
 
--- To throw the log away: TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap.
+-- To throw the log away, in a transaction: LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE, and
+-- TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap.
 -- So they do when its newest events are deleted: their ids could be given out again.
 CREATE OR REPLACE FUNCTION sse_relay.rewritten()
 RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -2967,6 +2971,7 @@ class LogSource:
                 await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
             else:
                 await self._read()
+            await asyncio.sleep(NUMBERING_PAUSE)
 
     async def _sweep(self) -> None:
         """Number and read all that is committed by now."""

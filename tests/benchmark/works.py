@@ -480,7 +480,10 @@ def publishing(bench: Bench, name: str) -> Figures:
                     "CREATE TABLE IF NOT EXISTS plain (id bigserial PRIMARY KEY, channel text NOT NULL,"
                     " event text, data text NOT NULL, created timestamptz NOT NULL DEFAULT clock_timestamp())"
                 )
-                cursor.execute("TRUNCATE plain, sse_relay.pending, sse_relay.events")
+                cursor.execute(
+                    "BEGIN; LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;"
+                    " TRUNCATE plain, sse_relay.pending, sse_relay.events; COMMIT"
+                )
 
             for relaying in ("no relay", "a relay"):
                 with contextlib.ExitStack() as stack:
