@@ -5144,7 +5144,9 @@ class RunByDefault(click.Group):
     """A group whose command is ``run`` if the arguments begin with an option, or are none."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help", "--version")):
+        # Resilient: the shell completes the first word, which may be any command.
+        by_option = args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version")
+        if by_option or not (args or ctx.resilient_parsing):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

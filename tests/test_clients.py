@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
+import psycopg2.extensions
 import pytest
 
 import harness
 import sse_relay
-from harness import Browser, FreezableProxy, Nginx, Relay, wait_until
-
-StartRelay = Callable[..., Relay]
+from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 
 HERE = Path(__file__).parent
 README = (harness.ROOT / "README.md").read_text()
@@ -56,24 +59,44 @@ FOLLOW_BY_FETCH = """clients => {
 }"""
 
 
-@dataclass
-class Vite:
-    """A real Vite, which passes /events on to a relay by the README's configuration."""
-
-    url: str
-    relay: Relay
+@pytest.fixture(scope="module")
+def database(server: harness.Server) -> Iterator[Database]:
+    with server.fresh_database() as fresh:
+        yield fresh
 
 
 @pytest.fixture(scope="module")
-def vite(
-    node_modules: Path, server: harness.Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Vite]:
+def relay(database: Database) -> Iterator[Relay]:
+    """A relay for all recipes."""
+    with Relay("--retry", "100", dsn=database.dsn) as running:
+        yield running
+
+
+@pytest.fixture
+def cuttable(relay: Relay) -> Iterator[FreezableProxy]:
+    """What lets the relay seem away."""
+    host, _, port = relay.bind.rpartition(":")
+    with FreezableProxy((host, int(port))) as proxy:
+        yield proxy
+
+
+@dataclass
+class Vite:
+    """A real Vite, which passes /events on by the README's configuration."""
+
+    url: str
+    proxy: FreezableProxy
+
+
+@pytest.fixture(scope="module")
+def vite(node_modules: Path, relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vite]:
     folder = tmp_path_factory.mktemp("vite")
     port = harness.free_port()
-    with server.fresh_database() as database, Relay("--retry", "100", dsn=database.dsn) as relay:
+    relay_port = int(relay.bind.rpartition(":")[2])
+    with FreezableProxy(("127.0.0.1", relay_port)) as proxy:
         config = block("js", "// vite.config.js")
         assert "127.0.0.1:8008" in config
-        (folder / "vite.config.js").write_text(config.replace("127.0.0.1:8008", relay.bind))
+        (folder / "vite.config.js").write_text(config.replace("127.0.0.1:8008", f"127.0.0.1:{proxy.port}"))
         (folder / "index.html").write_text("<title>Vite</title><script type=module src=/main.js></script>")
         (folder / "main.js").write_text(MAIN_MODULE)
         (folder / "src").mkdir()
@@ -97,7 +120,7 @@ def vite(
 
         try:
             wait_until(answers, 30, "Vite")
-            yield Vite(f"http://127.0.0.1:{port}", relay)
+            yield Vite(f"http://127.0.0.1:{port}", proxy)
         finally:
             process.terminate()
             process.wait(10)
@@ -258,6 +281,9 @@ def story(
         wait_for('"missed"')
         assert relay.stop() == 0
         publish('"during"')
+        # Another relay numbers it, so that it is no news to the one that starts.
+        with Relay("--source", "log", dsn=log.dsn):
+            wait_until(lambda: not log.execute("SELECT FROM sse_relay.pending"), what="the other relay")
         in_trouble = [name for name in urls if "in trouble" in name]
         wait_until(lambda: all(asked()[f"{name} 502"] for name in in_trouble), 30, "a 502 for each")
         stack.enter_context(Relay(*options, bind=bind, dsn=log.dsn))
@@ -316,3 +342,268 @@ def test_the_table_names_the_versions_that_are_tested() -> None:
     assert len(named) == 5
     for name, number in named:
         assert f"{tested[name]}.".startswith(f"{number}."), name
+
+
+# ==== Recipes =================================================================
+
+
+# Before a recipe: what its page has around it, and a look at its EventSource.
+AROUND = """<!doctype html><meta charset="utf-8"><title>recipe</title><script>
+const shown = [], gaps = [];
+const show = (what) => shown.push(what);
+const refetch = (gap) => gaps.push(gap);
+const Native = EventSource;
+window.EventSource = class extends Native {
+  constructor(...given) {
+    super(...given);
+    window.source = this;
+  }
+};
+</script>
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What nginx serves beside the streams, at the same origin."""
+    made = tmp_path / "pages"
+    made.mkdir()
+    return made
+
+
+def site(folder: Path, address: str, streams: str, more: str = "") -> Nginx:
+    """Serve a folder, and a relay by the nginx block ``streams``."""
+    return Nginx(folder.parent, address, server=f"{streams}location / {{ root {folder}; }}\n{more}")
+
+
+def wait_live(page: Page) -> None:
+    wait_until(lambda: page.evaluate("window.source?.readyState") == 1, what="the stream")
+
+
+def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
+    folder: Path, relay: Relay, database: Database, browser: Browser
+) -> None:
+    module = block("js", 'import { openStream } from "/events.js"')
+    tabs = block("js", 'document.addEventListener("visibilitychange"')
+    (folder / "page.html").write_text(f"{AROUND}<script type=module>{module}\n{tabs}</script>")
+
+    def show(visible: bool) -> None:
+        page.evaluate(
+            """visible => {
+                Object.defineProperty(document, "hidden", {value: !visible, configurable: true});
+                document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            visible,
+        )
+
+    with (
+        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+        wait_live(page)
+        database.notify("orders", "1")
+        wait_until(lambda: page.evaluate("shown") == [1], what="the first event")
+        show(False)
+        assert page.evaluate("source.readyState") == 2
+        database.notify("stock", "2")
+        show(True)
+        wait_until(lambda: page.evaluate("shown") == [1, 2], what="the event that was missed")
+        assert page.evaluate("gaps") == []
+
+
+def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browser: Browser) -> None:
+    (folder / "page.html").write_text(AROUND)
+    with (
+        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+        page.evaluate(
+            """() => {
+                window.sources = [...Array(7).keys()].map(tab => new EventSource(`/events/tab-${tab}`));
+            }"""
+        )
+
+        def states() -> list[int]:
+            return list(page.evaluate("sources.map(source => source.readyState)"))
+
+        wait_until(lambda: states() == [1] * 6 + [0], what="six streams")
+        page.evaluate("void fetch('/page.html?another').then(() => window.fetched = true)")
+        time.sleep(0.5)  # long enough for both, if they could
+        assert states() == [1] * 6 + [0]
+        assert not page.evaluate("window.fetched")
+        page.evaluate("sources[0].close()")
+        wait_until(lambda: states()[6] == 1, what="the seventh stream")
+        page.evaluate("sources[1].close()")
+        wait_until(lambda: page.evaluate("window.fetched"), what="the page")
+
+
+def test_htmx_fetches_and_shows(
+    folder: Path,
+    relay: Relay,
+    cuttable: FreezableProxy,
+    database: Database,
+    browser: Browser,
+    node_modules: Path,
+) -> None:
+    packages = node_modules / "node_modules"
+    scripts = {"htmx.js": "htmx.org/dist/htmx.min.js", "sse.js": "htmx-ext-sse/dist/sse.min.js"}
+    for name, file in scripts.items():
+        (folder / name).write_bytes((packages / file).read_bytes())
+    recipe = block("html", "<!-- With htmx -->")
+    head = AROUND + "".join(f"<script src=/{name}></script>" for name in scripts)
+    closed = "<script>document.addEventListener('htmx:sseClose', () => window.told = true)</script>"
+    (folder / "page.html").write_text(head + recipe)
+    refused = recipe.replace("/events/orders", "/events/sse_relay_canary")
+    (folder / "refused.html").write_text(head + closed + refused)
+    rows = 'location = /orders/rows { default_type text/html; return 200 "<li>a row</li>"; }'
+    address = f"127.0.0.1:{cuttable.port}"
+    with site(folder, address, harness.BARE_PROXY, rows) as nginx:
+
+        def fetched(times: int) -> None:
+            wait_until(lambda: nginx.log().count("GET /orders/rows") >= times, what=f"list {times}")
+            assert nginx.log().count("GET /orders/rows") == times
+
+        with browser.open(url=f"{nginx.url}/page.html") as page:
+            fetched(1)
+            assert page.evaluate("document.querySelector('ul').textContent") == "a row"
+            database.notify("orders", "x")
+            fetched(2)
+            database.notify("orders", '{"event": "notice", "data": "<b>a notice</b>"}')
+            wait_until(lambda: page.evaluate("document.querySelector('p b')?.textContent") == "a notice")
+            database.terminate_backends()
+            fetched(3)  # after the gap
+            cuttable.refuse()
+            cuttable.drop()
+            wait_until(lambda: '/events/orders HTTP/1.1" 502' in nginx.log(), what="a 502")
+            cuttable.accept()
+            fetched(4)
+            wait_live(page)
+            database.notify("orders", "y")
+            fetched(5)
+        with browser.open(url=f"{nginx.url}/refused.html") as page:
+            wait_until(lambda: page.evaluate("window.told"), what="the refusal")
+            assert page.evaluate("source.readyState") == 2
+
+
+def test_vite_passes_streams_on(vite: Vite, relay: Relay, database: Database, browser: Browser) -> None:
+    url = f"{vite.url}/events/orders"
+    with harness.SseReader(url) as reader:
+        position = reader.wait_for_id()
+        database.notify("orders", "1")
+        reader.wait_for_data("1")  # though nothing comes after it
+    with harness.SseReader(url, last_event_id=position) as reader:
+        reader.wait_for_data("1")
+        assert reader.data == ["1"]
+    wait_until(lambda: vite.proxy.connections == 0, what="the end of both streams at the relay")
+    with browser.open(url=vite.url) as page:
+        wait_until(lambda: page.evaluate("!!window.openStream"), 20, "the page of Vite")
+        page.event_source("/events/orders")
+        page.evaluate(
+            """() => {
+                window.shown = [];
+                const on = { message: event => shown.push(event.data), open: () => window.live = true };
+                window.stream = openStream("/events/orders", { on });
+            }"""
+        )
+        wait_until(lambda: page.evaluate("window.live && source.readyState === 1"), what="both streams")
+        database.notify("orders", "2")
+        wait_until(lambda: page.evaluate("shown[0]") == "2", what="an event")
+        vite.proxy.refuse()
+        vite.proxy.drop()
+        wait_until(lambda: page.ready_state == 2, what="the end of the native EventSource")
+        database.notify("orders", "3")
+        vite.proxy.accept()
+        wait_until(lambda: page.evaluate("shown") == ["2", "3"], 20, "the return of the module")
+
+
+def test_a_fake_event_source_is_enough_for_a_pages_tests(relay: Relay, tmp_path: Path) -> None:
+    fake = block("js", "// A fake EventSource")
+    *_, send = fake.splitlines()
+    module = httpx.get(f"http://{relay.bind}/events.js").text
+    (tmp_path / "events.mjs").write_text(module)
+    (tmp_path / "test.mjs").write_text(
+        f"""{fake}
+        globalThis.location = "http://localhost/";
+        const {{ openStream }} = await import("./events.mjs");
+        const told = [];
+        openStream("/events/orders", {{ onGap: (gap) => told.push(gap) }});
+        {send.removeprefix("//")}
+        console.log(JSON.stringify([FakeEventSource.last.url, told]));
+        """
+    )
+    node = [harness.require("node"), "test.mjs"]
+    done = subprocess.run(node, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=20)
+    gap = {"channel": "orders", "reason": "restart", "since": None}
+    assert json.loads(done.stdout) == ["http://localhost/events/orders", [gap]]
+
+
+def test_playwright_answers_a_stream_as_printed(browser: Browser) -> None:
+    class Synchronous:
+        """The one method of Playwright's other interface that the recipe needs."""
+
+        def route(self, url: str, handle: Callable[[Any], Any]) -> None:
+            browser.run(page.playwright.route(url, handle))
+
+    with browser.open() as page:
+        exec(block("python", "# With Playwright"), {"page": Synchronous()})  # noqa: S102  # the README's own
+        page.event_source("/events/orders")
+        page.wait_for(lambda event: event.data == '{"id": 42}')
+        wait_until(lambda: page.states == ["open", "error 0"], what="the end of the answer")
+        assert page.ready_state == 0
+        assert len(page.requests) == 1
+
+
+def test_a_transaction_test_case_hears_what_is_published(database: Database, tmp_path: Path) -> None:
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
+    connection = {name: parts[key] for name, key in names.items()}
+    publishing = block("python", "with transaction.atomic(), connection.cursor() as cursor:")
+    (update,) = re.findall(r"    Order\..*\n", publishing)
+    (tmp_path / "settings.py").write_text(
+        "SECRET_KEY = 'of the tests alone'\nROOT_URLCONF = 'urls'\n"
+        f"DATABASES = {{'default': {{'ENGINE': 'django.db.backends.postgresql', **{connection!r}}}}}\n"
+    )
+    (tmp_path / "urls.py").write_text(
+        "import json\n\nfrom django.db import connection, transaction\nfrom django.http import HttpResponse\n"
+        "from django.urls import path\n\n\ndef pay(request, pk):\n"
+        f"{textwrap.indent(publishing.replace(update, ''), '    ')}    return HttpResponse(status=204)\n\n\n"
+        "urlpatterns = [path('pay/<int:pk>', pay)]\n"
+    )
+    (tmp_path / "test_payment.py").write_text(block("python", "# A test that listens"))
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "test"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        env={**harness.clean_environment(), "DJANGO_SETTINGS_MODULE": "settings"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Ran 1 test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("sse-relay pub", "publish"),
+        ("sse-relay run --sou", "--source"),
+        ("sse-relay publish --source ", "notify log"),
+    ],
+)
+def test_bash_completes_after_the_line_of_the_readme(words: str, expected: str, tmp_path: Path) -> None:
+    line = block("sh", 'eval "$(_SSE_RELAY_COMPLETE')
+    # As pip makes it.
+    program = tmp_path / "sse-relay"
+    program.write_text(f"#!{sys.executable}\nfrom sse_relay import main\nmain()\n")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [harness.require("bash"), "-c", f"""
+            {line}
+            IFS=' ' read -ra COMP_WORDS <<< {shlex.quote(words)}
+            [[ {shlex.quote(words)} == *" " ]] && COMP_WORDS+=("")
+            COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            "$(complete -p sse-relay | sed 's/.*-F \\([^ ]*\\).*/\\1/')" sse-relay
+            echo "${{COMPREPLY[@]}}"
+        """],
+        capture_output=True, text=True, check=True, timeout=30,
+        env={**harness.clean_environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+             "PYTHONPATH": str(harness.ROOT)},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
