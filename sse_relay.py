@@ -3924,7 +3924,8 @@ class FairSelector(selectors.DefaultSelector):
     """Gives the loop few sockets in one turn, and PostgreSQL's first.
 
     Thousands of clients that come or leave at once would otherwise make turns of a tenth
-    of a second, in which no event is passed on. Who is left out is ready in the next turn.
+    of a second, in which no event is passed on. Who is left out is ready in the next turn,
+    which begins with others: strangers who never stop sending keep nobody from his turn.
 
     Attributes:
         first: Descriptors that never wait.
@@ -3933,13 +3934,16 @@ class FairSelector(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.first: Collection[int] = ()
+        self._start = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(timeout)
         if len(ready) <= SOCKETS_PER_TURN:
             return ready
         first = [event for event in ready if event[0].fd in self.first]
-        return first + [event for event in ready[:SOCKETS_PER_TURN] if event[0].fd not in self.first]
+        self._start = (self._start + SOCKETS_PER_TURN) % len(ready)
+        turn = itertools.islice(itertools.cycle(ready), self._start, self._start + SOCKETS_PER_TURN)
+        return first + [event for event in turn if event[0].fd not in self.first]
 
 
 class Relay:

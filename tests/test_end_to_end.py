@@ -445,7 +445,19 @@ def test_few_sockets_in_one_turn_postgresql_first_and_nobody_is_forgotten() -> N
             for fd in ready:
                 os.read(fd, 1)
         assert sorted(seen) == sorted(near.fileno() for near, _ in pairs)
-        assert turns == 3
+        assert turns <= 4
+
+
+def test_who_is_always_ready_keeps_nobody_from_his_turn() -> None:
+    pairs = [socket.socketpair() for _ in range(2 * SOCKETS_PER_TURN + 5)]
+    with FairSelector() as selector, contextlib.ExitStack() as stack:
+        for near, far in pairs:
+            stack.enter_context(near)
+            stack.enter_context(far)
+            selector.register(near, selectors.EVENT_READ)
+            far.send(b"x")
+        served = {key.fd for _ in range(4) for key, _ in selector.select(0)}
+        assert served == {near.fileno() for near, _ in pairs}
 
 
 async def test_the_sockets_to_postgresql_are_those_that_come_first(database: harness.Database) -> None:
