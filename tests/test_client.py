@@ -195,7 +195,7 @@ def test_a_refusal_is_told_and_final_until_the_page_opens_it_again(
     assert page.evaluate("refusals")[0]["reason"] == "this channel needs a token"
     assert page.evaluate("made.map(source => source.readyState)") == [2]
 
-    let_in(3)
+    let_in(4)
     open_stream(page, f"http://{standing.bind}", url, withCredentials=True)
     wait_open(page)
     publish(log, "secret", "first")
@@ -246,9 +246,8 @@ def test_a_502_is_not_the_end(
         assert page.evaluate("gaps") == []
         # The script, the stream, the browser's own return; then the module after 1-2 s, 2-4 s, and so on.
         waits = [later - earlier for (earlier, _), (later, _) in pairwise(page.requests)][2:]
-        assert 2 <= len(waits) <= 3, page.requests
-        assert 0.9 < waits[0] < 3, waits
-        assert waits[1] > 1.9, waits
+        assert len(waits) >= 2, page.requests
+        assert all(wait > 0.95 * 2**number for number, wait in enumerate(waits)), waits
         wait_until(lambda: quiet.evaluate("gaps"), what="the gap of the page that had no position")
         assert quiet.evaluate("gaps") == [{"channel": "orders", "reason": "unreadable", "since": "none"}]
         publish(log, "orders", "fourth", name="paid")
