@@ -391,8 +391,10 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
             visible,
         )
 
+    # The second block lets the application be asked, but not for the module.
+    places = ("server { }", "server { }, to ask the application")
     with (
-        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        site(folder, relay.bind, "".join(map(harness.nginx_recipe, places))) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
         wait_live(page)
