@@ -391,10 +391,8 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
             visible,
         )
 
-    # The second block lets the application be asked, but not for the module.
-    places = ("server { }", "server { }, to ask the application")
     with (
-        site(folder, relay.bind, "".join(map(harness.nginx_recipe, places))) as nginx,
+        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
         wait_live(page)
@@ -406,6 +404,17 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
         show(True)
         wait_until(lambda: page.evaluate("shown") == [1, 2], what="the event that was missed")
         assert page.evaluate("gaps") == []
+
+
+def test_the_application_is_not_asked_for_the_client_module(folder: Path, relay: Relay) -> None:
+    plain, more, to_ask = map(
+        harness.nginx_recipe, ("server { }", "location /events { }", "server { }, to ask the application")
+    )
+    asking = re.sub(r" *error_page .*@sse_retry;\n", lambda _: more, plain) + to_ask
+    nobody = asking.replace("127.0.0.1:8000", f"127.0.0.1:{harness.free_port()}")
+    with site(folder, relay.bind, nobody) as nginx:
+        assert httpx.get(f"{nginx.url}/events/orders").text == "retry: 2000\n\n"
+        assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
 
 
 def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browser: Browser) -> None:
