@@ -12,12 +12,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 import psycopg2.extensions
@@ -159,30 +159,62 @@ class Program:
         self._process.stdout.close()
 
 
+KINDS = ("eventsource", "reconnecting", "reconnecting onmessage", "fetch", "httpx-sse", "sseclient-py")
+HEARD = ("message", "paid")
+
+
 @dataclass
 class Story:
-    """What each client went through, by its name: ``KIND, PLACE``.
+    """All clients at once, each named ``KIND, PLACE``.
+
+    Those ``at ease`` are behind the README's nginx, those ``in trouble`` behind one that answers 502 while
+    the relay is away, and those ``refused`` ask for a channel that they may not read.
 
     Attributes:
-        happened: What it saw, without the position: name and data.
-        requests: How often those that are refused have asked.
-        ended: What became of a fetchEventSource without the README's handlers that was refused.
+        targets: The address of the stream, by place.
+        access_log: Gives the log of the nginx that does not know about streams.
+        programs: What runs the clients outside of the browser.
+        page: What runs those inside.
     """
 
-    happened: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    requests: Counter[str] = field(default_factory=Counter)
-    ended: str = ""
+    targets: dict[str, str]
+    access_log: Callable[[], str]
+    page: Page
+    programs: list[Program] = field(default_factory=list)
+
+    def urls(self, *kinds: str) -> dict[str, str]:
+        """Return the addresses of the clients of some kinds. Who asks will show in nginx's log."""
+        return {
+            f"{kind}, {place}": f"{url}?client={quote(f'{kind}, {place}')}"
+            for kind in kinds
+            for place, url in self.targets.items()
+        }
+
+    def happened(self, client: str) -> list[tuple[str, str]]:
+        """Return name and data of what the client was given."""
+        told = [what for program in self.programs for what in program.happened]
+        told += self.page.evaluate("happened")
+        return [(what["name"], what["data"]) for what in told if what["client"] == client]
 
     def data(self, client: str) -> list[str]:
-        return [data for name, data in self.happened[client] if name in ("message", "paid")]
+        return [data for name, data in self.happened(client) if name in HEARD]
 
     def control(self, client: str) -> list[tuple[str, str]]:
-        return [
-            (name, data) for name, data in self.happened[client] if name not in ("message", "paid", "error")
-        ]
+        """Return the relay's own events, and the exceptions that the README's code makes of them."""
+        return [event for event in self.happened(client) if event[0] not in (*HEARD, "error")]
 
+    def answers(self, client: str) -> list[str]:
+        """Return the status of each answer that has ended."""
+        return re.findall(rf'client={re.escape(quote(client))}[ &].*?HTTP/1.1" (\d+)', self.access_log())
 
-KINDS = ("eventsource", "reconnecting", "reconnecting onmessage", "fetch", "httpx-sse", "sseclient-py")
+    def wait_for(self, text: str, *but: str) -> None:
+        """Wait until all that may read have an event."""
+
+        def lacking() -> set[str]:
+            readers = {name for name in self.urls(*KINDS) if "refused" not in name}
+            return {name for name in readers - {*but} if text not in self.data(name)}
+
+        wait_until(lambda: not lacking(), 30, f"{text} at all but {but}")
 
 
 @pytest.fixture(scope="module")
@@ -193,23 +225,23 @@ def story(
     server: harness.Server,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Story]:
-    """All clients at once, through events, a cut and a restart.
-
-    Those ``at ease`` are behind the README's nginx, those ``in trouble`` behind one that answers 502 while
-    the relay is away, and those ``refused`` ask for a channel that they may not read.
-    """
-    told = Story()
-    folders = {place: tmp_path_factory.mktemp("nginx") for place in ("at ease", "in trouble")}
-    key = folders["at ease"] / "key"
-    key.write_bytes(SECRET)
-    bind, admin = f"unix:{folders['at ease']}/http.sock", f"127.0.0.1:{harness.free_port()}"
+    """Events, a cut and a restart, with all clients."""
+    folder, other_folder = (tmp_path_factory.mktemp("nginx") for _ in range(2))
+    (folder / "key").write_bytes(SECRET)
+    bind, admin = f"unix:{folder}/http.sock", f"127.0.0.1:{harness.free_port()}"
     options = ["--source", "log", "--retry", "100", "--heartbeat", "0.1", "--admin", admin]
-    options += ["--allow-channel", "orders", "--allow-origin", vite.url, "--jwt-key-file", str(key)]
+    options += ["--allow-channel", "orders", "--allow-origin", vite.url, "--jwt-key-file", f"{folder}/key"]
+
+    def connected() -> int:
+        return int(httpx.get(f"http://{admin}/channels").json()["clients"])
+
+    def publish(text: str, name: str | None = None) -> None:
+        log.execute("SELECT sse_relay.publish('orders', %s::text, %s)", (text, name))
 
     with (
         server.fresh_database() as log,
-        Nginx(folders["at ease"], bind) as easy,
-        Nginx(folders["in trouble"], bind, server=harness.BARE_PROXY) as bare,
+        Nginx(folder, bind) as easy,
+        Nginx(other_folder, bind, server=harness.BARE_PROXY) as bare,
         FreezableProxy(("127.0.0.1", easy.port)) as before_easy,
         FreezableProxy(("127.0.0.1", bare.port)) as before_bare,
         browser.open(url=vite.url) as page,
@@ -221,82 +253,44 @@ def story(
             "in trouble": f"http://127.0.0.1:{before_bare.port}/events/orders",
             "refused": f"http://127.0.0.1:{before_bare.port}/events/secret",
         }
-        # Who asked shows in nginx's log.
-        urls = {
-            f"{kind}, {place}": f"{url}?client={kind}, {place}".replace(" ", "%20")
-            for kind in KINDS
-            for place, url in targets.items()
-        }
-
-        def of(*kinds: str) -> dict[str, tuple[str, str]]:
-            return {name: (kind, url) for name, url in urls.items() if (kind := name.split(",")[0]) in kinds}
-
-        def seen() -> dict[str, list[tuple[str, str]]]:
-            found: dict[str, list[tuple[str, str]]] = {name: [] for name in urls}
-            for what in [*programs[0].happened, *programs[1].happened, *page.evaluate("happened")]:
-                found[what["client"]].append((what["name"], what["data"]))
-            return found
-
-        def wait_for(text: str, *but: str) -> None:
-            def lacking() -> list[str]:
-                told.happened = seen()
-                return [name for name in urls if "refused" not in name and text not in told.data(name)]
-
-            wait_until(lambda: set(lacking()) <= set(but), 30, f"{text} at all but {but}")
-
-        def publish(text: str, name: str | None = None) -> None:
-            log.execute("SELECT sse_relay.publish('orders', %s::text, %s)", (text, name))
-
-        def connected() -> int:
-            return int(httpx.get(f"http://{admin}/channels").json()["clients"])
-
-        def asked() -> Counter[str]:
-            lines = re.findall(r"client=(\S+) HTTP/1.1\" (\d+)", bare.log())
-            return Counter(f"{name} {status}".replace("%20", " ") for name, status in lines)
-
-        wait_until(lambda: page.evaluate("!!window.followByFetch"), 20, "the page of Vite")
+        told = Story(targets, bare.log, page)
         relay = stack.enter_context(Relay(*options, bind=bind, dsn=log.dsn))
-        loops = {
-            "httpx-sse": block("python", "# With httpx-sse"),
-            "sseclient-py": block("python", "# With sseclient-py"),
-        }
-        sources = {name: (loops[kind], url) for name, (kind, url) in of(*loops).items()}
-        programs = [
-            stack.enter_context(Program(program, str(HERE / script), json.dumps(clients), cwd=node_modules))
-            for program, script, clients in (
-                (harness.require("node"), "clients.mjs", of(*KINDS[:3])),
-                (sys.executable, "clients.py", sources),
-            )
-        ]
-        page.evaluate(FOLLOW_BY_FETCH, {name: url for name, (_, url) in of("fetch").items()})
+        wait_until(lambda: page.evaluate("!!window.followByFetch"), 20, "the page of Vite")
+        page.evaluate(FOLLOW_BY_FETCH, told.urls("fetch"))
+        loops = {kind: block("python", f"# With {kind}") for kind in KINDS[4:]}
+        for program, script, how in (
+            (harness.require("node"), "clients.mjs", {kind: kind for kind in KINDS[:3]}),
+            (sys.executable, "clients.py", loops),
+        ):
+            clients = {name: (how[name.split(",")[0]], url) for name, url in told.urls(*how).items()}
+            command = (program, str(HERE / script), json.dumps(clients))
+            told.programs.append(stack.enter_context(Program(*command, cwd=node_modules)))
         wait_until(lambda: connected() == 2 * len(KINDS), 20, "all clients")
+
         onmessage = ("reconnecting onmessage, at ease", "reconnecting onmessage, in trouble")
         publish('"live"')
+        told.wait_for('"live"')
         publish('"named"', "paid")
-        wait_for('"live"')
-        wait_for('"named"', *onmessage)
+        told.wait_for('"named"', *onmessage)
+
         before_easy.drop()
         before_bare.drop()
         publish('"missed"')
-        wait_for('"missed"')
+        told.wait_for('"missed"')
+
         assert relay.stop() == 0
         publish('"during"')
         # Another relay numbers it, so that it is no news to the one that starts.
         with Relay("--source", "log", dsn=log.dsn):
             wait_until(lambda: not log.execute("SELECT FROM sse_relay.pending"), what="the other relay")
-        in_trouble = [name for name in urls if "in trouble" in name]
-        wait_until(lambda: all(asked()[f"{name} 502"] for name in in_trouble), 30, "a 502 for each")
+        troubled = [name for name in told.urls(*KINDS) if "in trouble" in name]
+        wait_until(lambda: all("502" in told.answers(name) for name in troubled), 30, "a 502 for each")
         stack.enter_context(Relay(*options, bind=bind, dsn=log.dsn))
         dead = "eventsource, in trouble"
-        wait_for('"during"', dead, onmessage[1])
+        told.wait_for('"during"', dead, onmessage[1])
         wait_until(lambda: connected() == 2 * len(KINDS) - 1, 20, "the return of the forgetful one")
         publish('"after"')
-        wait_for('"after"', dead)
-        for name, count in asked().items():
-            told.requests[name.rpartition(" ")[0]] += count
-        told.ended = page.evaluate(
-            "url => fetchEventSource(url, {}).then(() => 'an orderly end')", targets["refused"]
-        )
+        told.wait_for('"after"', dead)
         yield told
 
 
@@ -308,7 +302,7 @@ def test_a_client_has_every_event_once(kind: str, place: str, story: Story) -> N
     assert told == ([("relay.gap", "none")] if kind == "sseclient-py" else [])
     if client == "eventsource, in trouble":
         assert story.data(client) == ALL[:3]
-        assert story.happened[client][-1] == ("error", "2")
+        assert story.happened(client)[-1] == ("error", "2")
     else:
         assert story.data(client) == ALL
 
@@ -327,12 +321,13 @@ def test_a_refused_client_is_told_and_does_not_ask_again(kind: str, story: Story
     expected = {"eventsource": "relay.refused", "reconnecting": "relay.refused", "fetch": "rejected"}
     assert name == expected.get(kind, "PermissionError")
     assert json.loads(data)["status"] == 401
-    assert story.requests[client] == 1
+    assert story.answers(client) == ["401" if kind == "sseclient-py" else "200"]
     assert story.data(client) == []
 
 
 def test_fetch_event_source_takes_an_orderly_end_for_the_last(story: Story) -> None:
-    assert story.ended == "an orderly end"
+    fetched = "url => fetchEventSource(url, {}).then(() => 'an orderly end')"
+    assert story.page.evaluate(fetched, story.targets["refused"]) == "an orderly end"
 
 
 def test_the_table_names_the_versions_that_are_tested() -> None:
@@ -409,6 +404,17 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
         show(True)
         wait_until(lambda: page.evaluate("shown") == [1, 2], what="the event that was missed")
         assert page.evaluate("gaps") == []
+
+
+def test_the_application_is_not_asked_for_the_client_module(folder: Path, relay: Relay) -> None:
+    plain, more, to_ask = map(
+        harness.nginx_recipe, ("server { }", "location /events { }", "server { }, to ask the application")
+    )
+    asking = re.sub(r" *error_page .*@sse_retry;\n", lambda _: more, plain) + to_ask
+    nobody = asking.replace("127.0.0.1:8000", f"127.0.0.1:{harness.free_port()}")
+    with site(folder, relay.bind, nobody) as nginx:
+        assert httpx.get(f"{nginx.url}/events/orders").text == "retry: 2000\n\n"
+        assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
 
 
 def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browser: Browser) -> None:
