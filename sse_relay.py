@@ -3907,6 +3907,7 @@ def client_module(path: str) -> Pages:
     headers = {
         "Access-Control-Allow-Origin": "*",
         "Cross-Origin-Resource-Policy": "cross-origin",
+        "X-Content-Type-Options": "nosniff",
         "Cache-Control": f"public, max-age={MODULE_MAX_AGE}",
         "ETag": tag,
     }

@@ -107,6 +107,7 @@ def test_it_is_a_small_public_script(standing: Relay) -> None:
     assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Cache-Control"] == "public, max-age=600"
     assert len(answer.content) < 2000
     assert f"sse-relay {sse_relay.__version__} " in answer.text

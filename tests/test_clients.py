@@ -41,20 +41,29 @@ def block(language: str, start: str) -> str:
 IMPORT_FETCH, _, FETCH = block("js", "import { fetchEventSource }").partition("\n")
 MAIN_MODULE = f"""
 {IMPORT_FETCH}
+import ReconnectingEventSource from "reconnecting-eventsource";
 import {{ openStream }} from "./src/events.js";
-window.openStream = openStream;
-window.fetchEventSource = fetchEventSource;
+Object.assign(window, {{ openStream, fetchEventSource, ReconnectingEventSource }});
 window.followByFetch = (url, show, refetch, console) => {{
 {FETCH.replace('"/events/orders"', "url")}
 }};
 """
-FOLLOW_BY_FETCH = """clients => {
+FOLLOW = """clients => {
     window.happened = [];
     for (const [client, url] of Object.entries(clients)) {
         const tell = name => data => happened.push({client, name, data});
-        followByFetch(url, data => tell("message")(JSON.stringify(data)), tell("relay.gap"), {
-            error: tell("rejected"),
-        });
+        if (client.startsWith("fetch")) {
+            followByFetch(url, data => tell("message")(JSON.stringify(data)), tell("relay.gap"), {
+                error: tell("rejected"),
+            });
+            continue;
+        }
+        const start = client.includes("from none") ? { lastEventId: "none" } : {};
+        const source = new ReconnectingEventSource(url, start);
+        const onEvent = ({type, data}) => tell(type)(data);
+        if (client.includes("onmessage")) source.onmessage = onEvent;
+        else for (const name of ["message", "paid", "relay.gap", "relay.refused"])
+            source.addEventListener(name, onEvent);
     }
 }"""
 
@@ -159,7 +168,11 @@ class Program:
         self._process.stdout.close()
 
 
-KINDS = ("eventsource", "reconnecting", "reconnecting onmessage", "fetch", "httpx-sse", "sseclient-py")
+IN_CHROMIUM = ("reconnecting", "reconnecting from none", "reconnecting onmessage", "fetch")
+IN_PYTHON = ("httpx-sse", "sseclient-py")
+KINDS = ("eventsource", *IN_CHROMIUM, *IN_PYTHON)
+# Whoever uses reconnecting-eventsource with onmessage hears of neither names nor gaps.
+ALL_THAT_IS_TOLD = [kind for kind in KINDS if kind != "reconnecting onmessage"]
 HEARD = ("message", "paid")
 
 
@@ -256,13 +269,13 @@ def story(
         told = Story(targets, bare.log, page)
         relay = stack.enter_context(Relay(*options, bind=bind, dsn=log.dsn))
         wait_until(lambda: page.evaluate("!!window.followByFetch"), 20, "the page of Vite")
-        page.evaluate(FOLLOW_BY_FETCH, told.urls("fetch"))
-        loops = {kind: block("python", f"# With {kind}") for kind in KINDS[4:]}
-        for program, script, how in (
-            (harness.require("node"), "clients.mjs", {kind: kind for kind in KINDS[:3]}),
-            (sys.executable, "clients.py", loops),
+        page.evaluate(FOLLOW, told.urls(*IN_CHROMIUM))
+        loops = {kind: block("python", f"# With {kind}") for kind in IN_PYTHON}
+        in_python = {name: (loops[name.split(",")[0]], url) for name, url in told.urls(*loops).items()}
+        for program, script, clients in (
+            (harness.require("node"), "clients.mjs", told.urls("eventsource")),
+            (sys.executable, "clients.py", in_python),
         ):
-            clients = {name: (how[name.split(",")[0]], url) for name, url in told.urls(*how).items()}
             command = (program, str(HERE / script), json.dumps(clients))
             told.programs.append(stack.enter_context(Program(*command, cwd=node_modules)))
         wait_until(lambda: connected() == 2 * len(KINDS), 20, "all clients")
@@ -295,11 +308,12 @@ def story(
 
 
 @pytest.mark.parametrize("place", ["at ease", "in trouble"])
-@pytest.mark.parametrize("kind", ["eventsource", "reconnecting", "fetch", "httpx-sse", "sseclient-py"])
+@pytest.mark.parametrize("kind", ALL_THAT_IS_TOLD)
 def test_a_client_has_every_event_once(kind: str, place: str, story: Story) -> None:
     client = f"{kind}, {place}"
     told = [(name, json.loads(data)["since"]) for name, data in story.control(client)]
-    assert told == ([("relay.gap", "none")] if kind == "sseclient-py" else [])
+    begins_with_none = kind in ("sseclient-py", "reconnecting from none")
+    assert told == ([("relay.gap", "none")] if begins_with_none else [])
     if client == "eventsource, in trouble":
         assert story.data(client) == ALL[:3]
         assert story.happened(client)[-1] == ("error", "2")
@@ -314,12 +328,13 @@ def test_reconnecting_eventsource_forgets_its_position_with_onmessage(story: Sto
     assert story.data("reconnecting onmessage, in trouble") == unnamed
 
 
-@pytest.mark.parametrize("kind", ["eventsource", "reconnecting", "fetch", "httpx-sse", "sseclient-py"])
+@pytest.mark.parametrize("kind", ALL_THAT_IS_TOLD)
 def test_a_refused_client_is_told_and_does_not_ask_again(kind: str, story: Story) -> None:
     client = f"{kind}, refused"
     ((name, data),) = story.control(client)
-    expected = {"eventsource": "relay.refused", "reconnecting": "relay.refused", "fetch": "rejected"}
-    assert name == expected.get(kind, "PermissionError")
+    assert name == {"fetch": "rejected", **dict.fromkeys(IN_PYTHON, "PermissionError")}.get(
+        kind, "relay.refused"
+    )
     assert json.loads(data)["status"] == 401
     assert story.answers(client) == ["401" if kind == "sseclient-py" else "200"]
     assert story.data(client) == []
