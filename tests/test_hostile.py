@@ -338,7 +338,8 @@ def test_floods_are_bounded_and_others_are_served_meanwhile(
     wait_for_descriptors(relay, before)
     log = "\n".join(relay.lines[lines:])
     assert "Traceback" not in log
-    assert len(log) < 2_000_000
+    # A line for each refusal, whose number depends on the machine: no more than some times what was sent.
+    assert len(log) < 2_000_000 + 5 * total
 
 
 def test_the_listener_comes_back_while_all_descriptors_are_taken(
