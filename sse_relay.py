@@ -52,6 +52,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import bisect
+import codecs
 import contextlib
 import errno
 import functools
@@ -115,6 +116,12 @@ MIB: Final = 1024 * 1024
 MAX_TOKEN_BYTES: Final = 8_000
 # RFC 7518, section 3.2: as many bits as the hash.
 MIN_SECRET_BYTES: Final = 32
+# Seconds. Milliseconds in place of seconds would make a token that never ends.
+MAX_LIFETIME: Final = 10 * 366 * 86_400
+# The clock of the application may be ahead by this much. A token from later could not be revoked.
+MAX_ISSUED_AHEAD: Final = 60
+# How long a revocation is kept; older tokens that have a subject are refused.
+REVOCATION_KEPT: Final = 30 * 86_400
 
 # What a browser waits that is told to stop. Longer values overflow a 32-bit timer in
 # Node's clients, which then loop; one day is safe in every client that was tried.
@@ -592,23 +599,42 @@ def parse_position(text: str) -> Position | None:
 
 
 class Target(NamedTuple):
-    """What a request's target asks for.
+    """What a request's target asks for."""
 
-    Attributes:
-        channels: One to fifty names, each once, in the order given.
-        start: ``?lastEventId=``, None if it is absent or empty.
-        last_event_id: The same; of several the last, which a client appends that opens anew.
-        token: ``?access_token=``, None if it is absent or empty.
-    """
-
+    # One to fifty names, each once, in the order given.
     channels: tuple[str, ...]
-    start: str | None
-    last_event_id: str | None
-    token: str | None
+    # The position in the query, None if it is absent or empty. Of several, the first is the page's
+    # own; a client that opens anew appends its last.
+    start: str | None = None
+    last_event_id: str | None = None
+    # ?access_token=, None if it is absent or empty.
+    token: str | None = None
+    # ?heartbeat=event: a heartbeat that the page can see.
+    heartbeat: bool = False
+    # ?last=N: how many events of each channel to begin with, where there is nothing to resume.
+    last: int = 0
+
+
+# What a target may consist of (RFC 3986). A raw # or a byte beyond ASCII is read differently by
+# proxies, applications and HTTP parsers.
+TARGET: Final = re.compile(r"[!-\"$-~]*")
+# EventSource cannot set the header; polyfills and other servers use these names in the query.
+POSITION_FIELDS: Final = frozenset({"lastEventId", "Last-Event-ID", "last-event-id", "last_event_id"})
+
+
+def split_target(target: str) -> tuple[str | None, str]:
+    """Split a request's target into the authority of its absolute form, if it has one, and the rest.
+
+    "a server MUST accept the absolute-form in requests" (RFC 9112, section 3.2.2)
+    """
+    match = re.fullmatch(r"https?://([^/?]*)(.*)", target, re.IGNORECASE | re.DOTALL)
+    if match is None:
+        return None, target
+    return match[1], match[2] if match[2].startswith("/") else "/" + match[2]
 
 
 def is_stream_path(path: str, prefix: str) -> bool:
-    """Tell whether a path, without its query, is one of the stream routes."""
+    """Return whether a path, without its query, is one of the stream routes."""
     return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
 
 
@@ -623,6 +649,8 @@ def parse_target(target: str, prefix: str) -> Target:
         RefusedError: 400, with what is wrong.
     """
     path, _, query = target.partition("?")
+    if not TARGET.fullmatch(target):
+        raise RefusedError(400, "path and query must be percent-encoded: no blanks, # or bytes beyond ASCII")
     try:
         name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix.rstrip("/")).removeprefix("/")).decode()
         fields = urllib.parse.parse_qsl(
@@ -632,34 +660,51 @@ def parse_target(target: str, prefix: str) -> Target:
         raise RefusedError(400, "path and query must be percent-encoded UTF-8") from None
     except ValueError:
         raise RefusedError(400, "the query has too many fields") from None
-    if name in (".", ".."):
-        raise RefusedError(400, f"a channel named {name} must be asked for as ?channel={name}")
     names = [value for key, value in fields if key == "channel"]
     if name and names:
         raise RefusedError(400, "name the channels in the path or as ?channel=, not in both")
     if not (name or names):
         raise RefusedError(400, f"no channel: ask for {prefix.rstrip('/')}/CHANNEL or ?channel=CHANNEL")
+    # A proxy resolves dot segments and empty ones, encoded or not, when it looks for the rules of a
+    # path; behind one, the name would be guarded by the rules of another.
+    if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise RefusedError(
+            400,
+            "a channel whose name begins or ends with /, or has //, . or .. between its slashes, must be "
+            "asked for as ?channel=",
+        )
     channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
+    positions = [value for key, value in fields if value and key in POSITION_FIELDS]
     first = {key: value for key, value in reversed(fields) if value}
-    last = {key: value for key, value in fields if value}
-    return Target(channels, first.get("lastEventId"), last.get("lastEventId"), first.get("access_token"))
+    last = first.get("last")
+    if last is not None and not re.fullmatch(r"[1-9][0-9]{0,2}|1000", last):
+        raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
+    if first.get("heartbeat", "event") != "event":
+        raise RefusedError(400, "?heartbeat= takes the word event")
+    return Target(
+        channels,
+        start=positions[0] if positions else None,
+        last_event_id=positions[-1] if positions else None,
+        token=first.get("access_token"),
+        heartbeat="heartbeat" in first,
+        last=int(last or 0),
+    )
 
 
 # ==== Tokens ==================================================================
 
 
 class Grant(NamedTuple):
-    """What a token opens.
+    """What a token opens. Times are seconds since 1970."""
 
-    Attributes:
-        channels: Matches the names of channels that may be read.
-        expires: Seconds since 1970.
-    """
-
+    # Matches the names of channels that may be read.
     channels: re.Pattern[str]
     expires: float
+    # Whose token it is (sub), None if it does not say; and since when (iat), 0 if it does not say.
+    subject: str | None = None
+    issued: float = 0.0
 
 
 class Key(NamedTuple):
@@ -699,6 +744,11 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        with contextlib.suppress(UnicodeError):
+            if content.decode("utf-16").isascii():
+                raise UnusableKeyError("this file is in UTF-16: write the key as ASCII")
     if not _is_pem(content):
         if _is_public(content):
             raise UnusableKeyError(
@@ -773,7 +823,7 @@ def _is_public(content: bytes) -> bool:
 
 
 def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
-    """Check a token and tell what it opens. Without leeway: at ``exp`` it has ended.
+    """Check a token and return what it opens. Without leeway: at ``exp`` it has ended.
 
     Args:
         now: Seconds since 1970.
@@ -781,35 +831,47 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
     Raises:
         RefusedError: 401, with the reason; the token is never quoted.
     """
-    jwt = import_jwt()
-    if len(token) > MAX_TOKEN_BYTES:
-        raise RefusedError(401, "the token is too long")
-    # Times are compared below, to the fraction of a second and with a clock that is given. sub
-    # and jti mean nothing here; some versions refuse what others sign, sub as a number.
-    options = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "sub", "jti")}
-    claims = None
-    for key in keys:
-        try:
-            claims = jwt.decode(token, key.material, algorithms=[key.algorithm], options=options)
-            break
-        except jwt.InvalidAudienceError:
-            raise RefusedError(401, "the token is meant for others (aud)") from None
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-            continue
-    if claims is None:
-        raise RefusedError(401, "the token is not signed with a key of this relay")
+    claims = _verified_claims(token, keys)
     expires = _moment(claims.get("exp"))
     if expires is None:
         raise RefusedError(401, "the token does not say when it ends (exp)")
     if now >= expires:
         raise RefusedError(401, "the token has expired")
+    if expires > now + MAX_LIFETIME:
+        raise RefusedError(401, "the token ends in more than ten years (exp): is that in milliseconds?")
     begins = _moment(claims.get("nbf", 0))
     if begins is None or now < begins:
         raise RefusedError(401, "the token is not valid yet (nbf)")
+    if "aud" in claims:
+        raise RefusedError(401, "the token is meant for others (aud)")
     globs = claims.get("channels")
     if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
         raise RefusedError(401, "the token's claim channels is no list of names or globs")
-    return Grant(_compile_grant(tuple(globs)), expires)
+    subject = claims.get("sub")
+    if isinstance(subject, bool) or not isinstance(subject, (str, int, type(None))):
+        raise RefusedError(401, "the token's subject (sub) is neither text nor an integer")
+    issued = _moment(claims.get("iat"))
+    if issued is None or issued > now + MAX_ISSUED_AHEAD:
+        issued = 0.0
+    return Grant(
+        _compile_grant(tuple(globs)), expires, None if subject in (None, "") else str(subject), issued
+    )
+
+
+def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
+    jwt = import_jwt()
+    if len(token) > MAX_TOKEN_BYTES:
+        raise RefusedError(401, "the token is too long")
+    # Claims are looked at by `verify_token`, to the fraction of a second and with a clock that is
+    # given. PyJWT accepts an empty aud, and some versions refuse a sub that is a number.
+    options = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "aud", "sub", "jti")}
+    for key in keys:
+        with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError, RecursionError):
+            claims: dict[str, Any] = jwt.decode(
+                token, key.material, algorithms=[key.algorithm], options=options
+            )
+            return claims
+    raise RefusedError(401, "the token is not signed with a key of this relay")
 
 
 @functools.lru_cache(maxsize=1_000)
@@ -824,10 +886,19 @@ def _moment(value: object) -> float | None:
     return float(value) if -(2.0**53) < value < 2.0**53 else None
 
 
-def sign_token(key: Key, channels: Sequence[str], expires: int) -> str:
+def sign_token(
+    key: Key,
+    channels: Sequence[str],
+    expires: int,
+    issued: float | None = None,
+    subject: str | None = None,
+) -> str:
     """Sign a token that opens these channels or globs until ``expires``, seconds since 1970."""
+    claims = {"channels": list(channels), "exp": expires, "iat": issued, "sub": subject}
     token: str = import_jwt().encode(
-        {"channels": list(channels), "exp": expires}, key.material, algorithm=key.algorithm
+        {claim: value for claim, value in claims.items() if value is not None},
+        key.material,
+        algorithm=key.algorithm,
     )
     return token
 
@@ -3058,24 +3129,32 @@ HTTP_10_COMMENT: Final = b": HTTP/1.0\n"
 
 @dataclass
 class Access:
-    """Who may read what.
+    """Who may read what."""
 
-    Attributes:
-        channels: What anybody may read.
-        origins: Foreign origins whose pages may read.
-        keys: Those that tokens are signed with; none: no token opens anything.
-        cookie: Name of the cookie that may hold a token.
-    """
-
+    # What anybody may read.
     channels: re.Pattern[str]
+    # Foreign origins whose pages may read.
     origins: re.Pattern[str]
+    # Those that tokens are signed with; none: no token opens anything.
     keys: Sequence[Key] = ()
+    # Name of the cookie that may hold a token.
     cookie: str | None = None
+    # When each subject's tokens were revoked, in seconds since 1970, the latest at the end; None
+    # where nothing can revoke them.
+    revoked: dict[str, float] | None = None
+
+    def revoke(self, subject: str, stamp: float) -> None:
+        """Refuse this subject's tokens that were issued up to this time from now on."""
+        if self.revoked is None:
+            self.revoked = {}
+        self.revoked[subject] = max(stamp, self.revoked.pop(subject, stamp))
+        while self.revoked[oldest := next(iter(self.revoked))] < stamp - REVOCATION_KEPT:
+            del self.revoked[oldest]
 
     def check(
         self, channels: Iterable[str], token: str | None, now: float, only_tokens: bool = False
-    ) -> float | None:
-        """Tell until when these channels may be read, in seconds since 1970; None for ever.
+    ) -> Grant | None:
+        """Return the grant that opens these channels, None if they are open to everybody.
 
         Args:
             only_tokens: Nothing is open to everybody.
@@ -3094,9 +3173,14 @@ class Access:
         if not token:
             raise RefusedError(401, "this channel needs a token")
         grant = verify_token(token, self.keys, now)
+        if self.revoked is not None and grant.subject is not None:
+            if grant.issued <= self.revoked.get(grant.subject, -math.inf):
+                raise RefusedError(401, "the token was revoked: its subject has signed out")
+            if 0 < grant.issued < now - REVOCATION_KEPT:
+                raise RefusedError(401, "the token was issued more than 30 days ago (iat)")
         if not all(grant.channels.fullmatch(channel) for channel in closed):
             raise RefusedError(403, "the token does not open this channel")
-        return grant.expires
+        return grant
 
 
 def foreign_origin(headers: Mapping[str, str]) -> str | None:
@@ -3212,12 +3296,12 @@ class Streams:
                 raise RefusedError(503, "the relay is stopping")
             target = parse_target(request.raw_path, path)
             token = self._token(request, target)
-            expires = self._access.check(target.channels, token, time.time(), only_tokens)
+            grant = self._access.check(target.channels, token, time.time(), only_tokens)
             if len(self._hub.subscribers) >= self._max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
-            await self._open(request, target, headers, expires)
+            await self._open(request, target, headers, grant)
         except RefusedError as error:
             refused = error
         except ConnectionError:
@@ -3277,7 +3361,7 @@ class Streams:
         )
 
     async def _open(
-        self, request: web.BaseRequest, target: Target, headers: dict[str, str], expires: float | None
+        self, request: web.BaseRequest, target: Target, headers: dict[str, str], grant: Grant | None
     ) -> NoReturn:
         """Open a stream: listen, headers and retry, what was missed, the position, live."""
         now = asyncio.get_running_loop().time()
@@ -3295,8 +3379,8 @@ class Streams:
         except BaseException:
             self._hub.leave(subscriber)
             raise
-        if expires is not None:
-            self._hub.end_at(subscriber, max(int(expires), int(time.time()) + 1))
+        if grant is not None:
+            self._hub.end_at(subscriber, max(int(grant.expires), int(time.time()) + 1))
         factor = min(CUT_FACTOR_MOST, 2 ** self._hub.cut_count(subscriber.key, now))
         retry = retry_after(self._retry, len(self._hub.subscribers), factor)
         head = encode_head(int(subscriber.chunked), headers)
@@ -3804,6 +3888,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
             compile_globs(settings.allow_origin),
             read_keys(settings.jwt_key_file),
             settings.jwt_cookie,
+            revoked={} if settings.source == "log" else None,
         )
     strange = [address for address in addresses if not is_local(address)]
     if strange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import datetime as dt
 import functools
@@ -26,6 +27,7 @@ from jwt.algorithms import RSAAlgorithm
 
 from sse_relay import (
     MAX_TOKEN_BYTES,
+    Access,
     Grant,
     Key,
     RefusedError,
@@ -126,6 +128,8 @@ def forged_tokens(now: float) -> dict[str, str]:
         "1e308": 1e308, "below -1e308": -1e308, "too many digits": 10**400, "null": None,
         "a list": [now + 3600], "an object": {"exp": now + 3600},
     }  # fmt: skip
+    odd_audiences: list[object] = ["", [], None, {}, 0, False]
+    odd_subjects: list[object] = [True, 7.5, [], ["user-7"], {}]
     odd_lists: dict[str, object] = {
         "a string": "orders", "the glob alone": "*", "an object": {"orders": True}, "null": None,
         "true": True, "a number": 7, "numbers in it": [7], "null in it": ["orders", None],
@@ -174,6 +178,9 @@ def forged_tokens(now: float) -> dict[str, str]:
         "a scope instead": forge({**without("channels"), "scope": "orders *"}),
         "meant for others": forge({**good, "aud": "billing"}),
         "meant for several others": forge({**good, "aud": ["billing", "orders"]}),
+        **{f"aud {aud!r}": forge({**good, "aud": aud}) for aud in odd_audiences},
+        **{f"sub {sub!r}": forge({**good, "sub": sub}) for sub in odd_subjects},
+        "exp in milliseconds": forge({**good, "exp": (now + 3600) * 1000}),
         "claims a list": forge(["orders"]),
         "claims a string": forge("orders"),
         "claims no JSON": forge(b"orders"),
@@ -253,6 +260,8 @@ def test_a_forged_token_is_refused_whatever_else_is_tried(name: str) -> None:
     [
         ("expired", "the token has expired"),
         ("not yet valid", "the token is not valid yet (nbf)"),
+        ("exp in milliseconds", "ends in more than ten years (exp): is that in milliseconds?"),
+        ("aud []", "the token is meant for others (aud)"),
         ("no exp", "the token does not say when it ends (exp)"),
         ("meant for others", "the token is meant for others (aud)"),
         ("alg none", "the token is not signed with a key of this relay"),
@@ -282,6 +291,84 @@ def test_claims_that_mean_nothing_here_do_no_harm() -> None:
     """A library that signs sub as a number, or iat in the future of this clock, is common."""
     claims = {"exp": NOW + 60, "channels": ["orders"], "sub": 7, "jti": 8, "iss": "app", "iat": NOW + 5}
     assert opens(verify(forge(claims)), "orders")
+
+
+@pytest.mark.parametrize(
+    ("claims", "subject", "issued"),
+    [
+        ({}, None, 0),
+        ({"sub": "user-7", "iat": NOW - 5}, "user-7", NOW - 5),
+        ({"sub": 7, "iat": NOW - 0.25}, "7", NOW - 0.25),
+        ({"sub": -7}, "-7", 0),
+        ({"sub": ""}, None, 0),
+        ({"sub": None}, None, 0),
+        ({"iat": NOW + 60}, None, NOW + 60),
+        ({"iat": NOW + 60.5}, None, 0),
+        ({"iat": NOW * 1000}, None, 0),
+        ({"iat": str(NOW)}, None, 0),
+        ({"iat": True}, None, 0),
+        ({"iat": None}, None, 0),
+    ],
+)
+def test_a_grant_tells_whose_it_is_and_since_when(
+    claims: dict[str, object], subject: str | None, issued: float
+) -> None:
+    grant = verify(forge({"exp": NOW + 60, "channels": ["orders"], **claims}))
+    assert (grant.subject, grant.issued) == (subject, issued)
+
+
+def test_a_signed_token_says_whose_it_is_and_since_when() -> None:
+    grant = verify(sign_token(read_key(SECRET), ["orders"], int(NOW) + 60, NOW - 1.5, "user-7"))
+    assert (grant.subject, grant.issued) == ("user-7", NOW - 1.5)
+
+
+DAY = 86_400
+
+
+@pytest.mark.parametrize(
+    ("claims", "refused"),
+    [
+        ({"sub": "user-7", "iat": NOW - 10.001}, True),
+        ({"sub": "user-7", "iat": NOW - 10}, True),
+        ({"sub": "user-7", "iat": NOW - 9.999}, False),
+        ({"sub": "user-7"}, True),
+        ({"sub": "user-7", "iat": NOW + 61}, True),
+        ({"sub": 7, "iat": NOW - 11}, True),
+        ({"sub": "User-7", "iat": NOW - 11}, False),
+        ({"iat": NOW - 11}, False),
+        ({"sub": "user-8"}, False),
+        ({"sub": "user-8", "iat": NOW - 30 * DAY - 1}, True),
+        ({"sub": "user-8", "iat": NOW - 30 * DAY + 1}, False),
+        ({"iat": NOW - 300 * DAY}, False),
+    ],
+)
+def test_tokens_of_before_a_revocation_open_nothing(claims: dict[str, object], refused: bool) -> None:
+    access = Access(compile_globs(["open"]), compile_globs([]), KEYS, revoked={})
+    for subject in ("user-7", "7"):
+        access.revoke(subject, NOW - 20)
+        access.revoke(subject, NOW - 10)
+        access.revoke(subject, NOW - 15)
+    token = forge({"exp": NOW + 60, "channels": ["orders"], **claims})
+    assert access.check(["open"], token, NOW) is None
+    if refused:
+        with pytest.raises(RefusedError) as caught:
+            access.check(["orders"], token, NOW)
+        assert caught.value.status == 401
+    else:
+        assert access.check(["orders"], token, NOW) == verify(token)
+
+
+def test_nothing_is_too_old_where_nothing_can_be_revoked() -> None:
+    token = forge({"exp": NOW + 60, "channels": ["orders"], "sub": "user-7", "iat": NOW - 300 * DAY})
+    assert Access(compile_globs([]), compile_globs([]), KEYS).check(["orders"], token, NOW)
+
+
+def test_revocations_are_kept_for_thirty_days() -> None:
+    access = Access(compile_globs([]), compile_globs([]), KEYS, revoked={})
+    for number in range(100):
+        access.revoke(f"user-{number}", NOW + number * DAY)
+    access.revoke("user-99", NOW)
+    assert access.revoked == {f"user-{number}": NOW + number * DAY for number in range(69, 100)}
 
 
 def test_any_of_several_keys_verifies_and_each_by_its_own_algorithm() -> None:
@@ -362,6 +449,19 @@ def test_any_header_is_refused_but_the_algorithm_of_the_key(header: object) -> N
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_a_line_end_does_not_belong_to_a_secret(end: bytes) -> None:
     assert read_key(SECRET + end) == Key("HS256", SECRET)
+
+
+@pytest.mark.parametrize("kind", [*ALGORITHMS, "secret"])
+def test_a_byte_order_mark_does_not_belong_to_a_key(kind: str) -> None:
+    content = SECRET if kind == "secret" else public_pem(kind)
+    assert read_key(codecs.BOM_UTF8 + content) == read_key(content)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_secret_in_utf_16_is_refused_by_name(encoding: str) -> None:
+    """PowerShell 5 writes it so."""
+    with pytest.raises(UnusableKeyError, match="UTF-16"):
+        read_key(f"\ufeff{SECRET.decode()}\r\n".encode(encoding))
 
 
 def test_only_one_line_end_is_taken_off_and_nothing_else() -> None:
@@ -480,4 +580,5 @@ def test_broken_pem_is_refused_and_not_taken_as_a_secret(content: bytes) -> None
 def test_any_content_is_a_key_or_refused(content: bytes) -> None:
     for private in (False, True):
         with contextlib.suppress(UnusableKeyError):
-            assert read_key(content, private=private) == Key("HS256", re.sub(rb"\r?\n?\Z", b"", content))
+            secret = re.sub(rb"\A\xef\xbb\xbf|\r?\n?\Z", b"", content)
+            assert read_key(content, private=private) == Key("HS256", secret)
