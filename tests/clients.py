@@ -1,4 +1,4 @@
-"""Clients from PyPI, by the loops that the README shows.
+"""Clients from PyPI, by the loops that the docs show.
 
 Argument: ``{"NAME OF THE CLIENT": ["SOURCE THAT DEFINES follow()", "URL"], …}``. Each thing that happens is
 a line of JSON.
@@ -19,7 +19,7 @@ def run(client: str, source: str, url: str) -> None:
         sys.stdout.flush()
 
     names: dict[str, Any] = {}
-    exec(source, names)  # noqa: S102  # the README's own
+    exec(source, names)  # noqa: S102  # the docs' own
     try:
         for event in names["follow"](url):
             tell(event.event, event.data, event.id or "")

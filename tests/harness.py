@@ -15,7 +15,6 @@ import json
 import os
 import pwd
 import random
-import re
 import selectors
 import shutil
 import signal
@@ -38,6 +37,7 @@ import psycopg2.extensions
 import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
+import pages
 from sse_relay import EmbeddedPostgres
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -473,12 +473,12 @@ class FreezableProxy:
             end.shutdown(how)
 
 
-# The README's blocks for nginx name these.
-README_SOCKET = "unix:/run/sse-relay/http.sock"
-README_LOGS = "/var/log/nginx"
+# The docs' blocks for nginx name these.
+DOCS_SOCKET = "unix:/run/sse-relay/http.sock"
+DOCS_LOGS = "/var/log/nginx"
 
 
-# Inside server { }, in place of the README's, without its error_page: a relay that is away is a 502.
+# Inside server { }, in place of the docs', without its error_page: a relay that is away is a 502.
 BARE_PROXY = """
 location /events {
     proxy_pass http://sse_relay;
@@ -491,10 +491,8 @@ location /events {
 
 
 def nginx_recipe(place: str) -> str:
-    """Return the README's block for nginx that begins with the comment ``# Inside {place}``."""
-    fence = rf"^```nginx\n(# Inside {re.escape(place)}\n.*?)^```$"
-    (block,) = re.findall(fence, (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    return str(block)
+    """Return the docs' block for nginx that begins with the comment ``# Inside {place}``."""
+    return pages.block("nginx", f"# Inside {place}")
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
@@ -514,9 +512,9 @@ class Nginx:
 
     Args:
         folder: For the certificate, the configuration and the logs.
-        http: What stands inside ``http { }``; default: the README's block.
+        http: What stands inside ``http { }``; default: the docs' block.
         server: The same inside ``server { }``.
-        relay: The relay's address in the form of --bind, in place of the README's.
+        relay: The relay's address in the form of --bind, in place of the docs'.
         tls: Speak HTTP/2 and TLS, with `certificate`.
     """
 
@@ -548,7 +546,7 @@ class Nginx:
             f" {'user root;' if os.geteuid() == 0 else ''} events {{ }}\n"
             f"http {{ access_log {folder}/access.log;{scratch}\n{http}\nserver {{ {listen}\n{server}\n}} }}\n"
         )
-        text = text.replace(README_SOCKET, relay).replace(README_LOGS, str(folder))
+        text = text.replace(DOCS_SOCKET, relay).replace(DOCS_LOGS, str(folder))
         (folder / "nginx.conf").write_text(text)
         command = [require("nginx"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log"]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)

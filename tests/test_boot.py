@@ -1,4 +1,4 @@
-"""The service in a truly booted systemd, installed by the README's steps.
+"""The service in a truly booted systemd, installed by the docs' steps.
 
 Needs root, for namespaces and an overlay of the file system. The booted system sees the machine's programs;
 what it writes is gone with it. It has no network, and reaches PostgreSQL by a unix socket.
@@ -24,6 +24,7 @@ import psycopg2.extensions
 import pytest
 
 import harness
+import pages
 from harness import Database, RawStream, Server, wait_until
 from sse_relay import SCHEMA_SQL
 
@@ -173,12 +174,10 @@ def remove_groups(group: Path) -> bool:
     return True
 
 
-def readme_installation() -> str:
-    """Return the README's shell block that installs the service."""
-    text = (harness.ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if "systemd/sse-relay.service" in block]
-    return str(block)
+def printed_installation() -> str:
+    """Return the docs' shell block that installs the service."""
+    (block,) = [found for found in pages.blocks("sh") if "systemd/sse-relay.service" in found.text]
+    return block.text
 
 
 @dataclass
@@ -201,7 +200,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    """Install the relay by the README, with source log and a watchdog that bites soon."""
+    """Install the relay as the docs do, with source log and a watchdog that bites soon."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         sockets = Path(name)
         sockets.chmod(0o777)
@@ -211,7 +210,7 @@ def site() -> Iterator[Site]:
         folders = {str(harness.ROOT): harness.ROOT, DATABASE_FOLDER: sockets}
         machine = stack.enter_context(Machine(folders))
         dsn = psycopg2.extensions.make_dsn(server.dsn, host=DATABASE_FOLDER)
-        block = readme_installation()
+        block = printed_installation()
         assert "postgresql://relay:password@localhost/app" in block
         block = block.replace("'postgresql://relay:password@localhost/app'", f'"{dsn}"')
         network, _, here = block.partition("install -m 644 sse_relay.py")

@@ -1,4 +1,4 @@
-"""The README's image, its steps run without a registry: packages, user, command, health check."""
+"""The docs' image, its steps run without a registry: packages, user, command, health check."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ import psycopg2.extensions
 
 import harness
 from harness import Database, RawStream, free_port, wait_until
-
-README = (harness.ROOT / "README.md").read_text()
-
-
-def block(language: str, first: str) -> str:
-    """Return the README's only block of a language that begins so."""
-    (found,) = re.findall(rf"^```{language}\n({re.escape(first)}.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return str(found)
+from pages import block
 
 
 def steps() -> dict[str, str]:
@@ -33,7 +26,7 @@ def steps() -> dict[str, str]:
 
 def environment(folder: Path, port: int, admin: int) -> dict[str, str]:
     """Return what the Compose file sets for the relay, with a folder and ports of this machine's."""
-    service = block("yaml", "services:\n").split("  relay:\n")[1].split("    secrets:")[0]
+    service = block("yaml", "services:").split("  relay:\n")[1].split("    secrets:")[0]
     found = dict(re.findall(r"^      (SSE_RELAY_\w+): (.*)$", service, re.MULTILINE))
     assert found["SSE_RELAY_BIND"] == "0.0.0.0:8008"
     assert found["SSE_RELAY_ADMIN"] == "127.0.0.1:8009"
@@ -101,6 +94,6 @@ def test_each_alert_names_a_metric_that_there_is(
     with RawStream(admin, "/metrics") as metrics:
         body = metrics.wait_for(b"sse_relay_delivery_delay_seconds_sum").decode()
     known = set(re.findall(r"^# TYPE (\w+) ", body, re.MULTILINE))
-    named = re.findall(r"^        expr: .*?\b(sse_relay_\w+)", block("yaml", "groups:\n"), re.MULTILINE)
+    named = re.findall(r"^        expr: .*?\b(sse_relay_\w+)", block("yaml", "groups:"), re.MULTILINE)
     assert len(named) == 5
     assert set(named) <= known

@@ -1,4 +1,4 @@
-"""The README's Django code, as printed, in a real project: plain WSGI, PostgreSQL, the relay.
+"""The docs' Django code, as printed, in a real project: plain WSGI, PostgreSQL, the relay.
 
 A block whose first line names a file, such as ``# shop/views.py``, becomes that file.
 """
@@ -11,7 +11,6 @@ import random
 import re
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ import psycopg2.extensions
 import pytest
 
 import harness
+import pages
 
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-README_SECRET = "/etc/sse-relay/jwt"
+DOCS_SECRET = "/etc/sse-relay/jwt"
 FILE_NAME = re.compile(r"(?:#|<!--) (shop/[\w./]+)(?: -->)?\n")
 
 SETTINGS = """
@@ -136,26 +135,14 @@ class Committed(TransactionTestCase):
 """
 
 
-def readme_blocks() -> list[str]:
-    return [match[2] for match in FENCE.finditer((harness.ROOT / "README.md").read_text())]
-
-
-def readme_files() -> dict[str, str]:
-    """Return the files that the README shows, by path; what it shows in several blocks is joined."""
+def printed_files() -> dict[str, str]:
+    """Return the files that the docs show, by path; what they show in several blocks is joined."""
     files: dict[str, str] = {}
-    for block in readme_blocks():
-        if match := FILE_NAME.match(block):
-            files[match[1]] = files.get(match[1], "") + block
+    for language in ("python", "html"):
+        for found in pages.blocks(language):
+            if match := FILE_NAME.match(found.text):
+                files[match[1]] = files.get(match[1], "") + found.text
     return files
-
-
-def first_view() -> str:
-    """Return a view around the README's first block of Python, which is a part of one."""
-    (block,) = (block for block in readme_blocks() if block.startswith("with transaction.atomic()"))
-    return (
-        "import json\n\nfrom django.http import HttpResponse\n\n\n"
-        f"def pay(request, pk):\n{textwrap.indent(block, '    ')}    return HttpResponse(status=204)\n"
-    )
 
 
 @dataclass
@@ -181,16 +168,15 @@ class Project:
             "shop/migrations/__init__.py": "",
             "shop/migrations/0001_initial.py": FIRST_MIGRATION,
             "shop/test_sending.py": TESTS,
-            **readme_files(),
+            **printed_files(),
         }
-        files["shop/views.py"] += first_view()
-        assert README_SECRET in files["shop/streams.py"]
+        assert DOCS_SECRET in files["shop/streams.py"]
         self.secret.write_text("the application's and the relay's secret\n")
-        files["shop/streams.py"] = files["shop/streams.py"].replace(README_SECRET, str(self.secret))
+        files["shop/streams.py"] = files["shop/streams.py"].replace(DOCS_SECRET, str(self.secret))
         for path, text in files.items():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_text(text)
-        # As the README's line for the shell does.
+        # As the docs' line for the shell does.
         schema = subprocess.run([sys.executable, harness.PROGRAM, "schema"], capture_output=True, check=True)
         (self.folder / "shop/migrations/sse_relay.sql").write_bytes(schema.stdout)
 
@@ -298,7 +284,7 @@ def test_rows_are_published_as_the_readme_says(
         ("tenant-22", "delete", paid),
     ]
     assert all(event["key"] == {"id": order} for _, event in events)
-    (shown,) = (block for block in readme_blocks() if block.startswith('{"op"'))
+    shown = pages.block("json", '{"op"')
     assert json.loads(shown.replace("7", str(order))) == events[1][1]
 
 
@@ -460,11 +446,11 @@ def test_testcase_sends_nothing_and_transactiontestcase_sends(
 
 
 def test_a_testcase_sees_what_is_about_to_be_published(project: Project) -> None:
-    # In a database of its own, which the README's migrations make ready.
+    # In a database of its own, which the docs' migrations make ready.
     assert "Ran 1 test" in project.manage("test", "shop.tests")
 
 
-def test_the_cookie_of_the_readme_opens_what_is_the_users_own(
+def test_the_cookie_of_the_docs_opens_what_is_the_users_own(
     project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay]
 ) -> None:
     options = ("--jwt-key-file", str(project.secret), "--jwt-cookie", "sse")

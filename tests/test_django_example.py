@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import harness
+import pages
 from django_example.serve import Site, serve, sign_in, state_of
 from harness import Browser, FreezableProxy, Page, wait_until
 from sse_relay import cli
@@ -231,14 +231,9 @@ def test_a_relay_that_dies_costs_no_event_and_no_gap(site: Site, browser: Browse
         assert page.evaluate("same") is True
 
 
-def test_the_readmes_cookie_is_the_examples() -> None:
-    """The README's view, but for whose channels they are."""
-    fence = re.compile(r"^```python\n(# shop/streams.py\n.*?)^```$", re.DOTALL | re.MULTILINE)
-    (block,) = (
-        found
-        for found in fence.findall((harness.ROOT / "README.md").read_text())
-        if "def stream_cookie" in found
-    )
+def test_the_cookie_of_the_docs_is_the_examples() -> None:
+    """The docs' view, but for whose channels they are."""
+    block = pages.block("python", "# shop/streams.py", "docs/django.md")
     example = (EXAMPLE / "shop" / "streams.py").read_text()
     for line in block.partition("@never_cache")[2].splitlines():
         if "channels" not in line and "claims" not in line and "def " not in line:

@@ -1,6 +1,6 @@
-"""README.md says what is true: its commands, help texts, output and code.
+"""README.md and docs/ are true: their commands, help texts, output, links and code.
 
-Run as a program with ``--write``, this brings the README's help texts up to date.
+Run as a program with ``--write``, this brings the help texts in docs/reference.md up to date.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import httpx
@@ -27,38 +26,20 @@ from click.testing import CliRunner
 # As a program too: the relay as it stands here, not the copy that pip installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import PROGRAM, ROOT, Database, Relay, Server, free_port, require
+from harness import PROGRAM, Database, Relay, Server, free_port, require
+from pages import FENCE, ROOT, anchors, block, blocks, pages, prose
 from sse_relay import apply_schema, cli, import_jwt, read_key, verify_token
 
-README = ROOT / "README.md"
+REFERENCE = "docs/reference.md"
 HELP_WIDTH = 100
 HELP = re.compile(r"(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-class Block(NamedTuple):
-    """A fenced block of the README."""
-
-    language: str
-    text: str
-
-
-def readme() -> str:
-    return README.read_text()
-
-
-def blocks(language: str) -> list[Block]:
-    """Return the README's fenced blocks of a language; there is at least one."""
-    found = [Block(*match.groups()) for match in FENCE.finditer(readme())]
-    assert all(block.language for block in found), "each block names its language"
-    chosen = [block for block in found if block.language == language]
-    assert chosen, f"no block in {language}"
-    return chosen
 
 
 def marked(name: str) -> str:
     """Return the text of the fenced block between ``<!-- name -->`` and ``<!-- /name -->``."""
-    match = re.search(rf"<!-- {name} -->\n```text\n(.*?)```\n<!-- /{name} -->", readme(), re.DOTALL)
+    match = re.search(
+        rf"<!-- {name} -->\n```text\n(.*?)```\n<!-- /{name} -->", pages()["README.md"], re.DOTALL
+    )
     assert match, f"no block marked {name}"
     return match[1]
 
@@ -70,18 +51,19 @@ def help_text(*command: str) -> str:
 
 
 def help_section() -> str:
-    """Return what stands between the README's help marks: a block for each command."""
+    """Return what stands between the reference's help marks: a block for each command."""
     order = sorted(cli.commands, key=lambda name: (name != "run", name))
-    return "".join(f"\n#### `{name}`\n\n```text\n{help_text(name)}```\n" for name in order) + "\n"
+    return "".join(f"\n### `{name}`\n\n```text\n{help_text(name)}```\n" for name in order) + "\n"
 
 
 def with_current_help(text: str) -> str:
-    assert HELP.search(text), "the README has lost its marks <!-- help --> and <!-- /help -->"
+    assert HELP.search(text), "the reference has lost its marks <!-- help --> and <!-- /help -->"
     return HELP.sub(lambda match: help_section(), text, count=1)
 
 
 def test_help_texts_are_current() -> None:
-    assert readme() == with_current_help(readme()), "run: python tests/test_docs.py --write"
+    text = pages()[REFERENCE]
+    assert text == with_current_help(text), "run: python tests/test_docs.py --write"
 
 
 def test_each_command_is_explained_by_an_example() -> None:
@@ -97,15 +79,16 @@ def test_each_option_has_a_help_text() -> None:
 
 
 def invocations() -> Iterator[list[str]]:
-    """Yield the arguments of each call of the relay in the README."""
-    for block in blocks("sh"):
-        for line in block.text.splitlines():
+    """Yield the arguments of each call of the relay in the docs."""
+    for found in blocks("sh"):
+        for line in found.text.splitlines():
             if match := re.search(
                 r"(?:python3? |uv run (?:--extra \w+ )?)(?:sse_relay\.py|sse-relay)\b(.*)", line
             ):
                 yield shlex.split(match[1].partition(" > ")[0])
-    for match in re.finditer(r"`(?:sse_relay\.py|sse-relay) ([^`]+)`", readme()):
-        yield shlex.split(match[1])
+    for text in pages().values():
+        for match in re.finditer(r"`(?:sse_relay\.py|sse-relay) ([^`]+)`", text):
+            yield shlex.split(match[1])
 
 
 def test_each_call_of_the_relay_is_understood() -> None:
@@ -116,24 +99,23 @@ def test_each_call_of_the_relay_is_understood() -> None:
         cli.commands[name].make_context(name, rest)
 
 
-def test_each_option_named_in_the_readme_exists() -> None:
+def test_each_option_named_in_the_docs_exists() -> None:
     known = {option for command in cli.commands.values() for one in command.params for option in one.opts}
-    prose = FENCE.sub("", readme())
-    named = set(re.findall(r"`(--[a-z-]+)", prose))
+    named = {name for page in pages() for name in re.findall(r"`(--[a-z-]+)", prose(page))}
     assert named - known - {"--help"} == set()
 
 
 def test_the_set_up_commands_are_those_of_ci() -> None:
-    demo, tests = blocks("sh")[0].text.splitlines()
+    demo, tests = blocks("sh", "README.md")[0].text.splitlines()
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
     assert demo == tests.replace("[test]", "[demo]").replace(
         ".venv/bin/pytest", ".venv/bin/python sse_relay.py demo"
     )
 
 
-def test_each_extra_named_in_the_readme_exists() -> None:
+def test_each_extra_named_in_the_docs_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = set(re.findall(r"--extra (\w+)|\.\[(\w+)\]", readme()))
+    named = set(re.findall(r"--extra (\w+)|\.\[(\w+)\]", "".join(pages().values())))
     assert named
     assert {one or other for one, other in named} <= extras.keys()
 
@@ -148,14 +130,16 @@ def test_the_script_block_agrees_with_pyproject() -> None:
     assert script == {name: project[name] for name in ("requires-python", "dependencies")}
 
 
-def test_links_within_the_readme_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", readme()), re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for text, target in re.findall(r"\[([^]\n]+)\]\(([^)\s]+)\)", readme()):
-        if target.startswith("#"):
-            assert target[1:] in anchors, text
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), text
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_somewhere(page: str) -> None:
+    for text, target in re.findall(r"\[([^]\n]+)\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), (text, target)
+        if anchor:
+            assert anchor in anchors(str(file.resolve().relative_to(ROOT))), (text, target)
 
 
 def check(*command: str | Path, source: str = "") -> None:
@@ -170,10 +154,10 @@ def check_nginx(tmp_path: Path) -> None:
     ``error_page`` for the relay's absence takes the place of the other one.
     """
     contexts: dict[str, list[str]] = {"http": [], "location /events": [], "server": []}
-    for block in blocks("nginx"):
-        match = re.match(r"# Inside ([^{]+) \{ \}.*\n", block.text)
-        assert match, block.text
-        contexts[match[1]].append(block.text.replace("/var/log/nginx", str(tmp_path)))
+    for found in blocks("nginx"):
+        match = re.match(r"# Inside ([^{]+) \{ \}.*\n", found.text)
+        assert match, found.text
+        contexts[match[1]].append(found.text.replace("/var/log/nginx", str(tmp_path)))
     (more,) = contexts["location /events"]
     to_ask, plain = contexts["server"]
     asking, replaced = re.subn(r" *error_page .*@sse_retry;\n", more, plain)
@@ -192,40 +176,40 @@ def check_nginx(tmp_path: Path) -> None:
 
 
 def check_javascript(tmp_path: Path) -> None:
-    for block in blocks("js"):
+    for found in blocks("js"):
         module = tmp_path / "block.mjs"
-        module.write_text(block.text)
+        module.write_text(found.text)
         check(require("node"), "--check", module)
 
 
 def check_shell(tmp_path: Path) -> None:
-    for block in blocks("sh"):
-        check(require("bash"), "-n", source=block.text)
+    for found in blocks("sh"):
+        check(require("bash"), "-n", source=found.text)
 
 
 def check_python(tmp_path: Path) -> None:
-    for block in blocks("python"):
-        ast.parse(block.text)
+    for found in blocks("python"):
+        ast.parse(found.text)
 
 
 def installed(program: str) -> str:
-    """Return the path of a program with which only a line of the README is read."""
-    return shutil.which(program) or pytest.skip(f"needs {program} to read what the README says for it")
+    """Return the path of a program with which only a line of the docs is read."""
+    return shutil.which(program) or pytest.skip(f"needs {program} to read what the docs say for it")
 
 
 def check_ruby(tmp_path: Path) -> None:
-    for block in blocks("ruby"):
-        check(installed("ruby"), "-wc", source=block.text)
+    for found in blocks("ruby"):
+        check(installed("ruby"), "-wc", source=found.text)
 
 
 def check_php(tmp_path: Path) -> None:
-    for block in blocks("php"):
-        check(installed("php"), "-l", source=f"<?php {block.text}")
+    for found in blocks("php"):
+        check(installed("php"), "-l", source=f"<?php {found.text}")
 
 
 def check_json(tmp_path: Path) -> None:
-    for block in blocks("json"):
-        json.loads(block.text)
+    for found in blocks("json"):
+        json.loads(found.text)
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
@@ -248,14 +232,17 @@ def test_code_is_read_by_its_own_tool(language: str, tmp_path: Path) -> None:
 
 
 def test_no_language_goes_unchecked() -> None:
-    assert {match[1] for match in FENCE.finditer(readme())} <= CHECKS.keys() | UNCHECKED
+    languages = {match[1] for text in pages().values() for match in FENCE.finditer(text)}
+    assert languages <= CHECKS.keys() | UNCHECKED
 
 
 def test_sql_runs_as_printed(own_server: Server) -> None:
-    own_server.database.execute("CREATE ROLE app; CREATE ROLE migrations; CREATE ROLE relay; CREATE ROLE ops")
+    database = own_server.database
+    database.execute("CREATE ROLE app; CREATE ROLE migrations; CREATE ROLE relay; CREATE ROLE ops")
+    database.execute("CREATE TABLE shop_order (id bigint PRIMARY KEY, tenant_id int, state text)")
     apply_schema(own_server.dsn)
-    for block in blocks("sql"):
-        own_server.database.execute(block.text)
+    for found in blocks("sql"):
+        database.execute(found.text)
 
 
 def test_each_metric_is_explained(database: Database, start_relay: Callable[..., Relay]) -> None:
@@ -263,13 +250,12 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
     start_relay("--admin", admin, dsn=database.dsn)
     metrics = httpx.get(f"http://{admin}/metrics").text
     given = set(re.findall(r"^# TYPE (\w+)", metrics, re.MULTILINE))
-    assert given == set(re.findall(r"^\| `(sse_relay_\w+)", readme(), re.MULTILINE))
+    assert given == set(re.findall(r"^\| `(sse_relay_\w+)", pages()[REFERENCE], re.MULTILINE))
 
 
-def test_the_token_of_the_readme_opens_what_it_says() -> None:
-    (block,) = (block.text for block in blocks("python") if block.text.startswith("token = jwt.encode"))
+def test_the_token_of_the_docs_opens_what_it_says() -> None:
     names = {"jwt": import_jwt(), "time": time, "key": b"k" * 32}
-    exec(block, names)  # noqa: S102  # the README's own line
+    exec(block("python", "token = jwt.encode"), names)  # noqa: S102  # the docs' own line
     grant = verify_token(names["token"], [read_key(b"k" * 32)], time.time())
     assert grant.channels.fullmatch("tenant-7-orders")
     assert not grant.channels.fullmatch("tenant-8-orders")
@@ -289,7 +275,7 @@ def without_chance(text: str, bind: str = "127.0.0.1:8008") -> str:
     return text
 
 
-def test_the_first_minute_shows_what_the_readme_shows() -> None:
+def test_the_demo_shows_what_the_readme_shows() -> None:
     bind = f"127.0.0.1:{free_port()}"
     command = [sys.executable, str(PROGRAM), "demo", "--bind", bind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
@@ -329,4 +315,4 @@ def test_the_first_minute_shows_what_the_readme_shows() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit(f"usage: {sys.argv[0]} --write")
-    README.write_text(with_current_help(readme()))
+    (ROOT / REFERENCE).write_text(with_current_help(pages()[REFERENCE]))

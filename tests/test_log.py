@@ -26,6 +26,7 @@ import pytest
 import stress_log
 
 import harness
+import pages
 from harness import Crowd, Database, FreezableProxy, RawStream, Relay, Server, SseReader, wait_until
 from sse_relay import SCHEMA_VERSION, SWEEP_INTERVAL, apply_schema, find_postgres, raise_file_limit
 
@@ -991,8 +992,8 @@ def test_another_version_of_the_log_is_named(
 
 
 def grants(role: str) -> list[str]:
-    """The statements of the README's section on roles that give a role its rights."""
-    section = (harness.ROOT / "README.md").read_text().partition("\n### Roles\n")[2].partition("\n### ")[0]
+    """The statements of the docs' section on roles that give a role its rights."""
+    section = pages.pages()["docs/log.md"].partition("\n## Roles\n")[2].partition("\n## ")[0]
     found = [
         statement.removesuffix(role)
         for statement in re.findall(r"GRANT [^;]*", section)
@@ -1001,7 +1002,7 @@ def grants(role: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def test_roles_with_exactly_the_grants_of_the_readme_are_enough(
+def test_roles_with_exactly_the_grants_of_the_docs_are_enough(
     log: Database, start_relay: RelayStarter, make_role: Callable[[], str]
 ) -> None:
     app, relays = make_role(), make_role()

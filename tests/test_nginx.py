@@ -1,4 +1,4 @@
-"""The relay behind a real nginx, which reads the very blocks that stand in the README."""
+"""The relay behind a real nginx, which reads the very blocks that stand in the docs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StartRelay = Callable[..., Relay]
 
 @pytest.fixture
 def socket_path(tmp_path: Path) -> str:
-    """A unix socket as the README has it, in the form of --bind."""
+    """A unix socket as the docs have it, in the form of --bind."""
     return f"unix:{tmp_path}/http.sock"
 
 

@@ -1,1 +1,1 @@
-"""A complete Django site with the relay: see the section on it in README.md."""
+"""A complete Django site with the relay: docs/django.md describes it."""
