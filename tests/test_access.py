@@ -338,7 +338,7 @@ def test_without_pyjwt_the_extra_is_named(tmp_path: Path, secret_file: Path) -> 
     ):
         done = run(*command, env=env)
         assert done.returncode == 1
-        assert "pip install 'sse-relay[jwt]'" in done.stderr
+        assert "pip install 'PyJWT[crypto]'" in done.stderr
         assert "Traceback" not in done.stderr
 
 

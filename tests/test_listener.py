@@ -473,15 +473,17 @@ def test_a_wrong_password_at_the_first_connection_ends_it(
     assert "open sesame" not in relay.log
 
 
-def test_an_sql_ascii_database_at_the_first_connection_ends_it(
-    database: harness.Database, start_relay: StartRelay
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "WIN1252"])
+def test_a_database_in_another_encoding_than_utf8_ends_it_at_the_first_connection(
+    database: harness.Database, start_relay: StartRelay, encoding: str
 ) -> None:
-    database.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    name = f"in_{encoding.lower()}"
+    database.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
     try:
-        relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, dbname="ascii"), wait=False)
-        expect_end(relay, "SQL_ASCII")
+        relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, dbname=name), wait=False)
+        expect_end(relay, f"encoding is {encoding}")
     finally:
-        database.execute("DROP DATABASE ascii WITH (FORCE)")
+        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_a_hot_standby_at_the_first_connection_ends_it_and_later_does_not(
