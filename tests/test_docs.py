@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -192,19 +191,14 @@ def check_python(tmp_path: Path) -> None:
         ast.parse(found.text)
 
 
-def installed(program: str) -> str:
-    """Return the path of a program with which only a line of the docs is read."""
-    return shutil.which(program) or pytest.skip(f"needs {program} to read what the docs say for it")
-
-
 def check_ruby(tmp_path: Path) -> None:
     for found in blocks("ruby"):
-        check(installed("ruby"), "-wc", source=found.text)
+        check(require("ruby"), "-wc", source=found.text)
 
 
 def check_php(tmp_path: Path) -> None:
     for found in blocks("php"):
-        check(installed("php"), "-l", source=f"<?php {found.text}")
+        check(require("php"), "-l", source=found.text)
 
 
 def check_json(tmp_path: Path) -> None:
