@@ -206,18 +206,52 @@ def check_json(tmp_path: Path) -> None:
         json.loads(found.text)
 
 
+def check_yaml(tmp_path: Path) -> None:
+    for found in blocks("yaml"):
+        check(
+            require("ruby"), "-ryaml", "-e", "YAML.safe_load($stdin.read, aliases: true)", source=found.text
+        )
+
+
+def check_ini(tmp_path: Path) -> None:
+    """Let systemd read sections as additions to a unit; other lines are options in the environment."""
+    options = {f"SSE_RELAY_{param.name}".upper() for param in cli.commands["run"].params}
+    unit = tmp_path / "relay.service"
+    unit.write_text("[Service]\nExecStart=/bin/true\n")
+    addition = tmp_path / "relay.service.d" / "docs.conf"
+    addition.parent.mkdir()
+    for found in blocks("ini"):
+        if re.search(r"^\[", found.text, re.MULTILINE):
+            addition.write_text(found.text)
+            check(require("systemd-analyze"), "verify", "--man=no", "--recursive-errors=yes", unit)
+        named = re.findall(r"^(?:Environment=)?\"?(SSE_RELAY_\w+)=", found.text, re.MULTILINE)
+        assert named or addition.exists(), found.text
+        assert set(named) <= options, found.text
+
+
+def check_html(tmp_path: Path) -> None:
+    """Let Node.js read the scripts of the pages."""
+    for found in blocks("html"):
+        for attributes, script in re.findall(r"<script([^>]*)>(.*?)</script>", found.text, re.DOTALL):
+            file = tmp_path / ("page.mjs" if "module" in attributes else "page.cjs")
+            file.write_text(script)
+            check(require("node"), "--check", file)
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
-    "nginx": check_nginx,
+    "html": check_html,
+    "ini": check_ini,
     "js": check_javascript,
-    "sh": check_shell,
-    "python": check_python,
     "json": check_json,
-    "ruby": check_ruby,
+    "nginx": check_nginx,
     "php": check_php,
+    "python": check_python,
+    "ruby": check_ruby,
+    "sh": check_shell,
+    "yaml": check_yaml,
 }
-# Output and SQL have tests of their own, templates are rendered in test_django.py, the image and the
-# alerts are tried in test_container.py.
-UNCHECKED = {"text", "sql", "html", "ini", "dockerfile", "yaml"}
+# SQL is run below, output is compared with the program's, and the image is built in test_container.py.
+UNCHECKED = {"text", "sql", "dockerfile"}
 
 
 @pytest.mark.parametrize("language", CHECKS)
