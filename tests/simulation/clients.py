@@ -1,0 +1,287 @@
+"""Clients of event streams, in the place of browsers and sockets.
+
+`Reader` turns bytes into blocks, and can be fed in any pieces. `Client` opens a stream, reads at its own
+pace, leaves at any byte, comes back here or at another relay with the last position that it has got.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from simulation.kernel import FAR, NEAR, Link, Timeline
+
+# Seconds that a client waits for the next byte, heartbeats included.
+PATIENCE = 50.0
+
+
+class Reader:
+    """Reads an HTTP response with an event stream.
+
+    Attributes:
+        status: 0 while the head is not there.
+        headers: As they came, in lower case.
+        retry: Milliseconds, as the stream said last.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers = ""
+        self.retry: int | None = None
+        self._chunked = False
+        self._raw = b""
+        self._text = b""
+
+    def feed(self, data: bytes) -> list[list[Any]]:
+        """Take bytes; return what is complete: ``[name, id, data]``, each None if there is none."""
+        if not self.status:
+            self._raw += data
+            head, end, data = self._raw.partition(b"\r\n\r\n")
+            if not end:
+                return []
+            self.headers = head.decode("latin-1").lower()
+            self.status = int(head[9:12])
+            self._chunked = "transfer-encoding: chunked" in self.headers
+            self._raw = b""
+        if self._chunked:
+            data = self._unwrap(data)
+        *blocks, self._text = (self._text + data).split(b"\n\n")
+        return [found for block in blocks if (found := self._parse(block))]
+
+    def _unwrap(self, data: bytes) -> bytes:
+        raw = self._raw + data if self._raw else data
+        parts = []
+        start = 0
+        while (end := raw.find(b"\r\n", start)) >= 0:
+            size = int(raw[start:end], 16)
+            after = end + 2 + size
+            if len(raw) < after + 2:
+                break
+            parts.append(raw[end + 2 : after])
+            assert raw[after : after + 2] == b"\r\n", "a chunk without its end"
+            start = after + 2
+        self._raw = raw[start:]
+        return b"".join(parts)
+
+    def _parse(self, block: bytes) -> list[Any] | None:
+        name = mark = None
+        data: list[bytes] = []
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b": ")
+            if field == b"data":
+                data.append(value)
+            elif field == b"id":
+                mark = value.decode()
+            elif field == b"event":
+                name = value.decode()
+            elif field == b"retry":
+                self.retry = int(value)
+        if mark is None and name is None and not data:
+            return None
+        return [name, mark, b"\n".join(data).decode() if data else None]
+
+
+def write_data(tag: str, size: int, lines: bool = False) -> str:
+    """Return data that names itself and its length."""
+    filling = "x" * size
+    if lines:
+        filling = "\n".join(filling[start : start + 40] for start in range(0, size, 41))
+    return f"{tag} {len(filling)} {filling}"
+
+
+def read_data(data: str) -> str:
+    """Return the tag of data as `write_data` made it; "torn …" if it is not whole."""
+    tag, _, rest = data.partition(" ")
+    size, _, filling = rest.partition(" ")
+    return tag if size.isdigit() and len(filling) == int(size) else f"torn {data[:40]!r}"
+
+
+Door = Callable[[str, Link], bool]
+
+
+class Client:
+    """One page that watches channels.
+
+    Args:
+        plan: Its own step, see `plan.draw`.
+        doors: The names of the relays.
+        connect: Brings a link to a relay; returns whether it listens.
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        name: str,
+        plan: Mapping[str, Any],
+        doors: Sequence[str],
+        connect: Door,
+        born: Callable[[], tuple[str, int]] | None = None,
+    ) -> None:
+        self.timeline = timeline
+        self.name = name
+        self.channels: list[str] = plan["channels"]
+        self.position = ""
+        self.tags: set[str] = set()
+        self.gone = False
+        self.calm = False
+        self.live = False
+        self._plan = plan
+        self._doors = doors
+        self._connect = connect
+        self._chance = timeline.chance(f"client {name} {plan['seed']}")
+        self._born = born
+        self._start: tuple[str, int] | None = None
+        self._door = self._chance.choice(doors)
+        self._stream = 0
+        self._link: Link | None = None
+        self._reader = Reader()
+        self._reading = False
+        self._heard = 0.0
+        self._items: list[list[Any]] | None = None
+
+    def open(self) -> None:
+        """Connect, to the same relay or another."""
+        if self.gone or self._link is not None:
+            return
+        if self._chance.random() < self._plan["hops"]:
+            self._door = self._chance.choice(self._doors)
+        if self._born is not None and self._start is None:
+            self._start = self._born()
+        self._stream += 1
+        link = Link(self.timeline, self._plan["room"], lambda: self._notice(link))
+        self._reader = Reader()
+        self._heard = self.timeline.now
+        self.live = False
+        if not self._connect(self._door, link):
+            if self._chance.random() < 0.5:
+                self._door = self._chance.choice(self._doors)
+            self.timeline.after(self._chance.uniform(0.05, 0.5), self.open)
+            return
+        self._link = link
+        start, seen = self._start or ("", 0)
+        self.timeline.note(
+            "open",
+            client=self.name,
+            stream=self._stream,
+            relay=self._door,
+            channels=self.channels,
+            since=self.position or start,
+            **({"seen": seen} if start else {}),
+        )
+        link.send(self._request(start))
+        if not self.calm:
+            stay = self._chance.choice(self._plan["stays"])
+            if stay:
+                self.timeline.after(stay * self._chance.random(), self._leave, link)
+        self.timeline.after(PATIENCE, self._lose_patience, link)
+
+    def _request(self, start: str) -> bytes:
+        fields = [("lastEventId", start)] if start else []
+        if len(self.channels) == 1:
+            path = f"/events/{quote(self.channels[0], safe='')}"
+        else:
+            path = "/events"
+            fields = [("channel", channel) for channel in self.channels] + fields
+        query = f"?{urlencode(fields)}" if fields else ""
+        lines = [
+            f"GET {path}{query} HTTP/1.{self._plan['http']}",
+            "Host: 127.0.0.1:8001",
+            "Accept: text/event-stream",
+        ]
+        if self.position:
+            lines.append(f"Last-Event-ID: {self.position}")
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    def _notice(self, link: Link) -> None:
+        if link is self._link and not self._reading:
+            self._reading = True
+            pause = NEAR if self.calm else self._chance.choice(self._plan["pauses"])
+            self.timeline.after(pause * self._chance.uniform(0.5, 1.0) + NEAR, self._read, link)
+
+    def _read(self, link: Link) -> None:
+        self._reading = False
+        if link is not self._link:
+            self._notice_current()
+            return
+        left = 1 << 24 if self.calm else self._chance.choice(self._plan["sips"])
+        items: list[list[Any]] = []
+        while left > 0 and (taken := link.take(left)) is not None:
+            data, sent = taken
+            left -= len(data)
+            for block in self._reader.feed(data):
+                self._take(block, round(sent, 6), items)
+        self._heard = self.timeline.now
+        if items:
+            self.timeline.note("got", client=self.name, stream=self._stream, items=items)
+        if self._link is link:
+            if link.pieces:
+                self._notice(link)
+            elif link.ended:
+                self._close("relay")
+
+    def _notice_current(self) -> None:
+        if self._link is not None:
+            self._notice(self._link)
+
+    def _take(self, block: list[Any], sent: float, items: list[list[Any]]) -> None:
+        name, mark, data = block
+        if mark:
+            self.position = mark
+            self.live = True
+        if name is not None and name.startswith("relay."):
+            told = json.loads(data or "{}")
+            if name == "relay.gap":
+                channels = told["channels"] if "channels" in told else [told["channel"]]
+                items.append(["gap", channels, told["reason"], told["since"], mark, sent])
+            else:
+                items.append([name, told, mark, sent])
+        elif data is not None:
+            tag = read_data(data)
+            self.tags.add(tag)
+            items.append(["event", tag, mark, sent, name])
+        elif mark:
+            items.append(["id", mark, sent])
+
+    def _leave(self, link: Link) -> None:
+        """Go, amid whatever is being sent."""
+        if link is self._link and not self.calm:
+            link.leave(self._chance.choice(("closed", "reset")))
+            self._close("client")
+
+    def _lose_patience(self, link: Link) -> None:
+        if link is not self._link:
+            return
+        left = self._heard + PATIENCE - self.timeline.now
+        if left <= 0:
+            link.leave("reset")
+            self._close("client")
+        else:
+            self.timeline.after(left, self._lose_patience, link)
+
+    def _close(self, by: str) -> None:
+        assert self._link is not None
+        self.timeline.note(
+            "closed", client=self.name, stream=self._stream, by=by, held=self._link.held,
+            status=self._reader.status,
+        )  # fmt: skip
+        self._link = None
+        self.live = False
+        if not self.gone:
+            retry = min(self._reader.retry or 100, 1000) / 1000
+            self.timeline.after(retry * self._chance.random() + NEAR, self.open)
+
+    def settle(self) -> None:
+        """Read at once what comes, and stay."""
+        self.calm = True
+        self._notice_current()
+        if self._link is None:
+            self.timeline.after(FAR, self.open)
+
+    def go(self) -> None:
+        """Leave for good."""
+        self.gone = True
+        if self._link is not None:
+            self._link.leave("closed")
+            self._close("client")

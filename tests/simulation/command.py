@@ -1,0 +1,139 @@
+"""The command line of the simulation."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from simulation import run
+
+# Sets of strings iterate by their hashes, which differ from process to process without this.
+HASH_SEED = "0"
+
+
+def _play(job: tuple[int, str | None]) -> tuple[int, str, int, list[str], str]:
+    outcome = next(run.play_all([job[0]], job[1]))
+    return (
+        job[0],
+        outcome.plan["source"],
+        outcome.deliveries,
+        [*map(str, outcome.violations)],
+        outcome.command,
+    )
+
+
+def _count_up(first: int, count: int | None, end: float) -> Iterator[int]:
+    seed = first
+    while time.monotonic() < end and (count is None or seed < first + count):
+        yield seed
+        seed += 1
+
+
+@click.command()
+@click.option("--seeds", type=int, help="How many new seeds to play.")
+@click.option("--seconds", type=float, help="How long to play new seeds.")
+@click.option("--first", type=int, help="The first of them. Default: a random one, which is printed.")
+@click.option("--seed", type=int, help="Play this seed alone.")
+@click.option("--source", type=click.Choice(["notify", "log"]), help="Default: the seed decides.")
+@click.option("--trace", is_flag=True, help="With --seed: print the history.")
+@click.option("--shrink", is_flag=True, help="With --seed: take steps away while it fails in the same way.")
+@click.option("--corpus", is_flag=True, help="Play the seeds that once failed.")
+@click.option("--jobs", default=1, show_default=True, help="Processes.")
+@click.option("--keep-going", is_flag=True, help="Do not stop at the first failure.")
+def command(
+    seeds: int | None,
+    seconds: float | None,
+    first: int | None,
+    seed: int | None,
+    source: str | None,
+    trace: bool,
+    shrink: bool,
+    corpus: bool,
+    jobs: int,
+    keep_going: bool,
+) -> None:
+    """Run the whole relay in simulated time, against every fault that the world has.
+
+    A failure prints the line that repeats it.
+    """
+    if seed is not None:
+        sys.exit(play_one(seed, source, trace=trace, smaller=shrink))
+    todo: Iterator[tuple[int, str | None]]
+    if corpus:
+        todo = iter(run.read_corpus())
+    else:
+        first = random.randrange(1_000_000_000) if first is None else first
+        click.echo(f"seeds from {first} on")
+        end = time.monotonic() + (seconds or 1e9)
+        todo = ((number, source) for number in _count_up(first, seeds if seeds or seconds else 100, end))
+    sys.exit(play_many(todo, jobs, keep_going))
+
+
+def play_one(seed: int, source: str | None, *, trace: bool, smaller: bool) -> int:
+    """Play one seed; print what it showed. Return the exit status."""
+    outcome = run.play_seed(seed, source)
+    if smaller and outcome.violations:
+        kind = outcome.violations[0].kind
+
+        def fails(plan: dict[str, Any]) -> bool:
+            return any(violation.kind == kind for violation in run.play(plan).violations)
+
+        plan = run.shrink(outcome.plan, fails, lambda left: click.echo(f"{left} steps", err=True))
+        outcome = run.play(plan)
+        click.echo(json.dumps(plan, ensure_ascii=False, indent=1))
+    if trace:
+        for line in outcome.lines():
+            click.echo(line)
+    for violation in outcome.violations:
+        click.echo(str(violation))
+    click.echo(f"{outcome.deliveries} deliveries, {len(outcome.violations)} violations, {outcome.digest()}")
+    return 1 if outcome.violations else 0
+
+
+def play_many(todo: Iterator[tuple[int, str | None]], jobs: int, keep_going: bool) -> int:
+    """Play seeds in several processes; print failures and the sum. Return the exit status."""
+    began, clock = time.monotonic(), time.process_time()
+    runs = deliveries = failures = 0
+    kinds: Counter[str] = Counter()
+    pool = multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else None
+    try:
+        for _seed, source, count, violations, line in (
+            pool.imap_unordered(_play, todo, 4) if pool is not None else map(_play, todo)
+        ):
+            runs += 1
+            kinds[source] += 1
+            deliveries += count
+            if violations:
+                failures += 1
+                click.echo(f"FAILED {line}")
+                for text in violations[:5]:
+                    click.echo(f"    {text}")
+                if not keep_going:
+                    break
+    finally:
+        if pool is not None:
+            pool.terminate()
+    seconds = time.monotonic() - began
+    used = seconds * jobs if pool is not None else time.process_time() - clock
+    click.echo(
+        f"{runs} seeds ({', '.join(f'{kinds[k]} {k}' for k in sorted(kinds))}), {deliveries:,} deliveries,"
+        f" {failures} failed, {seconds:.0f} s, {deliveries / max(used, 0.001):,.0f} a second and core"
+    )
+    return 1 if failures else 0
+
+
+def main() -> None:
+    """Run the command with hashes that are the same in every process."""
+    if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
+        os.environ["PYTHONHASHSEED"] = HASH_SEED
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606  # the same program again
+    command()

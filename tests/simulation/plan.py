@@ -1,0 +1,153 @@
+"""What a seed stands for: settings, and steps with their times, as data that JSON can hold.
+
+Each step carries a seed of its own, so that a plan from which steps were taken away plays the others
+as before: that is what makes shrinking possible.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+Plan = dict[str, Any]
+Step = dict[str, Any]
+
+# Seconds: publishing and faults, then calm.
+BUSY = 12.0
+
+# Bounds of the program, made small in some runs, so that they are met. By name: a test holds that
+# the program has them.
+KNOBS: dict[str, tuple[int, ...]] = {
+    "WRITES_PER_TURN": (1, 3, 2_000),
+    "BURST_EVENTS": (1, 7, 1_000),
+    "RESUME_PIECE_BYTES": (1, 700, 262_144),
+    "MAX_RESUME_EVENTS": (40, 10_000, 10_000),
+    "LISTENS_PER_STATEMENT": (1, 2, 500),
+}
+
+FAULTS = ("session", "server", "relay", "clock")
+
+
+def draw(seed: int, source: str | None = None) -> Plan:
+    """Return the plan of a seed."""
+    chance = random.Random(f"plan {seed}")
+    source = source or chance.choice(("notify", "log"))
+    relays = [f"r{number}" for number in range(chance.choice((1, 1, 2, 3)))]
+    channels = [f"c{number}" for number in range(chance.choice((1, 3, 6)))]
+    faults = [kind for kind in FAULTS if chance.random() < 0.5]
+    steps: list[Step] = []
+    steps += [_client(chance, number, channels) for number in range(chance.randint(4, 14))]
+    steps += _transactions(chance, channels, chance.choice((20, 60, 150)))
+    for kind in faults:
+        for _ in range(chance.randint(1, 4)):
+            steps.append(_FAULTS[kind](chance, relays))
+    steps.sort(key=lambda step: float(step["at"]))
+    return {
+        "seed": seed,
+        "source": source,
+        "relays": relays,
+        "channels": channels,
+        "settings": {
+            "memory": chance.choice((20_000, 200_000, 64 << 20)),
+            "max_backlog": chance.choice((2_000, 30_000, 262_144)),
+            "linger": chance.choice((0.1, 2.0, 60.0)),
+            "heartbeat": chance.choice((1.0, 5.0, 15.0)),
+            "retry": chance.choice((0, 100, 500)),
+        },
+        "knobs": {name: chance.choice(values) for name, values in KNOBS.items()},
+        "delay": chance.choice((0.0002, 0.001, 0.02)),
+        "steps": steps,
+    }
+
+
+def _seed(chance: random.Random) -> int:
+    return chance.randrange(1 << 30)
+
+
+def _client(chance: random.Random, number: int, channels: list[str]) -> Step:
+    kind = chance.choice(("steady", "steady", "restless", "slow", "stalled"))
+    wanted = chance.sample(channels, chance.randint(1, len(channels)))
+    return {
+        "at": 0.5 + chance.choice((0.0, BUSY * 0.8)) * chance.random(),
+        "do": "client",
+        "name": f"k{number}",
+        "seed": _seed(chance),
+        "channels": wanted,
+        "kind": kind,
+        "hops": chance.choice((0.0, 0.2, 1.0)),
+        "http": 0 if chance.random() < 0.1 else 1,
+        "room": chance.choice((300, 5_000, 150_000)),
+        "born": chance.random() < 0.3,
+        # Seconds that a stream is kept; 0: until it ends.
+        "stays": {"restless": [0.05, 0.3, 2.0], "slow": [0, 5.0], "stalled": [0, 8.0]}.get(kind, [0]),
+        "pauses": {"slow": [0.001, 0.1, 0.5], "stalled": [0.001, 0.001, 4.0]}.get(kind, [0.001]),
+        "sips": {"slow": [1, 60, 900], "restless": [7, 500, 1 << 24]}.get(kind, [1 << 24]),
+    }
+
+
+def _transactions(chance: random.Random, channels: list[str], count: int) -> list[Step]:
+    steps = []
+    for number in range(count):
+        size = chance.choice((0, 10, 100, 100, 2_000))
+        steps.append({
+            "at": 1.0 + BUSY * chance.random(),
+            "do": "transact",
+            "name": f"t{number}",
+            "seed": _seed(chance),
+            "channels": channels,
+            "events": chance.choice((1, 1, 2, 5, 30)),
+            "pace": chance.choice((0.0, 0.0, 0.002, 0.1)),
+            "size": size,
+            "ends": chance.choices(("commit", "rollback"), (9, 1))[0],
+            "savepoints": chance.random() < 0.2,
+            "durable": chance.random() < 0.8,
+        })  # fmt: skip
+    return steps
+
+
+def _session_fault(chance: random.Random, relays: list[str]) -> Step:
+    how = ("lost now", "lost before", "lost after", "cancelled", "refused", "frozen", "late 1", "late 12")
+    return {
+        "at": 1.0 + BUSY * chance.random(),
+        "do": "session",
+        "relay": chance.choice(relays),
+        "seed": _seed(chance),
+        "how": chance.choice(how),
+        "for": chance.choice((0.5, 3.0, 8.0)),
+    }
+
+
+def _server_fault(chance: random.Random, relays: list[str]) -> Step:
+    return {
+        "at": 1.0 + BUSY * chance.random(),
+        "do": "server",
+        "how": chance.choice(("stop", "crash", "freeze")),
+        "for": chance.choice((0.2, 1.0, 4.0)),
+    }
+
+
+def _relay_fault(chance: random.Random, relays: list[str]) -> Step:
+    return {
+        "at": 1.0 + BUSY * chance.random(),
+        "do": "relay",
+        "relay": chance.choice(relays),
+        "how": chance.choice(("kill", "terminate", "suspend")),
+        "for": chance.choice((0.1, 1.0, 5.0)),
+    }
+
+
+def _clock_fault(chance: random.Random, relays: list[str]) -> Step:
+    return {
+        "at": 1.0 + BUSY * chance.random(),
+        "do": "clock",
+        "relay": chance.choice(relays),
+        "by": chance.choice((-3600.0, -5.0, 5.0, 3600.0)),
+    }
+
+
+_FAULTS = {
+    "session": _session_fault,
+    "server": _server_fault,
+    "relay": _relay_fault,
+    "clock": _clock_fault,
+}

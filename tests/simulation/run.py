@@ -1,0 +1,90 @@
+"""Plays and judges seeds, and makes the plans of failures smaller."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import sse_relay
+from simulation.checker import Checker, Violation
+from simulation.plan import Plan, draw
+from simulation.world import World
+
+# Seeds that once failed, each with its source: they are played before new ones.
+CORPUS = Path(__file__).with_name("corpus.txt")
+# A run takes a few MB; collecting takes 20 ms.
+RUNS_PER_COLLECTION = 20
+
+
+@dataclass
+class Outcome:
+    """What a run showed."""
+
+    plan: Plan
+    history: list[dict[str, Any]]
+    violations: list[Violation]
+    deliveries: int
+
+    def digest(self) -> str:
+        """Return a name of the whole history: equal runs have equal ones."""
+        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:16]
+
+    def lines(self) -> Iterator[str]:
+        """Return the history as lines of JSON."""
+        return (json.dumps(record, ensure_ascii=False) for record in self.history)
+
+    @property
+    def command(self) -> str:
+        """The line that repeats it."""
+        return f"python tests/simulation --seed {self.plan['seed']} --source {self.plan['source']}"
+
+
+def play(plan: Plan, module: ModuleType = sse_relay) -> Outcome:
+    """Play a plan and judge its history."""
+    world = World(module, plan)
+    history = world.play()
+    checker = Checker(history)
+    violations = checker.check()
+    return Outcome(plan, history, violations, checker.deliveries)
+
+
+def play_seed(seed: int, source: str | None = None, module: ModuleType = sse_relay) -> Outcome:
+    """Play the plan of a seed."""
+    return play(draw(seed, source), module)
+
+
+def play_all(seeds: Iterable[int], source: str | None, module: ModuleType = sse_relay) -> Iterator[Outcome]:
+    """Play one seed after the other."""
+    for count, seed in enumerate(seeds):
+        if count % RUNS_PER_COLLECTION == 0:
+            gc.collect()
+        yield play_seed(seed, source, module)
+
+
+def read_corpus() -> list[tuple[int, str]]:
+    """Return the seeds that once failed, with their sources."""
+    lines = (line.partition("#")[0].split() for line in CORPUS.read_text().splitlines())
+    return [(int(words[0]), words[1]) for words in lines if words]
+
+
+def shrink(plan: Plan, fails: Callable[[Plan], bool], tell: Callable[[int], object]) -> Plan:
+    """Take steps away from a plan as long as it fails in the same way."""
+    steps = plan["steps"]
+    size = len(steps) // 2
+    while size:
+        start = 0
+        while start < len(steps):
+            fewer = {**plan, "steps": steps[:start] + steps[start + size :]}
+            if fails(fewer):
+                plan, steps = fewer, fewer["steps"]
+                tell(len(steps))
+            else:
+                start += size
+        size //= 2
+    return plan

@@ -1,0 +1,403 @@
+"""Plays a plan: relays, their PostgreSQL, clients, publishers and faults on one timeline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import random
+import resource
+import secrets
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import psycopg2
+
+from simulation.clients import Client, write_data
+from simulation.kernel import NEAR, Counted, Link, Machine, Socket, Thread, Timeline, Timer
+from simulation.plan import BUSY, Plan, Step
+from simulation.postgres import Server, look_at
+
+DSN = "postgresql://app:secret@db.example:5432/app"
+# When the world begins, in seconds since 1970.
+BEGINNING = 1_800_000_000.0
+FIRST_PORT = 8001
+# Seconds after the faults: until everybody is live, then for the last events to arrive.
+SETTLING = 25.0
+ARRIVING = 10.0
+# For everything to be gone after the last client has left.
+LEAVING = 8.0
+
+
+class _Unexpected(logging.Handler):
+    """Notes what a program logs as an error of its own."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__(logging.ERROR)
+        self._timeline = timeline
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += f": {record.exc_info[1]!r}"
+        on = Machine.current.name if Machine.current else "?"
+        self._timeline.note("error", on=on, text=text)
+
+
+@contextlib.contextmanager
+def surroundings(module: ModuleType, world: World) -> Iterator[None]:
+    """Put the world in the place of what surrounds the program."""
+    timeline = world.timeline
+    draws = timeline.chance("secrets")
+
+    def wall() -> float:
+        ahead = Machine.current.ahead if Machine.current is not None else 0.0
+        return BEGINNING + timeline.now + ahead
+
+    class Numbered(module.Subscriber):  # type: ignore[name-defined,misc]  # an order for sets of them
+        __slots__ = ("_order",)
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._order = next(Counted.counter)
+            super().__init__(*arguments, **options)
+
+        def __hash__(self) -> int:
+            return int(self._order)
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    Counted.counter = itertools.count()
+    random.seed(timeline.seed)
+    handler = _Unexpected(timeline)
+    loggers = [logging.getLogger(name) for name in ("sse_relay", "asyncio", "aiohttp")]
+    threads = SimpleNamespace(Thread=Thread, Timer=Timer)
+    places: list[tuple[Any, str, Any]] = [
+        (psycopg2, "connect", world.server.connect),
+        (time, "time", wall),
+        (select, "select", look_at),
+        (os, "dup", lambda fd: fd),
+        (socket, "socket", Socket),
+        (signal, "signal", lambda *arguments: None),
+        (secrets, "token_hex", lambda count=32: draws.randbytes(count).hex()),
+        (secrets, "token_urlsafe", lambda count=32: draws.randbytes(count).hex()),
+        (secrets, "token_bytes", draws.randbytes),
+        (gc, "freeze", lambda: None),
+        (gc, "set_threshold", lambda *arguments: None),
+        (resource, "getrlimit", lambda kind: (1_000_000, 1_000_000)),
+        (resource, "setrlimit", lambda kind, limits: None),
+        (module, "threading", threads),
+        (module, "Subscriber", Numbered),
+        *((module, name, value) for name, value in world.plan["knobs"].items() if hasattr(module, name)),
+    ]
+    levels = [(logger, logger.level, logger.propagate) for logger in loggers]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in places:
+            stack.enter_context(mock.patch.object(place, name, value))
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
+            logger.setLevel(logging.ERROR)
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+            for logger, level, propagate in levels:
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+                logger.propagate = propagate
+
+
+class Process:
+    """A relay that is started, killed and started again at one address."""
+
+    def __init__(self, world: World, name: str, port: int) -> None:
+        self.world = world
+        self.name = name
+        self.port = port
+        self.ready = False
+        self.machine: Machine | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._generation = itertools.count(1)
+
+    def start(self) -> None:
+        world = self.world
+        self.ready = False
+        machine = self.machine = Machine(world.timeline, f"{self.name}.{next(self._generation)}")
+        world.machines.append(machine)
+        machine.blocking = lambda: world.visit_time(machine)
+        machine.loop.set_exception_handler(lambda loop, context: world.note_exception(machine, context))
+        settings = world.module.Settings(
+            dsn=DSN, source=world.plan["source"], bind=(f"127.0.0.1:{self.port}",), **world.plan["settings"]
+        )
+        world.timeline.note("relay", relay=self.name, state="started")
+        with machine.running():
+            relay = world.module.Relay(settings)
+            self._task = machine.loop.create_task(relay.run(self._on_ready))
+            self._task.add_done_callback(lambda task: self._on_end(machine, task))
+        machine.wake()
+
+    def _on_ready(self) -> None:
+        self.ready = True
+        self.world.timeline.note("relay", relay=self.name, state="ready")
+
+    def _on_end(self, machine: Machine, task: asyncio.Task[None]) -> None:
+        if not machine.alive:
+            return
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.world.timeline.note("error", on=self.name, text=f"ended by {error!r}")
+        self.world.timeline.note("relay", relay=self.name, state="ended")
+        machine.kill()
+
+    def take(self, link: Link) -> bool:
+        """Bring a client's connection to the listening socket, if there is one."""
+        machine = self.machine
+        sock = machine.ports.get(self.port) if machine is not None and machine.alive else None
+        if sock is None:
+            return False
+        sock.waiting.append(link)
+        self.world.timeline.after(NEAR, sock.poke)
+        return True
+
+    def kill(self) -> None:
+        if self.machine is not None and self.machine.alive:
+            self.machine.kill()
+            self.world.timeline.note("relay", relay=self.name, state="killed")
+
+    def ensure(self) -> None:
+        """Start it if it does not run, and let it run if it is stopped."""
+        if self.machine is None or not self.machine.alive:
+            self.start()
+        elif self.machine.stopped:
+            self.machine.go_on()
+
+
+class World:
+    """One run.
+
+    Attributes:
+        timeline: Where its history is.
+    """
+
+    def __init__(self, module: ModuleType, plan: Plan) -> None:
+        self.module = module
+        self.plan = plan
+        self.timeline = Timeline(f"{plan['seed']}")
+        self.chance = self.timeline.chance("world")
+        self.server = Server(self.timeline, module, None)
+        self.server.delay = lambda: self.server.chance.uniform(NEAR, plan["delay"])
+        self.machines: list[Machine] = []
+        self.processes = {
+            name: Process(self, name, FIRST_PORT + number) for number, name in enumerate(plan["relays"])
+        }
+        self.clients: list[Client] = []
+
+    def play(self) -> list[dict[str, Any]]:
+        """Run the plan, and return the history."""
+        timeline = self.timeline
+        with surroundings(self.module, self):
+            timeline.note("run", source=self.plan["source"], relays=self.plan["relays"])
+            for process in self.processes.values():
+                process.start()
+            for step in self.plan["steps"]:
+                timeline.at(step["at"], getattr(self, f"_do_{step['do']}"), step)
+            timeline.run(BUSY + 1.0)
+            self._calm_down()
+            self._take_leave()
+            for machine in self.machines:
+                machine.bury()
+        return timeline.history
+
+    def note_exception(self, machine: Machine, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, psycopg2.extensions.QueryCanceledError):
+            return  # aiopg reports each
+        if machine.alive:
+            self.timeline.note("error", on=machine.name, text=f"{context.get('message')}: {error!r}")
+
+    def visit_time(self, machine: Machine) -> float:
+        """Return how long a blocking visit of the server takes."""
+        frozen = self.server.frozen_until > self.timeline.now
+        return 5.0 if frozen else 4 * self.server.delay() + self.chance.uniform(0.001, 0.01)
+
+    # Steps of the plan.
+
+    def _do_client(self, step: Step) -> None:
+        client = Client(
+            self.timeline,
+            step["name"],
+            step,
+            self.plan["relays"],
+            lambda door, link: self.processes[door].take(link),
+        )
+        self.clients.append(client)
+        client.open()
+
+    def _do_transact(self, step: Step) -> None:
+        if not self.server.up:
+            return
+        chance = self.timeline.chance(f"transaction {step['seed']}")
+        transaction = self.server.begin(durable=step["durable"])
+        left = step["events"]
+        count = itertools.count()
+        undo: Callable[[], None] | None = None
+
+        def publish() -> None:
+            nonlocal left, undo
+            if transaction.over:
+                return
+            if step["savepoints"]:
+                if undo is not None and chance.random() < 0.4:
+                    undo()
+                    undo = None
+                elif chance.random() < 0.5:
+                    undo = transaction.savepoint()
+            while left:
+                left -= 1
+                size = step["size"] and chance.randrange(step["size"])
+                tag = f"{step['name']}.{next(count)}"
+                data = write_data(tag, size, lines=chance.random() < 0.1)
+                name = chance.choice((None, None, "changed", "weird name: é"))
+                self._publish(transaction, tag, chance.choice(step["channels"]), data, name)
+                if step["pace"]:
+                    self.timeline.after(step["pace"] * chance.random(), publish)
+                    return
+            if step["ends"] == "commit":
+                transaction.commit()
+            else:
+                transaction.rollback()
+
+        publish()
+
+    def _publish(self, transaction: Any, tag: str, channel: str, data: str, name: str | None) -> None:
+        if self.server.log is None and name is not None:
+            payload = self.module.json.dumps({"event": name, "data": data}, ensure_ascii=False)
+            transaction.publish(tag, channel, payload)
+        else:
+            transaction.publish(tag, channel, data, name)
+
+    def _do_session(self, step: Step) -> None:
+        machine = self.processes[step["relay"]].machine
+        sessions = self.server.sessions_of(machine) if machine is not None else []
+        if not sessions:
+            return
+        chance = self.timeline.chance(f"session {step['seed']}")
+        session = chance.choice(sessions)
+        self.timeline.note("fault", on=step["relay"], kind=step["how"])
+        if step["how"] == "lost now":
+            session.lose()
+        elif step["how"] == "frozen":
+            session.frozen_until = self.timeline.now + step["for"]
+        else:
+            session.armed = step["how"]
+
+    def _do_server(self, step: Step) -> None:
+        self.timeline.note("fault", on="server", kind=step["how"])
+        if step["how"] == "freeze":
+            self.server.frozen_until = self.timeline.now + step["for"]
+            return
+        if step["how"] == "stop":
+            self.server.stop("terminating connection due to administrator command")
+        else:
+            self.server.stop("terminating connection because of crash of another server process", "57P02")
+        self.timeline.after(step["for"], self.server.start)
+
+    def _do_relay(self, step: Step) -> None:
+        process = self.processes[step["relay"]]
+        machine = process.machine
+        if machine is None or not machine.alive or machine.stopped:
+            return
+        self.timeline.note("fault", on=step["relay"], kind=step["how"])
+        if step["how"] == "kill":
+            process.kill()
+        elif step["how"] == "terminate":
+            machine.signal(signal.SIGTERM)
+        else:
+            machine.stop()
+        self.timeline.after(step["for"], process.ensure)
+
+    def _do_clock(self, step: Step) -> None:
+        machine = self.processes[step["relay"]].machine
+        if machine is not None:
+            self.timeline.note("fault", on=step["relay"], kind="clock")
+            machine.ahead += step["by"]
+
+    # The end.
+
+    def _calm_down(self) -> None:
+        """End the faults, let everybody become live, and send each a last event."""
+        timeline = self.timeline
+        self.server.start()
+        self.server.frozen_until = 0.0
+        for process in self.processes.values():
+            process.ensure()
+            timeline.after(3.0, process.ensure)
+        for client in self.clients:
+            client.settle()
+        end = timeline.now + SETTLING
+        timeline.run(
+            end,
+            lambda: (
+                all(client.live for client in self.clients)
+                and all(process.ready for process in self.processes.values())
+            ),
+        )
+        timeline.run(timeline.now + 6.0)
+        timeline.note("calm")
+        for client in self.clients:
+            if not client.live:
+                timeline.note("error", on=client.name, text="it is not live though the faults have ended")
+        last = self.server.begin()
+        for channel in self.plan["channels"]:
+            self._publish(last, f"end.{channel}", channel, write_data(f"end.{channel}", 0), None)
+        last.commit()
+        timeline.run(
+            timeline.now + ARRIVING,
+            lambda: all(
+                client.tags.issuperset(f"end.{channel}" for channel in client.channels)
+                for client in self.clients
+            ),
+        )
+        timeline.note("end", clients=[client.name for client in self.clients])
+
+    def _take_leave(self) -> None:
+        """Let everybody go, and look what is left; then end the relays."""
+        timeline = self.timeline
+        for client in self.clients:
+            client.go()
+        timeline.run(timeline.now + LEAVING + self.plan["settings"]["linger"])
+        for process in self.processes.values():
+            self._look_around(process)
+            if process.machine is not None:
+                process.machine.signal(signal.SIGTERM)
+        timeline.run(timeline.now + 4.0)
+        for process in self.processes.values():
+            if process.machine is not None and process.machine.alive:
+                timeline.note("left", on=process.name, what="it has not ended 4 s after SIGTERM")
+
+    def _look_around(self, process: Process) -> None:
+        machine = process.machine
+        if machine is None or not machine.alive:
+            self.timeline.note("left", on=process.name, what="it runs no more")
+            return
+        listening = [
+            name
+            for session in self.server.sessions_of(machine)
+            for name in session.listening
+            if not name.startswith("sse_relay")
+        ]
+        links = [file for file in machine.files.values() if isinstance(file, Socket) and file.link]
+        if listening or links:
+            self.timeline.note(
+                "left", on=process.name, what=f"LISTEN {sorted(listening)}, {len(links)} connections"
+            )
