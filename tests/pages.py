@@ -1,4 +1,4 @@
-"""The pages of the documentation, for the tests that hold them true: README.md and docs/*.md."""
+"""The pages of the documentation, for the tests that hold them true: README, changelog and docs/*.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Block(NamedTuple):
 @functools.cache
 def pages() -> dict[str, str]:
     """Return all pages' texts by their paths, such as ``docs/log.md``."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    paths = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 

@@ -100,7 +100,8 @@ def test_each_call_of_the_relay_is_understood() -> None:
 
 def test_each_option_named_in_the_docs_exists() -> None:
     known = {option for command in cli.commands.values() for one in command.params for option in one.opts}
-    named = {name for page in pages() for name in re.findall(r"`(--[a-z-]+)", prose(page))}
+    current = pages().keys() - {"CHANGELOG.md"}
+    named = {name for page in current for name in re.findall(r"`(--[a-z-]+)", prose(page))}
     assert named - known - {"--help"} == set()
 
 
