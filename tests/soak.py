@@ -1,4 +1,4 @@
-"""Hold idle clients for an hour, and tell whether the relay grows: in memory, descriptors, threads or tasks.
+"""Hold idle clients for an hour and report whether the relay grows: in memory, descriptors, threads or tasks.
 
 Usage: python tests/soak.py [--minutes 60] [--clients 1000] [--source log]
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import harness
 from sse_relay import apply_schema, raise_file_limit
 
-# The first ten are for warming up: allocators keep some of what was once used.
+# The first ten warm it up: allocators keep some of what was once used.
 SAMPLES = 40
 WARM_UP = 10
 MEMORY_MARGIN = 512  # KiB
@@ -32,7 +32,7 @@ COUNTING = """
 import asyncio, gc, runpy, signal, sys
 
 def count(number, frame):
-    # The relay collects seldom: what only waits for that is no leak.
+    # The relay collects rarely; what only waits for that is no leak.
     gc.collect()
     print("tasks:", len(asyncio.all_tasks(asyncio.get_running_loop())), file=sys.stderr, flush=True)
 
@@ -43,7 +43,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Sample(NamedTuple):
-    """What the relay holds at one moment; memory is what is resident, in KiB."""
+    """What the relay holds at one moment. Memory is resident, in KiB."""
 
     memory: float
     descriptors: float
@@ -70,7 +70,7 @@ def medians(samples: list[Sample]) -> Sample:
 @click.option("--clients", default=1000, show_default=True, help="How many.")
 @click.option("--source", type=click.Choice(["notify", "log"]), default="log", show_default=True)
 def soak(minutes: float, clients: int, source: str) -> None:
-    """Tell whether an idle relay grows."""
+    """Report whether an idle relay grows."""
     raise_file_limit()
     with harness.Server() as server:
         apply_schema(server.dsn)

@@ -1,4 +1,4 @@
-"""The benchmark's instruments count right, and its command runs; no figure is judged here."""
+"""The benchmark's instruments count correctly, and its command runs. No figure is judged here."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_load_client_counts_what_the_relay_sends(
         assert 0 < found.p50_ms <= found.p99_ms <= found.max_ms * 1.02 <= elapsed * 1020
         assert 0 < found.span_s <= found.elapsed_s <= elapsed
 
-        # What was published before a reset does not count after it.
+        # Events published before a reset do not count after it.
         late = next(payloads(1))
         load.reset()
         database.notify("ch0", late)
@@ -137,7 +137,7 @@ def test_a_bar_that_is_missed_is_told() -> None:
     }
     cpu, lost, *_ = report.table_of_bars({"steady": figures}).splitlines()[2:]
     assert cpu.endswith("| 1.50; 0.150;  | **no**; yes; not measured |")
-    # Of three rounds one lost one: no median hides it.
+    # One of three rounds lost an event: the median must not hide it.
     assert f"| {LOST} | 1.00 |" in lost
     assert lost.endswith("| **no** |")
 
@@ -179,7 +179,7 @@ def test_terminated_it_leaves_nothing_behind(open_folder: Path, tmp_path: Path) 
         assert "transactions 1/9" in running.stderr.readline()
         assert list(open_folder.iterdir())
         running.terminate()
-        # Its children hold this pipe, too: none is left at its end.
+        # Its children hold this pipe too, so none of them is left when it ends.
         running.stderr.read()
         assert running.wait(20) == 143
         assert not list(open_folder.iterdir())

@@ -34,11 +34,11 @@ CUTS = 200
 
 
 class Client:
-    """A client that is cut and comes back; parsers of others read what it got, up to the last whole block.
+    """A client that is cut and comes back. Other parsers read what it got, up to the last whole block.
 
     Attributes:
         seen: (name, data) of every event, over all its connections.
-        cut_in_resume: How often it was cut amid what it had missed.
+        cut_in_resume: How often it was cut while it resumed.
     """
 
     def __init__(self, relay: harness.Relay, channels: tuple[str, ...]) -> None:

@@ -146,7 +146,7 @@ def reset(client: socket.socket) -> None:
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Tell whether the relay has closed, without waiting; reads what it has sent before."""
+    """Return whether the relay has closed, without waiting; reads what it sent before."""
     client.setblocking(False)
     try:
         while client.recv(1 << 16):

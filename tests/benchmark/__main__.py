@@ -31,12 +31,12 @@ DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def say(text: str) -> None:
-    """Tell who waits how far it is; the tables alone go to standard output."""
+    """Report progress on standard error; only the tables go to standard output."""
     click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
 def run(bench: Bench, name: str, work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Do a work's rounds, each with the variants in turn, beginning with another one each time."""
+    """Run the rounds of a work. Each takes the variants in turn and begins with another one."""
     samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in work.variants}
     for turn in range(rounds):
         for place in range(len(work.variants)):
@@ -46,7 +46,7 @@ def run(bench: Bench, name: str, work: Work, rounds: int) -> dict[str, list[dict
             except BenchmarkError as error:
                 if variant == RELAY:
                     raise
-                # One peer that is missing or fails is told of, and ends nothing.
+                # A peer that is missing or fails is noted, and the others go on.
                 bench.note(f"{name}, {variant}: {error}")
                 continue
             samples[variant].append(figures)
@@ -83,7 +83,7 @@ def main(
     length: str, names: tuple[str, ...], rounds: int | None, json_file: Path | None, cache: Path
 ) -> None:
     raise_file_limit()
-    # All that runs ends with us, and what is temporary goes.
+    # Whatever we started ends with us, and temporary files go.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.sched_setaffinity(0, {LOAD_CORE})
     started = time.monotonic()

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, Self
 
 HERE = Path(__file__).resolve().parent
 PAYLOAD_BYTES = 100
-# One server is measured on one core, and all else runs on another: PostgreSQL, publisher, clients.
+# The server has a core of its own. Everything else runs on the other: PostgreSQL, publisher, clients.
 SERVER_CORE = min(os.sched_getaffinity(0))
 LOAD_CORE = max(os.sched_getaffinity(0))
 ALL_CORES = os.sched_getaffinity(0)
 ON_SERVER_CORE = ("taskset", "-c", str(SERVER_CORE))
-# Reserved by what is no client: libraries, the listening socket, epoll, PostgreSQL.
+# Descriptors that are no clients: libraries, the listening socket, epoll, PostgreSQL.
 SPARE_DESCRIPTORS = 200
 
 
 class BenchmarkError(Exception):
-    """What makes a figure worthless; the message says what happened."""
+    """A figure is worthless; the message says why."""
 
 
 def compile_c(name: str, folder: Path) -> Path:
@@ -42,7 +42,7 @@ def compile_c(name: str, folder: Path) -> Path:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has used, that of the kernel on its behalf included."""
+    """Return the CPU time that a process has used, including the kernel's on its behalf."""
     total = 0
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it, or a thread, has ended
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -51,7 +51,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_bytes(pids: Iterable[int]) -> int:
-    """Return the proportional set size of processes together."""
+    """Return the sum of the proportional set sizes of some processes."""
     total = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -61,7 +61,7 @@ def memory_bytes(pids: Iterable[int]) -> int:
 
 
 def socket_bytes(port: int) -> list[int]:
-    """Return what the kernel holds to be sent on each connection of a local port, greatest first."""
+    """Return how much the kernel still has to send on each connection of a local port, largest first."""
     output = subprocess.run(
         ["ss", "--tcp", "--memory", "--numeric", "--no-header", "state", "established", f"sport = :{port}"],
         check=True, capture_output=True, text=True,
@@ -88,7 +88,7 @@ def children(pid: int) -> list[int]:
 
 
 class Meter:
-    """CPU seconds of some processes since it was made, without those that have ended."""
+    """CPU seconds of some processes since this was made, without those that have ended."""
 
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
         self._pids = pids
@@ -102,7 +102,7 @@ class Meter:
 
 
 class Report(NamedTuple):
-    """What sseload has counted since its last reset; `sseload.c` says what is what."""
+    """What sseload has counted since its last reset; `sseload.c` explains the fields."""
 
     events: int
     least: int
@@ -178,7 +178,7 @@ class Load:
         self._read(30)
 
     def until(self, events: int, seconds: float) -> Report:
-        """Wait until so many events have come since the reset, at most so long; return what has come."""
+        """Wait until that many events have come since the reset, or for the timeout; return what has come."""
         self._say(f"until {events} {seconds}")
         return Report(**self._read(seconds + 30))
 
@@ -212,17 +212,17 @@ class Load:
 # ==== Publishing ==============================================================
 
 Send = Callable[[Sequence[str]], None]
-"""Publishes some payloads, in one transaction where there are transactions."""
+"""Publishes payloads, in one transaction where there are transactions."""
 
 
 def payloads(many: int) -> Iterator[str]:
-    """Make payloads that differ and carry the moment at which they were made."""
+    """Make payloads that differ and carry the time at which they were made."""
     for number in range(many):
         yield f"t={time.monotonic_ns()} i={number} ".ljust(PAYLOAD_BYTES, "x")
 
 
 def publish(send: Send, events: int, rate: float = 0.0, batch: int = 1) -> None:
-    """Publish so many events, ``batch`` at a time, at so many a second; 0: as fast as it goes."""
+    """Publish events, ``batch`` at a time, at a rate per second; 0 means as fast as possible."""
     started = time.monotonic()
     for done in range(0, events, batch):
         if rate and (early := started + done / rate - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""What one writes first: aiohttp-sse, a queue and a task for each client, aiopg's LISTEN.
+"""The relay that one writes first: aiohttp-sse, a queue and a task for each client, aiopg's LISTEN.
 
 Usage: python naive.py PORT DSN
 """
@@ -35,7 +35,7 @@ async def main(port: int, dsn: str) -> None:
     await runner.setup()
     async with aiopg.connect(dsn) as connection, connection.cursor() as cursor:
         await cursor.execute("LISTEN ch0")
-        # The queue of connections is as long as the other servers'.
+        # The backlog is as long as the other servers'.
         await web.TCPSite(runner, "127.0.0.1", port, backlog=4096).start()
         while True:
             notification = await connection.notifies.get()

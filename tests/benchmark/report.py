@@ -23,7 +23,7 @@ Samples = dict[str, dict[str, list[works.Figures]]]
 
 
 class Bar(NamedTuple):
-    """A figure that the relay shall reach: at most (or at least) so much, or so many times a peer's."""
+    """A figure that the relay has to reach: at most (or at least) a value, or a multiple of a peer's."""
 
     limit: float
     peer: str = ""
@@ -40,7 +40,7 @@ class Bar(NamedTuple):
         return f"{sign} {self.limit:,g}" + (f" × {self.peer}" if self.peer else "")
 
 
-# By work and figure. Nothing may be lost, and no client that reads may be cut, in any of them.
+# By work and figure. None of them may lose an event or cut a client that reads.
 BARS: dict[tuple[str, str], tuple[Bar, ...]] = {
     ("steady", CPU): (Bar(1.0, "nchan"), Bar(0.27, "naive"), Bar(1.7, "C limit")),
     ("steady", P50): (Bar(1.1, "nchan"),),
@@ -82,7 +82,7 @@ def figures_of(samples: Mapping[str, list[works.Figures]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Write a value with three digits that count."""
+    """Write a value with three significant digits."""
     if math.isnan(value):
         return ""
     digits = 0 if value == 0 or abs(value) >= 100 else 2 - math.floor(math.log10(abs(value)))
@@ -141,14 +141,14 @@ def table_of_variants(name: str, found: Mapping[str, list[works.Figures]]) -> st
 
 
 def version_of(*command: str | Path) -> str:
-    """Return the first version that a program tells."""
+    """Return the first version number that a program prints."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
     return found[0] if found else "of unknown version"
 
 
 def packages(python: Path, *names: str) -> str:
-    """Return packages with their versions, as an interpreter has them."""
+    """Return packages with the versions that an interpreter has."""
     program = (
         "import sys, importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
     )
@@ -158,7 +158,7 @@ def packages(python: Path, *names: str) -> str:
 
 
 def machine(bench: Bench, samples: Samples) -> str:
-    """Return what it was measured on and with: a paragraph."""
+    """Return a paragraph on the machine and the versions."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     with servers.connected(bench.postgres.dsn) as connection:
         postgres = connection.get_parameter_status("server_version")

@@ -38,7 +38,7 @@ from sse_relay import apply_schema
 
 RIVAL = "sse-relay-server"
 RIVAL_VERSION = "1.0.14"
-# Of these the naive relay and sse-relay-server are made; where both use a package, they have our version.
+# The packages of the naive relay and sse-relay-server, in our versions where we use them too.
 PEER_PACKAGES = (
     "aiohttp-sse",
     f"aiohttp=={importlib.metadata.version('aiohttp')}",
@@ -76,7 +76,7 @@ http {{
         location ~ ^/publish/(\\w+)$ {{
             nchan_publisher;
             nchan_channel_id $1;
-            # It too keeps events for clients that come back.
+            # It keeps events for clients that come back, as the relay does.
             nchan_message_buffer_length 1000;
             nchan_message_timeout 60s;
         }}
@@ -207,7 +207,7 @@ class Bench:
         return SERVERS[name](self)
 
     def load(self, server: Running, clients: int, *options: str, nice: int = 0, wait: bool = True) -> Load:
-        """Open streams of a server; ready are those that have their first comment, where it sends one."""
+        """Open streams of a server. They are ready once they have its first comment, if it sends one."""
         comments = ["--first-comment"] if server.comments else []
         return Load(
             self.sseload, server.port, clients, "--path", server.path, *comments, *options,
@@ -219,7 +219,7 @@ class Bench:
 
 
 def statement(one: str, many: str) -> Callable[[psycopg2.extensions.connection, Sequence[str]], None]:
-    """Return a function that publishes payloads by one of two statements: for one, and for an array."""
+    """Return a function that publishes payloads by one of two statements: for one, or for an array."""
 
     def send(connection: psycopg2.extensions.connection, payloads: Sequence[str]) -> None:
         with connection.cursor() as cursor:
@@ -246,7 +246,7 @@ def connected(dsn: str) -> Iterator[psycopg2.extensions.connection]:
 
 
 class HttpPublisher:
-    """Posts to nchan over one connection; several payloads in a row without waiting for each answer."""
+    """Posts to nchan over one connection, several payloads in a row without waiting for each answer."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), START_SECONDS)
@@ -329,7 +329,7 @@ def relay(
     postgres: harness.Server | None = None,
     bind: str | None = None,
 ) -> Iterator[Running]:
-    """The relay as one runs it: anybody may read, and the admin listener is on."""
+    """The relay as it is usually run: everybody may read, and the admin listener is on."""
     dsn = (postgres or bench.postgres).dsn
     send = notify if source == "notify" else publish_to_log
     admin = f"127.0.0.1:{harness.free_port()}"
@@ -370,7 +370,7 @@ def nchan(bench: Bench) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def naive(bench: Bench) -> Iterator[Running]:
-    """The relay that one writes first (`naive.py`)."""
+    """The naive relay (`naive.py`)."""
     port, dsn = harness.free_port(), bench.postgres.dsn
     program = (bench.peers / "python", HERE / "naive.py", str(port), dsn)
     with process(bench, *program, port=port) as running, connected(dsn) as connection:

@@ -44,7 +44,7 @@ CPU = "µs CPU per delivery"
 P50, P99 = "p50 ms", "p99 ms"
 LOST, CUT = "events lost", "clients cut"
 DELIVERIES = "deliveries/s"
-# The load client is what was measured if it used more of its core than this.
+# Above this share of its core, the load client itself was what was measured.
 BUSY = 0.9
 
 
@@ -66,7 +66,7 @@ class Work(NamedTuple):
 
 
 def fan_out(bench: Bench, name: str, done: Delivered) -> Figures:
-    """Return what deliveries are judged by."""
+    """Return the figures of some deliveries."""
     tell_if_busy(bench, name, done)
     return {
         CPU: done.microseconds,
@@ -83,7 +83,7 @@ def tell_if_busy(bench: Bench, name: str, done: Delivered) -> None:
 
 
 def warm_up(load: Load, server: Running, readers: int | None = None) -> None:
-    """Deliver a few events: what is only done once is no part of the figures."""
+    """Deliver a few events, so that what happens only once is not in the figures."""
     done = deliver(load, server.pids, server.send, 10, 100.0, readers=readers)
     if done.lost:
         raise BenchmarkError(f"while warming up: {done.report}")
@@ -119,11 +119,11 @@ def many(bench: Bench, name: str) -> Figures:
 
 
 def burst(bench: Bench, name: str) -> Figures:
-    """Publish 500 events, each alone, as fast as they can be had from one publisher."""
+    """Publish 500 events, each in a transaction of its own, as fast as one publisher can."""
     found: list[Delivered] = []
     with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
         warm_up(load, server)
-        # A slow server shows in one burst how slow it is.
+        # One burst is enough to show how slow a slow server is.
         while not found or (len(found) < 3 and found[0].report.span_s < 1):
             batch = server.pipelined
             found.append(deliver(load, server.pids, server.send, 500, batch=batch, timeout=60.0))
@@ -153,13 +153,13 @@ def torrent(bench: Bench, name: str) -> Figures:
 
 
 def arrivals(bench: Bench, name: str) -> Figures:
-    """All at once, and for a second, clients arrive while others read: what the others notice."""
+    """Let clients arrive all at once, and over a second, and measure what those already reading notice."""
     events = int(50 * bench.seconds(1, 1))
     with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
         warm_up(load, server)
         alone = deliver(load, server.pids, server.send, events, 50.0)
         arriving = bench.clients(5_000)
-        # It gives way, so that on the load's core nobody waits for it.
+        # It is nice, so that nothing on the load's core waits for it.
         with bench.load(
             server, arriving, "--inflight", str(arriving), "--address-base", "2", nice=5, wait=False
         ) as more:
@@ -180,7 +180,7 @@ def arrivals(bench: Bench, name: str) -> Figures:
 
 
 def heartbeat(bench: Bench, name: str) -> Figures:
-    """Ten thousand idle streams: all that the relay does then, heartbeats, canaries and all."""
+    """Hold ten thousand idle streams: heartbeats, canaries and whatever else the relay does then."""
     interval = 15 if bench.full else 5
     seconds = 60.0 if bench.full else 5.0 if not bench.tiny else 1.0
     with (
@@ -234,7 +234,7 @@ def stall(bench: Bench, stopped: int) -> tuple[Report, int, float]:
 
 
 def stalled(bench: Bench, name: str) -> Figures:
-    """None stalled, then five of 200; memory from a hundred of 200, of which each holds as much."""
+    """Stall none, then five of 200 clients; take the memory from a hundred stalled ones."""
     none, none_lost, none_held = stall(bench, 0)
     five, five_lost, _ = stall(bench, 5)
     hundred, hundred_lost, hundred_held = stall(bench, 100)
@@ -284,7 +284,7 @@ def rival(bench: Bench, name: str) -> Figures:
     clients = min(bench.clients(9_000), 90)
 
     def as_json(send: Send, texts: Sequence[str]) -> None:
-        # The form that both read.
+        # Both read this form.
         send([f'{{"event": "message", "data": "{text}"}}' for text in texts])
 
     with begin as server, bench.load(server, clients) as load:
@@ -329,7 +329,7 @@ def log_read(bench: Bench, name: str) -> Figures:
 
 @contextlib.contextmanager
 def restarted(bench: Bench, events: int) -> Iterator[tuple[Running, str]]:
-    """Publish to the log, then give a relay whose memory holds nothing of it, and the position before it."""
+    """Publish to the log; yield a relay whose memory holds none of it, and the position before it."""
     dsn = bench.postgres.dsn
     with servers.relay(bench, source="log") as server, bench.load(server, 1) as load:
         before = epoch_and_number(dsn)
@@ -339,7 +339,7 @@ def restarted(bench: Bench, events: int) -> Iterator[tuple[Running, str]]:
 
 
 def catch_up(bench: Bench, name: str) -> Figures:
-    """One client resumes from the table as many events as one may."""
+    """One client resumes from the table, with as many events as one resume may have."""
     events = bench.events(10_000, 10_000)
     with restarted(bench, events) as (server, before):
         meter = Meter(server.pids)
@@ -431,7 +431,7 @@ INSIDE = {
 
 
 def closed_loop(dsn: str, sql: str, connections: int, seconds: float) -> float:
-    """Transactions per second of connections that each run a statement in autocommit, again and again."""
+    """Transactions per second of connections that each repeat a statement in autocommit."""
     done = [0] * connections
     ready = threading.Barrier(connections + 1, timeout=20)
     stop = threading.Event()
@@ -459,7 +459,7 @@ def closed_loop(dsn: str, sql: str, connections: int, seconds: float) -> float:
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """Let this process run anywhere: it publishes, and no relay's CPU is read."""
+    """Let this process run on any core: it publishes, and no relay's CPU is read."""
     os.sched_setaffinity(0, ALL_CORES)
     try:
         yield
@@ -468,7 +468,7 @@ def all_cores() -> Iterator[None]:
 
 
 def publishing(bench: Bench, name: str) -> Figures:
-    """What a way to publish costs its transaction: PostgreSQL on all cores, tables emptied each time."""
+    """Measure what a way to publish costs its transaction, with PostgreSQL on all cores and empty tables."""
     figures: Figures = {}
     seconds = bench.seconds(0.3, 0.7)
     for disk, postgres in (("fsync on", bench.durable_postgres), ("fsync off", bench.free_postgres)):
@@ -508,7 +508,7 @@ def publishing(bench: Bench, name: str) -> Figures:
 
 
 def delay(bench: Bench, name: str) -> Figures:
-    """From before the commit to the client, 200 events a second, PostgreSQL on all cores."""
+    """Measure from before the commit to the client, 200 events a second, PostgreSQL on all cores."""
     figures: Figures = {}
     for disk, postgres in (("fsync on", bench.durable_postgres), ("fsync off", bench.free_postgres)):
         with servers.relay(bench, source=name, postgres=postgres) as server, bench.load(server, 1) as load:
@@ -552,7 +552,7 @@ MOST = "as many as descriptors allow"
 
 
 def hold_listeners(dsn: str, many: int, ready: multiprocessing.synchronize.Event) -> None:
-    """Be so many sessions that LISTEN and take what comes, as relays do."""
+    """Hold sessions that LISTEN and read what comes, as relays do."""
     connections = []
     for _ in range(many):
         connection = psycopg2.connect(dsn)
@@ -567,7 +567,7 @@ def hold_listeners(dsn: str, many: int, ready: multiprocessing.synchronize.Event
 
 
 def listeners(bench: Bench, name: str) -> Figures:
-    """One publisher's NOTIFYs, each a transaction, while so many sessions LISTEN to its channel."""
+    """Measure one publisher's NOTIFYs, each a transaction, while sessions LISTEN to its channel."""
     postgres = bench.free_postgres
     ready = multiprocessing.get_context("spawn").Event()
     holder = multiprocessing.get_context("spawn").Process(
@@ -594,7 +594,7 @@ def listeners(bench: Bench, name: str) -> Figures:
 
 
 def relays(bench: Bench, name: str) -> Figures:
-    """So many relays on one log: what each adds to the delay, and to publishing as fast as it goes.
+    """Run several relays on one log, and measure what each adds to the delay and to publishing at full speed.
 
     All are on the server's core, which in use they would not share.
     """
@@ -618,7 +618,7 @@ def relays(bench: Bench, name: str) -> Figures:
         P99: paced.report.p99_ms,
         "µs CPU of one relay per event": paced.microseconds,
         "publish/s, 8 at once": rate,
-        # What is published while the connections begin and end comes on top of rate times seconds.
+        # More than rate times seconds is published, because connections take time to begin and end.
         "% delivered a second later": min(100.0, 100 * fast.events / (rate * seconds)),
         LOST: paced.lost,
     }
