@@ -101,6 +101,7 @@ import psycopg2
 import psycopg2.extensions
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
+from aiohttp.http_exceptions import LineTooLong
 
 __version__ = "0.1.0"
 
@@ -160,8 +161,18 @@ ACCEPTS_PER_TURN: Final = 16
 # Sockets that are looked at in one turn of the loop: some 5 ms of work if each is a new client.
 SOCKETS_PER_TURN: Final = 64
 LISTEN_BACKLOG: Final = 4096
-# Connections without a request in work, some 6 KiB each.
+# Connections without a request in work, some 6 KiB each, and what they may have sent of one.
 MAX_WAITING: Final = 10_000
+MAX_WAITING_BYTES: Final = 16 * MIB
+# On the admin listener: among the descriptors that clients cannot take.
+MAX_WAITING_ADMIN: Final = 32
+# A real site's cookies; more are refused in the stream, up to the most that one header may have, and
+# all of a request's headers together.
+MAX_COOKIE_BYTES: Final = 32 * KIB
+MAX_FIELD_BYTES: Final = 64 * KIB
+MAX_REQUEST_BYTES: Final = 96 * KIB
+# What a preflight asks for; the names are sent back.
+MAX_ASKED_HEADERS_BYTES: Final = KIB
 # Descriptors that clients cannot take: the database, the log, listening sockets.
 RESERVED_DESCRIPTORS: Final = 64
 
@@ -181,6 +192,8 @@ MODULE_MAX_AGE: Final = 600
 STATUS_INTERVAL: Final = 5.0
 # For a connection's first request to arrive whole.
 REQUEST_TIMEOUT: Final = 10.0
+# Lines of the log about refusals in one second; a stranger can cause 20,000.
+MAX_REFUSAL_LINES: Final = 10
 STOP_TIMEOUT: Final = 1.5
 LATE_REQUESTS: Final = 0.2
 # A client that is cut again within this time waits longer before it comes back.
@@ -708,7 +721,9 @@ def parse_target(target: str, prefix: str) -> Target:
     )
 
 
-# ==== Tokens ==================================================================
+# ==== Access ==================================================================
+
+# Who may read what: keys, tokens, origins and hosts. Pure; a request's headers come as a mapping.
 
 
 class Grant(NamedTuple):
@@ -916,6 +931,150 @@ def sign_token(
         algorithm=key.algorithm,
     )
     return token
+
+
+@dataclass
+class Access:
+    """Who may read what."""
+
+    # What anybody may read.
+    channels: re.Pattern[str]
+    # Foreign origins whose pages may read.
+    origins: re.Pattern[str]
+    # Those that tokens are signed with; none: no token opens anything.
+    keys: Sequence[Key] = ()
+    # Name of the cookie that may hold a token.
+    cookie: str | None = None
+    # When each subject's tokens were revoked, in seconds since 1970, the latest at the end; None
+    # where nothing can revoke them.
+    revoked: dict[str, float] | None = None
+
+    def revoke(self, subject: str, stamp: float) -> None:
+        """Refuse this subject's tokens that were issued up to this time from now on."""
+        if self.revoked is None:
+            self.revoked = {}
+        self.revoked[subject] = max(stamp, self.revoked.pop(subject, stamp))
+        while self.revoked[oldest := next(iter(self.revoked))] < stamp - REVOCATION_KEPT:
+            del self.revoked[oldest]
+
+    def check(
+        self, channels: Iterable[str], token: str | None, now: float, only_tokens: bool = False
+    ) -> Grant | None:
+        """Return the grant that opens these channels, None if they are open to everybody.
+
+        Args:
+            only_tokens: Nothing is open to everybody.
+
+        Raises:
+            RefusedError: 401 for no token or a bad one, 403 for a good one that does not
+                open all of the channels.
+        """
+        closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
+        if not closed:
+            return None
+        if not self.keys and only_tokens:
+            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
+        if not self.keys:
+            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+        if not token:
+            raise RefusedError(401, "this channel needs a token")
+        grant = verify_token(token, self.keys, now)
+        if self.revoked is not None and grant.subject is not None:
+            if grant.issued <= self.revoked.get(grant.subject, -math.inf):
+                raise RefusedError(401, "the token was revoked: its subject has signed out")
+            if 0 < grant.issued < now - REVOCATION_KEPT:
+                raise RefusedError(401, "the token was issued more than 30 days ago (iat)")
+        if not all(grant.channels.fullmatch(channel) for channel in closed):
+            raise RefusedError(403, "the token does not open this channel")
+        return grant
+
+    def cors(self, headers: Mapping[str, str], authority: str | None, preflight: bool) -> dict[str, str]:
+        """Return the CORS headers for a page of another origin.
+
+        Raises:
+            RefusedError: 403, its origin is not allowed.
+        """
+        origin = foreign_origin(headers, authority)
+        if origin is None:
+            return {}
+        if not self.origins.fullmatch(origin):
+            raise RefusedError(403, "pages of this origin may not read (--allow-origin)")
+        answer = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        # Any page can make a frame with the origin null, so it must not act for its visitor.
+        if origin != "null":
+            answer["Access-Control-Allow-Credentials"] = "true"
+        if preflight:
+            asked = headers.get("Access-Control-Request-Headers", "")
+            names = [name.strip() for name in asked[:MAX_ASKED_HEADERS_BYTES].split(",")]
+            answer |= {
+                "Access-Control-Allow-Methods": "GET, HEAD",
+                "Access-Control-Allow-Headers": ", ".join(
+                    dict.fromkeys(
+                        ["Authorization", "Cache-Control", "Last-Event-ID", *filter(HEADER_NAME, names)]
+                    )
+                ),
+                "Access-Control-Max-Age": "600",
+                "Vary": "Origin, Access-Control-Request-Headers",
+            }
+        return answer
+
+
+# RFC 9110, section 5.6.2.
+HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII).fullmatch
+# What a browser sends as an Origin: web pages, and those of apps and extensions.
+ORIGIN: Final = re.compile(
+    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}",
+    re.ASCII,
+)
+
+
+def compile_origins(origins: Iterable[str]) -> re.Pattern[str]:
+    """Compile origins to one pattern for `re.Pattern.fullmatch`.
+
+    In them ``*`` stands for one label of the host's name, a part of it, or the port.
+    """
+    parts = ["[a-z0-9_-]*".join(map(re.escape, origin.split("*"))) for origin in origins]
+    return re.compile("|".join(parts) if parts else r"(?!)", re.ASCII)
+
+
+def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> str | None:
+    """Return the request's Origin if it is another than the request's own.
+
+    A proxy that ends TLS says so with X-Forwarded-Proto; of several proxies, the first. No page
+    can set that header without a preflight, which is answered for allowed origins only.
+
+    Args:
+        authority: Of a target in absolute form; it then counts in place of Host.
+    """
+    origin = headers.get("Origin")
+    if origin is None:
+        return None
+    scheme = headers.get("X-Forwarded-Proto", "http").partition(",")[0].strip().lower()
+    host = (headers.get("Host", "") if authority is None else authority).lower()
+    default_port = {"http": ":80", "https": ":443"}.get(scheme)
+    return None if origin == f"{scheme}://{host.removesuffix(default_port or '/')}" else origin
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an IP address, without brackets, is one of this machine's own."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
+    """Return whether a Host header names this machine itself.
+
+    Args:
+        bound: Names that --bind gives.
+    """
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\s.:@/?#\[\]][^\s:@/?#\[\]]*))(:[0-9]*)?", host.lower())
+    if match is None:
+        return False
+    name = (match[1] or match[2]).removesuffix(".")
+    return name == "localhost" or name.endswith(".localhost") or name in bound or is_loopback(name)
 
 
 # ==== Replay memory ===========================================================
@@ -3200,75 +3359,6 @@ STREAM_HEADERS: Final = {
 HTTP_10_COMMENT: Final = b": HTTP/1.0\n"
 
 
-@dataclass
-class Access:
-    """Who may read what."""
-
-    # What anybody may read.
-    channels: re.Pattern[str]
-    # Foreign origins whose pages may read.
-    origins: re.Pattern[str]
-    # Those that tokens are signed with; none: no token opens anything.
-    keys: Sequence[Key] = ()
-    # Name of the cookie that may hold a token.
-    cookie: str | None = None
-    # When each subject's tokens were revoked, in seconds since 1970, the latest at the end; None
-    # where nothing can revoke them.
-    revoked: dict[str, float] | None = None
-
-    def revoke(self, subject: str, stamp: float) -> None:
-        """Refuse this subject's tokens that were issued up to this time from now on."""
-        if self.revoked is None:
-            self.revoked = {}
-        self.revoked[subject] = max(stamp, self.revoked.pop(subject, stamp))
-        while self.revoked[oldest := next(iter(self.revoked))] < stamp - REVOCATION_KEPT:
-            del self.revoked[oldest]
-
-    def check(
-        self, channels: Iterable[str], token: str | None, now: float, only_tokens: bool = False
-    ) -> Grant | None:
-        """Return the grant that opens these channels, None if they are open to everybody.
-
-        Args:
-            only_tokens: Nothing is open to everybody.
-
-        Raises:
-            RefusedError: 401 for no token or a bad one, 403 for a good one that does not
-                open all of the channels.
-        """
-        closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
-        if not closed:
-            return None
-        if not self.keys and only_tokens:
-            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
-        if not self.keys:
-            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
-        if not token:
-            raise RefusedError(401, "this channel needs a token")
-        grant = verify_token(token, self.keys, now)
-        if self.revoked is not None and grant.subject is not None:
-            if grant.issued <= self.revoked.get(grant.subject, -math.inf):
-                raise RefusedError(401, "the token was revoked: its subject has signed out")
-            if 0 < grant.issued < now - REVOCATION_KEPT:
-                raise RefusedError(401, "the token was issued more than 30 days ago (iat)")
-        if not all(grant.channels.fullmatch(channel) for channel in closed):
-            raise RefusedError(403, "the token does not open this channel")
-        return grant
-
-
-def foreign_origin(headers: Mapping[str, str]) -> str | None:
-    """Give the request's Origin if it is another than the request's own.
-
-    A proxy that ends TLS says so with X-Forwarded-Proto. No page can set that header
-    without a preflight, which is answered for allowed origins only.
-    """
-    origin = headers.get("Origin")
-    if origin is None:
-        return None
-    scheme = headers.get("X-Forwarded-Proto", "http")
-    return None if origin == f"{scheme}://{headers.get('Host', '')}" else origin
-
-
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
     """Format a time in whole seconds as HTTP wants it (RFC 9110, section 5.6.7)."""
@@ -3307,6 +3397,25 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
     subscriber.transport = transport
 
 
+def _asked(request: web.BaseRequest, path: str | None) -> str:
+    """Return channel and origin of a request for the log.
+
+    Of nothing else that a client sends is it known that it holds no token.
+
+    Args:
+        path: Where the stream routes begin, None if it asks for something else.
+    """
+    text = ""
+    with contextlib.suppress(RefusedError):
+        if path is not None:
+            first, *others = parse_target(split_target(request.raw_path)[1], path).channels
+            text = f"; channel {first!a}" + (f" and {len(others)} more" if others else "")
+    origin = request.headers.get("Origin")
+    if origin is not None:
+        text += f"; origin {origin if ORIGIN.fullmatch(origin) else 'unreadable'}"
+    return text
+
+
 class Streams:
     """Turns HTTP requests into subscribers.
 
@@ -3341,6 +3450,8 @@ class Streams:
         self._retry = retry
         self._max_clients = max_clients
         self._max_backlog = max_backlog
+        # In the present second.
+        self._refusals = 0
         # asyncio itself keeps no task alive.
         self._waking: asyncio.Task[None] | None = None
         source.on_listening = self._wake
@@ -3355,21 +3466,25 @@ class Streams:
             only_tokens: Nothing is open to everybody there.
         """
         path = path or self._path
-        is_stream = is_stream_path(request.raw_path.partition("?")[0], path)
+        authority, text = split_target(request.raw_path)
         headers: dict[str, str] = {}
         try:
-            if not is_stream:
+            if not is_stream_path(text.partition("?")[0], path):
                 raise RefusedError(404, f"there is nothing here: streams are at {path}")
-            headers = self._cors(request.headers)
+            headers = self._access.cors(request.headers, authority, request.method == "OPTIONS")
             if request.method == "OPTIONS":
                 return web.Response(status=204, headers={**headers, "Allow": "GET, HEAD, OPTIONS"})
             if request.method not in ("GET", "HEAD"):
                 raise RefusedError(405, "streams are read with GET")
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
-            target = parse_target(request.raw_path, path)
-            token = self._token(request, target)
-            grant = self._access.check(target.channels, token, time.time(), only_tokens)
+            cookies = sum(map(len, request.headers.getall("Cookie", ())))
+            if cookies > MAX_COOKIE_BYTES:
+                raise RefusedError(431, f"the cookies have {cookies} bytes, at most 32 KiB are possible")
+            target = parse_target(text, path)
+            grant = self._access.check(
+                target.channels, self._token(request, target), time.time(), only_tokens
+            )
             if len(self._hub.subscribers) >= self._max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
@@ -3385,53 +3500,67 @@ class Streams:
             places = "".join(traceback.format_tb(bug.__traceback__))
             log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
             refused = RefusedError(503, "an error of sse-relay's own")
-        accepts = request.headers.getall("Accept", ())
-        in_band = is_stream and request.method == "GET" and any(EVENT_STREAM in value for value in accepts)
-        return self._refuse(refused, headers, in_band)
+        return self.refuse(request, refused, path, headers)
 
-    def _cors(self, request_headers: Mapping[str, str]) -> dict[str, str]:
-        """Give the CORS headers of an allowed foreign origin; refuse the others."""
-        origin = foreign_origin(request_headers)
-        if origin is None:
-            return {}
-        if not self._access.origins.fullmatch(origin):
-            raise RefusedError(403, "pages of this origin may not read (--allow-origin)")
-        return {
-            "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Credentials": "true",
-            "Access-Control-Allow-Methods": "GET, HEAD",
-            "Access-Control-Allow-Headers": "Authorization, Cache-Control, Last-Event-ID",
-            "Access-Control-Max-Age": "600",
-            "Vary": "Origin",
-        }
-
-    def _refuse(self, refused: RefusedError, headers: dict[str, str], in_band: bool) -> web.Response:
+    def refuse(
+        self,
+        request: web.BaseRequest,
+        refused: RefusedError,
+        path: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> web.Response:
         """Answer a request that gets no stream.
 
         A client that asks for an event stream cannot read a status, and many hammer on
         one: it is told in the stream, to wait for a day or, if the reason will pass, to
         come back.
+
+        Args:
+            path: Where the stream routes begin; those of --path if None.
+            headers: For a page of another origin.
         """
-        log.info("refused with %d: %s", refused.status, refused.reason)
-        self._hub.counts.refusals[refused.status] += 1
+        headers = headers or {}
+        path = path or self._path
+        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
+        self.count_refusal(refused, lambda: _asked(request, path if is_stream else None))
         passing = refused.status == 503
         retry = retry_after(self._retry, len(self._hub.subscribers))
-        if in_band:
+        accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
+        if is_stream and accepts and request.method == "GET":
             data = {"status": refused.status, "reason": refused.reason}
             final = b"retry: %d\n%b" % (NEVER_MS, encode_control("refused", data))
             body = encode_retry(retry) if passing else final
             return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
+        fields = {"Cache-Control": "no-store", **headers}
         if passing:
-            headers["Retry-After"] = str(-(-retry // 1000))
+            fields["Retry-After"] = str(-(-retry // 1000))
         if refused.status == 405:
-            headers["Allow"] = "GET, HEAD, OPTIONS"
+            fields["Allow"] = "GET, HEAD, OPTIONS"
         problem = {"title": "refused", "status": refused.status, "detail": refused.reason}
         return web.Response(
             status=refused.status,
             text=json.dumps(problem) + "\n",
             content_type="application/problem+json",
-            headers={"Cache-Control": "no-store", **headers},
+            headers=fields,
         )
+
+    def count_refusal(self, refused: RefusedError, asked: Callable[[], str] = str) -> None:
+        """Count a refusal, and log it unless this second's lines are used up.
+
+        Args:
+            asked: Returns what the line adds about the request.
+        """
+        self._hub.counts.refusals[refused.status] += 1
+        if not self._refusals:
+            asyncio.get_running_loop().call_later(1.0, self._end_refusals)
+        self._refusals += 1
+        if self._refusals <= MAX_REFUSAL_LINES:
+            log.info("refused with %d: %s%s", refused.status, refused.reason, asked())
+
+    def _end_refusals(self) -> None:
+        more, self._refusals = self._refusals - MAX_REFUSAL_LINES, 0
+        if more > 0:
+            log.info("refused %d more requests within one second", more)
 
     async def _open(
         self, request: web.BaseRequest, target: Target, headers: dict[str, str], grant: Grant | None
@@ -3482,12 +3611,14 @@ class Streams:
         return resume
 
     def _token(self, request: web.BaseRequest, target: Target) -> str | None:
-        """Give the request's token: bearer header, then cookie, then ``?access_token=``."""
+        """Return the request's token: bearer header, then cookie, then ``?access_token=``."""
         scheme, _, value = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return value.strip()
         cookie = self._access.cookie
-        return (request.cookies.get(cookie) if cookie else None) or target.token
+        if cookie and request.headers.get("Origin") != "null":
+            return request.cookies.get(cookie) or target.token
+        return target.token
 
     def _key(self, request: web.BaseRequest, target: Target) -> int:
         headers = request.headers
@@ -3695,6 +3826,11 @@ def read_page(place: Literal["admin", "demo"]) -> tuple[str, str]:
     return text, policy
 
 
+def answer_live() -> web.Response:
+    """Return that the process answers, and no more."""
+    return web.json_response({"live": True}, headers={"Cache-Control": "no-store"})
+
+
 def answer_page(place: Literal["admin", "demo"]) -> web.Response:
     text, policy = read_page(place)
     headers = {
@@ -3710,7 +3846,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
     headers = {"Cache-Control": "no-store"}
     if request.method not in ("GET", "HEAD"):
         return web.Response(status=405, headers={**headers, "Allow": "GET, HEAD"})
-    path = request.raw_path.partition("?")[0]
+    path = split_target(request.raw_path)[1].partition("?")[0]
     if is_stream_path(path, ADMIN_STREAMS):
         return await relay.streams.handle(request, ADMIN_STREAMS, relay.only_tokens_at_admin)
     match path:
@@ -3719,7 +3855,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
         case "/status":
             return answer_status(relay)
         case "/live":
-            return web.json_response({"live": True}, headers=headers)
+            return answer_live()
         case "/ready":
             answer = readiness(relay)
             return web.json_response(answer, status=200 if answer["ready"] else 503, headers=headers)
@@ -3792,37 +3928,12 @@ def watchdog_interval() -> float | None:
     return int(microseconds) / 2e6 if microseconds.isdigit() else None
 
 
-# ==== Relay ===================================================================
+# ==== Listening ===============================================================
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What `run` is told; named like its options."""
-
-    dsn: str
-    source: str = "notify"
-    bind: tuple[str, ...] = ()
-    admin: str | None = None
-    path: str = "/events"
-    heartbeat: float = 15.0
-    retry: int = 2000
-    memory: int = 64 * MIB
-    linger: float = 60.0
-    max_clients: int | None = None
-    max_channels: int = 10_000
-    max_backlog: int = 256 * KIB
-    max_age: float | None = None
-    allow_channel: tuple[str, ...] = ()
-    allow_origin: tuple[str, ...] = ()
-    jwt_key_file: tuple[Path, ...] = ()
-    jwt_cookie: str | None = None
-    loop: str = "asyncio"
-
+# Addresses, sockets, and what strangers may hold open before they ask for anything. Knows aiohttp,
+# and nothing of streams.
 
 Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
-# Further routes, by method and path.
-PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
-Pages = Mapping[tuple[str, str], PageHandler]
 
 
 def raise_file_limit() -> int:
@@ -3849,44 +3960,77 @@ def split_address(bind: str) -> tuple[str, int] | Path:
 
 
 def is_local(bind: str) -> bool:
-    """Tell whether only this machine can reach an address: loopback or a unix socket."""
+    """Return whether only this machine can reach an address: loopback or a unix socket."""
     address = split_address(bind)
-    if isinstance(address, Path):
-        return True
-    try:
-        return ipaddress.ip_address(address[0]).is_loopback
-    except ValueError:
-        return address[0] == "localhost"  # 127.0.0.1.example is a name like any other
+    # 127.0.0.1.example is a name like any other.
+    return isinstance(address, Path) or address[0] == "localhost" or is_loopback(address[0])
 
 
-def open_socket(bind: str, option: str = "--bind") -> socket.socket:
-    """Bind a listening socket.
+def address_of(sock: socket.socket) -> str:
+    """Return a listening socket's address in the form of --bind."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
+
+
+def open_sockets(bind: str, option: str = "--bind") -> list[socket.socket]:
+    """Bind a listening socket to each address that a name stands for; ``*`` is all of this machine.
 
     Raises:
-        click.ClickException: It cannot be bound; with what to do.
+        click.UsageError: This address can never be bound.
+        click.ClickException: Another program listens there, or it cannot be bound at present.
     """
     address = split_address(bind)
     try:
         if isinstance(address, Path):
-            return _open_unix_socket(address)
-        family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(target)
-            # Now, not when serving begins: two relays must not both believe they have it.
-            sock.listen(LISTEN_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            return [_open_unix_socket(address)]
+        return _open_tcp_sockets(*address)
     except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host looks like this
         number = error.errno if isinstance(error, OSError) else None
-        hint = f"choose another with {option}"
-        if number == errno.EADDRINUSE:
-            hint = f"another program, perhaps another relay, listens there; {hint}"
         reason = os.strerror(number) if number and number > 0 else str(error)
-        raise click.ClickException(f"cannot listen on {bind}: {reason}; {hint}") from None
+        remedy = f"choose another with {option}"
+        if number == errno.EADDRINUSE:
+            remedy = f"another program, perhaps another relay, listens there; {remedy}"
+        # A name may be known later, an interface be up, the other program be gone.
+        passing = isinstance(error, socket.gaierror) or number in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+        kind = click.ClickException if passing else click.UsageError
+        raise kind(f"cannot listen on {bind}: {reason}; {remedy}") from None
+
+
+def _open_tcp_sockets(host: str, port: int) -> list[socket.socket]:
+    found = socket.getaddrinfo(
+        None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    targets = dict.fromkeys((family, target) for family, _, _, _, target in found)
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, target in targets:
+        # One port for all, where the system chooses it.
+        chosen = sockets[0].getsockname()[1] if sockets else port
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            failure = error
+            continue
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6 and len(targets) > 1:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((target[0], chosen, *target[2:]))
+            # Now, not when serving begins: two relays must not both believe they have it.
+            sock.listen(LISTEN_BACKLOG)
+            sockets.append(sock)
+        except OSError as error:
+            sock.close()
+            failure = error
+            if error.errno == errno.EADDRINUSE:
+                break
+    if failure is not None and (failure.errno == errno.EADDRINUSE or not sockets):
+        for sock in sockets:
+            sock.close()
+        raise failure
+    return sockets
 
 
 def _open_unix_socket(path: Path) -> socket.socket:
@@ -3913,11 +4057,238 @@ def _open_unix_socket(path: Path) -> socket.socket:
     return sock
 
 
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another of the same name, None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+TOO_LARGE: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+)
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's protocol of one connection, for a `Door`."""
+
+    __slots__ = ("door", "unfinished")
+
+    def __init__(self, door: Door, **options: Any) -> None:
+        super().__init__(door, loop=asyncio.get_running_loop(), **options)
+        self.door = door
+        # Bytes that have come since the last whole request.
+        self.unfinished = 0
+
+    def data_received(self, data: bytes) -> None:
+        requests = self._request_count
+        super().data_received(data)
+        self.door.received(self, 0 if self._request_count > requests else self.unfinished + len(data))
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no request; aiohttp's message would quote it."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        refused = RefusedError(400, "this is no valid HTTP request")
+        if isinstance(exc, LineTooLong):
+            refused = RefusedError(431, "the request's target or a header is too long")
+        self.door.refused(refused)
+        response = web.Response(status=refused.status, text=f"{refused.reason}\n")
+        response.force_close()
+        return response
+
+
+class Door(web.Server):
+    """aiohttp's server, with bounds on what strangers hold open before they ask for anything.
+
+    aiohttp waits for the end of a request's headers without limit, and where descriptors run
+    out asyncio stops accepting for a second.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        room: Callable[[], int],
+        refused: Callable[[RefusedError], object],
+        max_request: int = MAX_REQUEST_BYTES,
+    ) -> None:
+        """Args:
+        room: Returns how many connections may wait for their next request.
+        refused: Called with what is answered without the handler.
+        max_request: Bytes of one request.
+        """
+        super().__init__(self._serve, handler_cancellation=True)
+        self.refused = refused
+        self._handler = handler
+        self._room = room
+        self._max_request = max_request
+        # Those without a request in work, with the loop time at which they are closed.
+        self._waiting: dict[Connection, float] = {}
+        # What they and all others have sent of requests that are not whole.
+        self._unfinished = 0
+        self._options = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_TIMEOUT,
+            "logger": _quiet_http_log(),
+            "max_field_size": MAX_FIELD_BYTES,
+            "max_line_size": MAX_FIELD_BYTES,
+            "tcp_keepalive": False,  # heartbeats find a client that is gone
+        }
+
+    def __call__(self) -> Connection:
+        return Connection(self, **self._options)
+
+    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._wait(handler, REQUEST_TIMEOUT)
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self._waiting.pop(handler, None)
+        self.received(handler, 0)
+
+    def received(self, connection: Connection, unfinished: int) -> None:
+        """Note how much of a request a connection has sent; close what has too much."""
+        self._unfinished += unfinished - connection.unfinished
+        connection.unfinished = unfinished
+        if unfinished > self._max_request:
+            self.refused(RefusedError(431, "the request is too long"))
+            if connection.transport is not None:
+                connection.transport.write(TOO_LARGE)
+                connection.transport.close()
+            connection.force_close()
+        while self._unfinished > MAX_WAITING_BYTES and self._waiting:
+            self._close(next(iter(self._waiting)))
+
+    def _wait(self, connection: Connection, timeout: float) -> None:
+        """Wait for a connection's next request; of too many, close the one that waits for longest."""
+        self._waiting[connection] = asyncio.get_running_loop().time() + timeout
+        if len(self._waiting) > self._room():
+            self._close(next(iter(self._waiting)))
+
+    def _close(self, connection: Connection) -> None:
+        # Out at once: each of those that are accepted in one turn must find another.
+        del self._waiting[connection]
+        self.received(connection, 0)
+        transport = connection.transport
+        connection.force_close()
+        if transport is not None:
+            transport.abort()
+
+    async def close_late(self) -> None:
+        """Close connections whose next request does not come, from one timer, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(REQUEST_TIMEOUT / 4)
+            now = loop.time()
+            for connection in [each for each, end in self._waiting.items() if end <= now]:
+                self._close(connection)
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection: Any = request.protocol
+        self._waiting.pop(connection, None)
+        try:
+            return await self._handler(request)
+        except ConnectionResetError:
+            return web.Response()  # the client has left, which aiohttp would log as an error of ours
+        finally:
+            if request.transport is not None:
+                self._wait(connection, KEEPALIVE_TIMEOUT)
+
+
+def _quiet_http_log() -> logging.Logger:
+    """Return a logger for aiohttp that keeps what strangers send out of the log.
+
+    Where a request is malformed, aiohttp quotes it, query and token included, with a traceback.
+    """
+    logger = log.getChild("http")
+    logger.addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    )
+    return logger
+
+
+class FairSelector(selectors.DefaultSelector):
+    """Gives the loop few sockets in one turn, and PostgreSQL's first.
+
+    Thousands of clients that come or leave at once would otherwise make turns of a tenth
+    of a second, in which no event is passed on. Those left out are ready in the next turn,
+    which begins with others: strangers who never stop sending take nobody's turn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Descriptors that never wait.
+        self.first: Collection[int] = ()
+        self._start = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(timeout)
+        if len(ready) <= SOCKETS_PER_TURN:
+            return ready
+        first = [event for event in ready if event[0].fd in self.first]
+        self._start = (self._start + SOCKETS_PER_TURN) % len(ready)
+        turn = itertools.islice(itertools.cycle(ready), self._start, self._start + SOCKETS_PER_TURN)
+        return first + [event for event in turn if event[0].fd not in self.first]
+
+
+async def serve_on(server: web.Server, sockets: Iterable[socket.socket]) -> web.ServerRunner:
+    """Serve on sockets, with few accepts in one turn of the loop but a long queue."""
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)
+    await runner.setup()
+    for sock in sockets:
+        await web.SockSite(runner, sock, backlog=ACCEPTS_PER_TURN).start()
+        sock.listen(LISTEN_BACKLOG)
+    return runner
+
+
+# ==== Relay ===================================================================
+
+# Wires the parts, and orders start and stop.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `run` is told; named like its options."""
+
+    dsn: str
+    source: str = "notify"
+    bind: tuple[str, ...] = ()
+    admin: str | None = None
+    path: str = "/events"
+    heartbeat: float = 15.0
+    retry: int = 2000
+    memory: int = 64 * MIB
+    linger: float = 60.0
+    max_clients: int | None = None
+    max_channels: int = 10_000
+    max_backlog: int = 256 * KIB
+    max_age: float | None = None
+    allow_channel: tuple[str, ...] = ()
+    allow_origin: tuple[str, ...] = ()
+    jwt_key_file: tuple[Path, ...] = ()
+    jwt_cookie: str | None = None
+    loop: str = "asyncio"
+
+
+# Further routes, by method and path.
+PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+Pages = Mapping[tuple[str, str], PageHandler]
+
+
 def read_keys(files: Iterable[Path]) -> list[Key]:
     """Read the keys that tokens are verified with.
 
     Raises:
-        click.ClickException: A file cannot be read or holds no such key.
+        click.UsageError: A file cannot be read or holds no such key.
     """
     keys = []
     if files:
@@ -3926,18 +4297,10 @@ def read_keys(files: Iterable[Path]) -> list[Key]:
         try:
             keys.append(read_key(file.read_bytes()))
         except OSError as error:
-            raise click.ClickException(f"cannot read {file}: {error.strerror}") from None
+            raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
         except UnusableKeyError as error:
-            raise click.ClickException(f"{file}: {error}") from None
+            raise click.UsageError(f"{file}: {error}") from None
     return keys
-
-
-def address_of(sock: socket.socket) -> str:
-    """Give a listening socket's address in the form of --bind."""
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return f"unix:{name}"
-    return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
 
 
 # Of pages that runserver or Vite serves on another port.
@@ -3952,14 +4315,14 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
 
     Raises:
         click.UsageError: Strangers could reach the relay, and nothing says what they may read.
-        click.ClickException: A key cannot be read.
+        click.UsageError: A key cannot be read.
     """
     if settings.jwt_cookie and not settings.jwt_key_file:
         raise click.UsageError("--jwt-cookie needs --jwt-key-file FILE, to verify the cookie's token with")
     if settings.allow_channel or settings.jwt_key_file:
         return Access(
             compile_globs(settings.allow_channel),
-            compile_globs(settings.allow_origin),
+            compile_origins(settings.allow_origin),
             read_keys(settings.jwt_key_file),
             settings.jwt_cookie,
             revoked={} if settings.source == "log" else None,
@@ -3975,86 +4338,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
         "--allow-channel is given"
     )
-    return Access(compile_globs(["*"]), compile_globs(settings.allow_origin or DEVELOPMENT_ORIGINS))
-
-
-class Door(web.Server):
-    """aiohttp's server, with bounds on what strangers hold open before they ask for anything.
-
-    aiohttp waits for ever for the end of a request's headers, and where descriptors run
-    out asyncio stops accepting for a second.
-    """
-
-    def __init__(self, handler: Handler, most: int, taken: Callable[[], int]) -> None:
-        """Args:
-        most: Connections, those included that have become streams.
-        taken: Gives how many have, or are about to.
-        """
-        super().__init__(
-            self._serve,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_TIMEOUT,
-            tcp_keepalive=False,  # heartbeats find a client that is gone
-            logger=_quiet_http_log(),
-        )
-        self._handler = handler
-        self._most = most
-        self._taken = taken
-        self._open: set[Any] = set()
-        self._busy = 0
-        # Those without a request in work, with the loop time at which they are closed.
-        self._waiting: dict[Any, float] = {}
-        # Some turns of the loop lie between accept and work: a storm of clients needs its room.
-        self._most_waiting = max(8 * ACCEPTS_PER_TURN, min(MAX_WAITING, most // 4))
-
-    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        self._open.add(handler)
-        self._wait(handler, REQUEST_TIMEOUT)
-        # Requests in work are about to become streams, and are among those taken.
-        if len(self._open) - self._busy + self._taken() > self._most:
-            self._close(next(iter(self._waiting)))
-
-    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        super().connection_lost(handler, exc)
-        self._open.discard(handler)
-        self._waiting.pop(handler, None)
-
-    def _wait(self, handler: Any, timeout: float) -> None:
-        """Wait for a connection's next request; of too many, close the one that waits for longest."""
-        self._waiting[handler] = asyncio.get_running_loop().time() + timeout
-        if len(self._waiting) > self._most_waiting:
-            self._close(next(iter(self._waiting)))
-
-    def _close(self, handler: Any) -> None:
-        # Out at once: each of those that are accepted in one turn must find another.
-        del self._waiting[handler]
-        transport = handler.transport
-        handler.force_close()
-        if transport is not None:
-            transport.abort()
-
-    async def close_late(self) -> None:
-        """Close connections whose next request does not come, for ever, from one timer."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(REQUEST_TIMEOUT / 4)
-            now = loop.time()
-            for handler in [handler for handler, end in self._waiting.items() if end <= now]:
-                self._close(handler)
-
-    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._waiting.pop(request.protocol, None)
-        self._busy += 1
-        try:
-            return await self._handler(request)
-        except ConnectionResetError:
-            return web.Response()  # the client has left, which aiohttp would log as an error of ours
-        finally:
-            self._busy -= 1
-            if request.protocol in self._open:
-                self._wait(request.protocol, KEEPALIVE_TIMEOUT)
+    return Access(compile_globs(["*"]), compile_origins(settings.allow_origin or DEVELOPMENT_ORIGINS))
 
 
 def client_module(path: str) -> Pages:
@@ -4080,39 +4364,29 @@ def client_module(path: str) -> Pages:
     return {("GET", f"{path}.js"): show, ("HEAD", f"{path}.js"): show}
 
 
-class FairSelector(selectors.DefaultSelector):
-    """Gives the loop few sockets in one turn, and PostgreSQL's first.
+def live_page(path: str) -> Pages:
+    """Serve /live beside the streams, for load balancers; not where it could be a channel."""
 
-    Thousands of clients that come or leave at once would otherwise make turns of a tenth
-    of a second, in which no event is passed on. Who is left out is ready in the next turn,
-    which begins with others: strangers who never stop sending keep nobody from his turn.
+    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        return answer_live()
 
-    Attributes:
-        first: Descriptors that never wait.
-    """
+    return {} if path in ("/", "/live") else {("GET", "/live"): show, ("HEAD", "/live"): show}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: Collection[int] = ()
-        self._start = 0
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(timeout)
-        if len(ready) <= SOCKETS_PER_TURN:
-            return ready
-        first = [event for event in ready if event[0].fd in self.first]
-        self._start = (self._start + SOCKETS_PER_TURN) % len(ready)
-        turn = itertools.islice(itertools.cycle(ready), self._start, self._start + SOCKETS_PER_TURN)
-        return first + [event for event in turn if event[0].fd not in self.first]
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def loopback_address(sock: socket.socket) -> tuple[Any, ...] | None:
+    """Return what a socket is bound to, None if other machines or only a proxy can reach it."""
+    if sock.family == socket.AF_UNIX or not is_local(address_of(sock)):
+        return None
+    address: tuple[Any, ...] = sock.getsockname()
+    return address
 
 
 class Relay:
-    """The whole, wired; the one place that orders start and stop.
-
-    Attributes:
-        again: It stops for another to take its place.
-        only_tokens_at_admin: What everybody may read needs a token on the admin listener.
-    """
+    """The whole, wired; the one place that orders start and stop."""
 
     def __init__(self, settings: Settings, pages: Pages | None = None) -> None:
         """Args:
@@ -4123,7 +4397,7 @@ class Relay:
             click.UsageError: Nothing says what strangers may read.
         """
         self._settings = settings
-        self._pages = {**client_module(settings.path), **(pages or {})}
+        self._pages = {**client_module(settings.path), **live_page(settings.path), **(pages or {})}
         most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
         inherited = inherited_sockets()
         self._sockets = [sock for name, sock in inherited if name != "admin"]
@@ -4132,16 +4406,26 @@ class Relay:
         # Without a socket from systemd or an option, the default.
         own = settings.bind or (() if self._sockets else ("127.0.0.1:8008",))
         self.access = make_access(settings, [*addresses, *own])
-        self._sockets += [open_socket(bind) for bind in own]
+        for bind in own:
+            self._sockets += open_sockets(bind)
         if settings.admin is not None:
-            self._admin_sockets.append(open_socket(settings.admin, option="--admin"))
+            self._admin_sockets += open_sockets(settings.admin, option="--admin")
         # Who reaches that listener may not reach this one: an administrator's network, or users of
         # this machine where streams are behind a unix socket that only nginx can open.
         self.only_tokens_at_admin = not all(
             is_local(address_of(sock)) for sock in self._admin_sockets
         ) or all(sock.family == socket.AF_UNIX for sock in self._sockets)
-        binds = [*own, settings.admin] if settings.admin else own
-        self._own_paths = [path for path in map(split_address, binds) if isinstance(path, Path)]
+        own_addresses = [split_address(bind) for bind in (*own, *filter(None, [settings.admin]))]
+        self._own_paths = {path: file_identity(path) for path in own_addresses if isinstance(path, Path)}
+        self._bound_names = {address[0].lower() for address in own_addresses if isinstance(address, tuple)}
+        # Where a Host of another machine is refused, and what helps.
+        self._local_only = dict.fromkeys(
+            map(loopback_address, self._admin_sockets), "let it send Host: localhost"
+        )
+        if pages or not (settings.allow_channel or settings.jwt_key_file):
+            remedy = "start the relay with --allow-channel '*' or --jwt-key-file"
+            self._local_only |= dict.fromkeys(map(loopback_address, self._sockets), remedy)
+        self._local_only.pop(None, None)
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
         self.source: Source = (
@@ -4160,8 +4444,11 @@ class Relay:
             max_clients=min(settings.max_clients or most * 3 // 4, most),
             max_backlog=settings.max_backlog,
         )
+        # Whether it stops for another to take its place.
         self.again = False
         self._most = most
+        # The demo's page publishes events of up to 1 MiB.
+        self._max_request = 8 * MIB if pages else MAX_REQUEST_BYTES
         self._told = False
         self._ending = asyncio.Event()
 
@@ -4178,19 +4465,22 @@ class Relay:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        door = Door(self._handle, self._most, lambda: len(self.hub.subscribers))
-        runner = web.ServerRunner(door, shutdown_timeout=0.1)
-        sites = await serve_on(runner, self._sockets)
-        admin = web.ServerRunner(
-            web.Server(
-                functools.partial(answer_admin, self),
-                handler_cancellation=True,
-                access_log=None,
-                logger=_quiet_http_log(),
-            ),
-            shutdown_timeout=0.1,
+        # Some turns of the loop lie between accept and work: a storm of clients needs its room.
+        waiting = max(8 * ACCEPTS_PER_TURN, min(MAX_WAITING, self._most // 4))
+        door = Door(
+            self._guarded(self._handle),
+            lambda: min(waiting, self._most - len(self.hub.subscribers)),
+            self.streams.count_refusal,
+            self._max_request,
         )
-        await serve_on(admin, self._admin_sockets)
+        admin_door = Door(
+            self._guarded(functools.partial(answer_admin, self)),
+            lambda: MAX_WAITING_ADMIN,
+            self.streams.count_refusal,
+        )
+        log.info("sse-relay %s, source %s", __version__, self._settings.source)
+        runner = await serve_on(door, self._sockets)
+        admin = await serve_on(admin_door, self._admin_sockets)
         for sock in self._sockets:
             log.info("listening on %s, path %s", address_of(sock), self._settings.path)
         for sock in self._admin_sockets:
@@ -4206,12 +4496,13 @@ class Relay:
                 self.hub.beat(self.source.sent_position),
                 self.hub.end_expired(time.time, self._last_block),
                 door.close_late(),
+                admin_door.close_late(),
                 self._report(),
                 self._tell(on_ready),
                 _wait(self._ending),
             )
         finally:
-            await self._stop(runner, sites)
+            await self._stop(runner)
             await admin.cleanup()
 
     async def _report(self) -> None:
@@ -4232,15 +4523,19 @@ class Relay:
         if not self.listener.ready.is_set():
             return f"waiting for PostgreSQL: {self.listener.trouble}"
         clients, channels = len(self.hub.subscribers), len(self.hub.channels)
-        return f"{clients} clients, {channels} channels, {self.hub.counts.events} events"
+        events = self.hub.counts.events
+        return f"{counted(clients, 'client')}, {counted(channels, 'channel')}, {counted(events, 'event')}"
 
     def _reload(self) -> None:
         try:
-            self.access.keys = read_keys(self._settings.jwt_key_file)
+            keys = read_keys(self._settings.jwt_key_file)
         except click.ClickException as error:
             log.error("the keys stay as they were: %s", error.message)
-        else:
-            log.info("read %d key files again", len(self.access.keys))
+            return
+        # systemd renews no credentials on reload: the files may be the same as before.
+        new = sum(key not in self.access.keys for key in keys)
+        self.access.keys = keys
+        log.info(*(("%d of %d keys are new", new, len(keys)) if new else ("the keys are unchanged",)))
 
     def _last_block(self) -> bytes:
         return encode_retry(retry_after(self._settings.retry, len(self.hub.subscribers)))
@@ -4265,15 +4560,33 @@ class Relay:
         on_ready()
         await asyncio.Event().wait()
 
+    def _guarded(self, handler: Handler) -> Handler:
+        """Return a handler that refuses pages whose name was made to point here (DNS rebinding)."""
+
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            if request.transport is None:
+                raise ConnectionResetError("the client has left")
+            remedy = self._local_only.get(request.transport.get_extra_info("sockname"))
+            if remedy is not None:
+                # "the authority of the absolute-form … MUST ignore the received Host" (RFC 9112, 3.2.2)
+                authority, _ = split_target(request.raw_path)
+                hosts = request.headers.getall("Host", ()) if authority is None else (authority,)
+                if not all(is_local_host(host, self._bound_names) for host in hosts):
+                    reason = f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
+                    return self.streams.refuse(request, RefusedError(421, reason))
+            return await handler(request)
+
+        return answer
+
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        page = self._pages.get((request.method, request.raw_path.partition("?")[0]))
+        page = self._pages.get((request.method, split_target(request.raw_path)[1].partition("?")[0]))
         return await (page(self, request) if page else self.streams.handle(request))
 
-    async def _stop(self, runner: web.ServerRunner, sites: Sequence[web.SockSite]) -> None:
+    async def _stop(self, runner: web.ServerRunner) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + STOP_TIMEOUT
         sd_notify("STOPPING=1")
-        log.info("stopping: %d clients", len(self.hub.subscribers))
+        log.info("stopping: %s", counted(len(self.hub.subscribers), "client"))
         self.streams.draining = True
 
         # Stop accepting. asyncio resets what it accepted in the turn in which a server is
@@ -4281,10 +4594,12 @@ class Relay:
         for sock in self._sockets:
             loop.remove_reader(sock.fileno())
         await asyncio.sleep(0)
-        for site in sites:
+        # Another relay may have taken the path; an inode's number is not used again while it is open.
+        for path, identity in self._own_paths.items():
+            if identity is not None and file_identity(path) == identity:
+                path.unlink(missing_ok=True)
+        for site in tuple(runner.sites):
             await site.stop()
-        for path in self._own_paths:
-            path.unlink(missing_ok=True)
 
         # End every stream, each with its own moment to come back.
         clients = len(self.hub.subscribers)
@@ -4306,32 +4621,8 @@ class Relay:
         await runner.cleanup()
 
 
-async def serve_on(runner: web.ServerRunner, sockets: Iterable[socket.socket]) -> list[web.SockSite]:
-    """Serve on sockets, with few accepts in one turn of the loop but a long queue."""
-    await runner.setup()
-    sites = []
-    for sock in sockets:
-        sites.append(web.SockSite(runner, sock, backlog=ACCEPTS_PER_TURN))
-        await sites[-1].start()
-        sock.listen(LISTEN_BACKLOG)
-    return sites
-
-
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def _quiet_http_log() -> logging.Logger:
-    """Give aiohttp a logger that keeps what strangers send out of the log.
-
-    It writes the request line of a malformed request, query and token included, with a
-    traceback; a stranger could fill the log with it.
-    """
-    logger = log.getChild("http")
-    logger.addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-    )
-    return logger
 
 
 # ==== Embedded PostgreSQL =====================================================
@@ -5300,8 +5591,13 @@ def check_path(ctx: click.Context, param: click.Parameter, value: str) -> str:
 def check_origins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse what no browser sends as an Origin."""
     for origin in value:
-        if not re.fullmatch(r"https?://[a-z0-9.\[\]:-]*[a-z0-9\]]", origin):
-            raise click.BadParameter(f"{origin!r} is no origin: give scheme://host[:port] in lower case")
+        if not ORIGIN.fullmatch(origin.replace("*", "x")) or re.search(
+            r"^http://.*:80$|^https://.*:443$", origin
+        ):
+            raise click.BadParameter(
+                f"{origin!r} is no origin: give scheme://host[:port] in lower case, as browsers send it, "
+                "without a default port, or null"
+            )
     return value
 
 

@@ -198,9 +198,9 @@ class Relay:
         return wait_until(search, timeout, f"{text!r} in the log:\n{self.log}") or ""
 
     def url(self, *channels: str, path: str = "/events", **query: str) -> str:
-        """Return the address of a stream: one channel in the path; several, ``.`` or ``..`` in the query."""
+        """Return the address of a stream: one channel in the path, if a path can hold it."""
         pairs = list(query.items())
-        if len(channels) == 1 and channels[0] not in (".", ".."):
+        if len(channels) == 1 and {"", ".", ".."}.isdisjoint(channels[0].split("/")):
             path = f"{path.rstrip('/')}/{quote(channels[0], safe='')}"
         else:
             pairs = [("channel", channel) for channel in channels] + pairs

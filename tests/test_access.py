@@ -23,7 +23,21 @@ from test_tokens import OTHER_GRANTS, SECRET, forge, forged_tokens, private_pem,
 
 import harness
 from harness import Browser, Database, Page, RawStream, Relay, SseReader
-from sse_relay import Settings, cli, foreign_origin, is_local, make_access, resolve_dsn
+from sse_relay import (
+    Access,
+    RefusedError,
+    Settings,
+    check_origins,
+    cli,
+    compile_globs,
+    compile_origins,
+    encode_head,
+    foreign_origin,
+    is_local,
+    is_local_host,
+    make_access,
+    resolve_dsn,
+)
 
 StartRelay = Callable[..., Relay]
 EVENT_STREAM = {"Accept": "text/event-stream"}
@@ -274,7 +288,7 @@ def test_sighup_reads_the_keys_again_and_leaves_open_streams_alone(
         assert ask(relay, "orders", bearer(old_token)).status_code == 200
 
         secret_file.write_bytes(new)
-        reload("read 2 key files again")
+        reload("1 of 2 keys are new")
         assert ask(relay, "orders", bearer(old_token)).status_code == 401
         assert ask(relay, "orders", bearer(new_token)).status_code == 200
         # Two keys at once: one can replace the other without a moment in which neither counts.
@@ -443,6 +457,291 @@ def test_development_origins_are_allowed_until_one_is_named(
         assert cors_of(relay.url("orders"), Origin=origin)[0] == 403
     named = start_relay("--allow-origin", "http://localhost:3000", dsn=database.dsn)
     assert cors_of(named.url("orders"), Origin="http://localhost:5173")[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "opens"),
+    [
+        ("capacitor://localhost", "capacitor://localhost", True),
+        ("tauri://localhost", "tauri://localhost", True),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop", True),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnoq", False),
+        ("null", "null", True),
+        ("null", "NULL", False),
+        ("https://*.example.com", "https://a.example.com", True),
+        ("https://*.example.com", "https://a-b_9.example.com", True),
+        ("https://*.example.com", "https://a.b.example.com", False),
+        ("https://*.example.com", "https://example.com", False),
+        ("https://*.example.com", "https://a.example.com:8443", False),
+        ("https://*.example.com", "http://a.example.com", False),
+        ("https://*.example.com", "https://evil.example/.example.com", False),
+        ("https://*.example.com", "https://evil.example?.example.com", False),
+        ("https://*.example.com", "https://evil@a.example.com", False),
+        ("https://*.example.com", "https://a.example.com.evil.example", False),
+        ("https://app-*.example.com", "https://app-7.example.com", True),
+        ("http://localhost:*", "http://localhost:3000", True),
+        ("http://localhost:*", "http://localhost:3000.evil.example", False),
+        ("http://localhost:*", "http://localhost:\N{EURO SIGN}", False),
+        ("http://localhost:*", "http://localhost:1\n", False),
+        ("http://localhost:*", "http://localhost:1@evil.example", False),
+    ],
+)
+def test_which_origins_may_read(allowed: str, origin: str, opens: bool) -> None:
+    done = click.Context(click.Command("run")), click.Option(["--allow-origin"])
+    access = Access(compile_globs([]), compile_origins(check_origins(*done, (allowed,))))
+    for preflight in (False, True):
+        if not opens:
+            with pytest.raises(RefusedError) as refused:
+                access.cors({"Origin": origin, "Host": "relay"}, None, preflight)
+            assert refused.value.status == 403
+            continue
+        answer = access.cors({"Origin": origin, "Host": "relay"}, None, preflight)
+        assert answer["Access-Control-Allow-Origin"] == origin
+        assert answer.get("Access-Control-Allow-Credentials") == (None if origin == "null" else "true")
+        assert "Origin" in answer["Vary"]
+        encode_head(1, answer)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "app.example", "https://", "https://App.example", "https://app.example/", "https://app.example:443",
+     "http://app.example:80", "https://u@app.example", "https://app.example?x", "https://b\u00fccher.example",
+     "https://app.example https://other.example", "Null", "http*://app.example", ""],
+)  # fmt: skip
+def test_what_no_browser_sends_cannot_be_allowed(origin: str) -> None:
+    with pytest.raises(click.BadParameter, match="no origin"):
+        check_origins(click.Context(click.Command("run")), click.Option(["--allow-origin"]), (origin,))
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ("traceparent, baggage,x-requested-with", {"traceparent", "baggage", "x-requested-with"}),
+        ("a b, c\r\nX: y, \u00e9, , good,<script>", {"good"}),
+        ("x-" + "y" * 2_000, {"x-" + "y" * 1_022}),
+    ],
+)
+def test_a_preflight_allows_what_is_asked_for(asked: str, allowed: set[str]) -> None:
+    access = Access(compile_globs([]), compile_origins(["https://app.example"]))
+    headers = {"Origin": "https://app.example", "Access-Control-Request-Headers": asked}
+    answer = access.cors(headers, None, preflight=True)
+    always = {"Authorization", "Cache-Control", "Last-Event-ID"}
+    assert set(answer["Access-Control-Allow-Headers"].split(", ")) == always | allowed
+    assert answer["Vary"] == "Origin, Access-Control-Request-Headers"
+    encode_head(1, answer)
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "proto", "own"),
+    [
+        ("http://app.example", "app.example", None, True),
+        ("http://app.example", "APP.example", None, True),
+        ("http://app.example", "app.example:80", None, True),
+        ("http://app.example:8080", "app.example:8080", None, True),
+        ("https://app.example", "app.example:443", "https", True),
+        ("https://app.example", "app.example", "HTTPS", True),
+        ("https://app.example", "app.example", "https,http", True),
+        ("https://app.example", "app.example", " https , http", True),
+        ("https://app.example", "app.example", "http,https", False),
+        ("https://app.example", "app.example:80", "https", False),
+        ("http://app.example", "app.example:443", None, False),
+        ("https://[::1]", "[::1]:443", "https", True),
+        ("null", "null", None, False),
+        ("", "", None, False),
+        ("http://", "", None, True),
+    ],
+)
+def test_ones_own_origin_survives_proxies(origin: str, host: str, proto: str | None, own: bool) -> None:
+    headers = {"Origin": origin, "Host": host, **({"X-Forwarded-Proto": proto} if proto else {})}
+    assert (foreign_origin(headers) is None) is own
+    assert (foreign_origin({**headers, "Host": "other.example"}, host) is None) is own
+
+
+def test_a_sandboxed_frame_does_not_act_for_its_visitor(
+    start_relay: StartRelay, database: Database, secret_file: Path
+) -> None:
+    options = ("--jwt-key-file", str(secret_file), "--jwt-cookie", "sse", "--allow-origin", "null")
+    relay = start_relay(*options, dsn=database.dsn)
+    token = token_for("orders")
+    for headers, query, status in (
+        (cookie(token), "", 401),
+        (bearer(token), "", 200),
+        ({}, f"?access_token={token}", 200),
+    ):
+        answer = HTTP.head(relay.url("orders") + query, headers={**headers, "Origin": "null"})
+        assert answer.status_code == status
+        assert [answer.headers.get(name) for name in CORS] == ["null", None]
+    assert ask(relay, "orders", cookie(token)).status_code == 200
+
+
+# ==== Hosts ===================================================================
+
+LOCAL_HOSTS = [
+    "localhost", "LOCALHOST", "localhost.", "localhost:8008", "app.localhost", "127.0.0.1",
+    "127.0.0.1:8008", "127.8.9.10", "[::1]", "[::1]:8008", "[::ffff:127.0.0.1]:1", "[::FFFF:127.0.0.1]",
+    "mine.test", "mine.test:1",
+]  # fmt: skip
+FOREIGN_HOSTS = [
+    "evil.example", "evil.example:8008", "localhost.evil.example", "127.0.0.1.evil.example",
+    "127.0.0.1@evil.example", "evil.example@127.0.0.1", "evil.example/localhost", "localhost/evil.example",
+    "192.0.2.1", "0.0.0.0", "[::]", "[", "[::1", "::1", "[2001:db8::1]", "[::ffff:192.0.2.1]",
+    "notlocalhost", ".localhost", "localhost..", "localhost,evil.example", "\u2113ocalhost",
+    "127.0.0.1\u3002evil.example", "notmine.test",
+]  # fmt: skip
+
+
+def test_which_hosts_are_this_machine() -> None:
+    assert [host for host in LOCAL_HOSTS if not is_local_host(host, {"mine.test"})] == []
+    foreign = [
+        *FOREIGN_HOSTS,
+        "",
+        "localhost evil.example",
+        "localhost\n",
+        "[::1]\n",
+        "evil.example\nlocalhost",
+    ]
+    assert [host for host in foreign if is_local_host(host, {"mine.test"})] == []
+
+
+def true_status(address: str, target: str, *hosts: str, method: str = "GET", more: str = "") -> int:
+    lines = [f"{method} {target} HTTP/1.1", *(f"Host: {host}" for host in hosts), more, "Connection: close"]
+    request = "".join(f"{line}\r\n" for line in lines if line) + "\r\n"
+    with RawStream(address, request=request.encode()) as client:
+        return harness.wait_until(lambda: client.status, what="a status")
+
+
+# Target, Host and further headers; whether the address of an open relay answers.
+REBINDING = [
+    ("/events/orders", "localhost", "", True),
+    ("/events/orders", "evil.example:8008", "", False),
+    ("/events/orders", "evil.example", "X-Forwarded-Host: localhost\r\nX-Forwarded-For: 127.0.0.1", False),
+    ("/events/orders", "evil.example", "X-Forwarded-Proto: https\r\nForwarded: host=localhost", False),
+    ("http://evil.example/events/orders", "localhost", "", False),
+    ("http://localhost/events/orders", "evil.example", "", True),
+    ("http://LOCALHOST:80/events/orders", "evil.example", "", True),
+    ("/events.js", "evil.example", "", False),
+    ("/live", "evil.example", "", False),
+    ("/nothing", "evil.example", "", False),
+]
+
+
+def test_a_page_whose_name_was_made_to_point_here_reads_nothing(
+    start_relay: StartRelay, database: Database, secret_file: Path, tmp_path: Path
+) -> None:
+    admin, unix = f"127.0.0.1:{harness.free_port()}", f"unix:{tmp_path / 'http.sock'}"
+    relay = start_relay("--admin", admin, "--bind", unix, dsn=database.dsn)
+    guarded_admin = f"127.0.0.1:{harness.free_port()}"
+    guarded = start_relay("--jwt-key-file", str(secret_file), "--admin", guarded_admin, dsn=database.dsn)
+    for target, host, more, answered in REBINDING:
+        case = target, host, more
+        assert (true_status(relay.bind, target, host, more=more) != 421) is answered, case
+        assert true_status(unix, target, host, more=more) != 421, case
+        assert true_status(guarded.bind, target, host, more=more) != 421, case
+        for address in (admin, guarded_admin):
+            assert (true_status(address, target, host, more=more) != 421) is answered, case
+    for path in ("/", "/ready", "/metrics", "/channels", "/status", "/events/orders", "/else"):
+        assert true_status(admin, path, "evil.example") == 421
+        assert true_status(admin, path, "evil.example", method="POST") == 421
+    # A browser always sends one; a load balancer's check over HTTP/1.0 does not.
+    with RawStream(relay.bind, request=b"GET /live HTTP/1.0\r\n\r\n") as check:
+        harness.wait_until(lambda: check.status == 200, what="an answer")
+    told = HTTP.get(relay.url("orders"), headers={"Host": "evil.example", **EVENT_STREAM})
+    assert json.loads(told.text.partition("data:")[2].splitlines()[0])["status"] == 421
+    assert "--allow-channel '*'" in told.text
+
+
+def test_a_port_of_all_addresses_answers_every_host(start_relay: StartRelay, database: Database) -> None:
+    port = harness.free_port()
+    relay = start_relay("--allow-channel", "*", dsn=database.dsn, bind=f"0.0.0.0:{port}")
+    with start_relay("--allow-channel", "*", dsn=database.dsn) as on_loopback:
+        for address in (f"127.0.0.1:{port}", on_loopback.bind):
+            assert true_status(address, "/events/orders", "app.example", method="HEAD") == 200
+    assert relay.process.poll() is None
+
+
+# ==== Refusals ================================================================
+
+
+def refusals(admin: str) -> dict[str, int]:
+    text = HTTP.get(f"http://{admin}/metrics").text
+    found = re.findall(r'^sse_relay_refusals_total\{status="(\d+)"\} (\d+)', text, re.MULTILINE)
+    return {status: int(float(count)) for status, count in found}
+
+
+def test_a_flood_of_refusals_is_counted_to_the_last_and_logged_in_few_lines(
+    start_relay: StartRelay, database: Database
+) -> None:
+    admin = f"127.0.0.1:{harness.free_port()}"
+    relay = start_relay("--allow-channel", "open", "--admin", admin, dsn=database.dsn)
+    start = time.monotonic()
+    for _ in range(500):
+        assert ask(relay, "closed").status_code == 403
+    for _ in range(30):
+        assert ask(relay, "a" * 64).status_code == 400
+    assert (refusals(admin)["403"], refusals(admin)["400"]) == (500, 30)
+    harness.wait_until(lambda: sum(told(relay)) == 530, what="the last line")
+    assert len(told(relay)) <= 11 * (time.monotonic() - start + 2)
+
+
+def told(relay: Relay) -> list[int]:
+    """Return how many refusals each line about some tells of."""
+    lines = [line for line in relay.lines if "refused" in line]
+    return [int(match[1]) if (match := re.search(r"refused (\d+) more", line)) else 1 for line in lines]
+
+
+def has_line(relay: Relay, words: list[str]) -> bool:
+    return any(all(word in line for word in words) for line in relay.lines)
+
+
+def test_a_line_about_a_refusal_says_who_was_refused_what(
+    start_relay: StartRelay, database: Database
+) -> None:
+    relay = start_relay("--allow-channel", "open", dsn=database.dsn)
+    ask(relay, "b\u00fccher")
+    HTTP.head(relay.url("closed", "open", "other"), headers={"Origin": "http://localhost:3000"})
+    HTTP.head(relay.url("open"), headers={"Origin": "http://localhost:3000 evil"})
+    HTTP.head(f"http://{relay.bind}/nothing/secret")
+    for words in (
+        ["403", r"'b\xfccher'"],
+        ["403", "'closed' and 2 more", "http://localhost:3000"],
+        ["403", "'open'", "unreadable"],
+        ["404"],
+    ):
+        harness.wait_until(functools.partial(has_line, relay, words), what=str(words))
+    assert "secret" not in relay.log
+    assert "\x1b" not in relay.log
+
+
+@pytest.mark.parametrize(
+    ("size", "answer"),
+    [
+        (8_200, "opens"),
+        (32_000, "opens"),
+        (33_500, "told"),
+        (65_000, "told"),
+        (66_000, "431"),
+        (300_000, "431"),
+    ],
+)
+def test_the_cookies_of_a_real_site_fit(
+    size: int, answer: str, start_relay: StartRelay, database: Database, secret_file: Path
+) -> None:
+    admin = f"127.0.0.1:{harness.free_port()}"
+    options = ("--jwt-key-file", str(secret_file), "--jwt-cookie", "sse", "--admin", admin)
+    relay = start_relay(*options, dsn=database.dsn)
+    field = f"big={'x' * (size - 400)}; sse={token_for('orders')}"
+    with RawStream(relay.bind, relay.url("orders"), headers={"Cookie": field, **EVENT_STREAM}) as client:
+        if answer == "opens":
+            client.wait_for(b"id: ")
+            assert refusals(admin).get("431", 0) == 0
+            return
+        if answer == "told":
+            client.wait_for(b"retry: 86400000")
+        else:
+            client.wait_for_end()
+        assert client.status == (200 if answer == "told" else 431)
+        assert refusals(admin)["431"] == 1
+        relay.wait_for_log("refused with 431")
 
 
 # ==== Chromium ================================================================

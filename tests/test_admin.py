@@ -131,8 +131,10 @@ def test_what_is_not_there_says_what_is(admin: Admin) -> None:
 
 
 def test_streams_are_not_admin(admin: Admin) -> None:
-    for path in ("/", "/live", "/ready", "/metrics", "/channels", "/status"):
+    for path in ("/", "/ready", "/metrics", "/channels", "/status"):
         assert httpx.get(f"http://{admin.relay.bind}{path}").status_code == 404
+    # All that a load balancer of the streams has to ask.
+    assert httpx.get(f"http://{admin.relay.bind}/live").json() == {"live": True}
 
 
 def test_the_admin_listener_may_be_a_unix_socket(

@@ -230,7 +230,7 @@ def test_idle_connections_do_not_keep_others_out(
         for _ in range(800):
             client = connect(relay)
             crowd.append(client)
-            if send(client, b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n"):
+            if send(client, b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"):
                 assert client.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
         with SseReader(relay.url("orders")) as reader:
             reader.wait_for_id()
@@ -239,6 +239,58 @@ def test_idle_connections_do_not_keep_others_out(
         assert sum(not is_closed(client) for client in crowd) <= 128
     watch.check()
     wait_for_descriptors(relay, before)
+
+
+def test_connections_of_the_admin_listener_keep_nobody_out(
+    start_limited: Callable[..., Relay], database: Database
+) -> None:
+    relay = start_limited(200)
+    before = descriptors(relay)
+    admin = relay.admin  # type: ignore[attr-defined]
+    with closing([]) as crowd:
+        for number in range(300):
+            client = socket.create_connection(("127.0.0.1", int(admin.rpartition(":")[2])), timeout=20)
+            crowd.append(client)
+            send(
+                client, (b"", HALF_A_REQUEST, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")[number % 3]
+            )
+        with Watch(admin) as watch, SseReader(relay.url("orders")) as reader:
+            reader.wait_for_id()
+            database.terminate_backends()
+            reader.wait_for(lambda event: event.event == "relay.gap" and "outage" in event.data, 20)
+            database.notify("orders", "still here")
+            reader.wait_for_data("still here")
+            watch.check()
+        harness.wait_until(
+            lambda: sum(not is_closed(client) for client in crowd) <= 40, what="few connections"
+        )
+    wait_for_descriptors(relay, before)
+
+
+def test_half_a_request_is_bounded_in_bytes(start_limited: Callable[..., Relay], database: Database) -> None:
+    """600 connections with 60 kB each would be 36 MB; and none may send more than 96 KiB."""
+    relay = start_limited(FILES)
+    with SseReader(relay.url("orders")) as reader, closing([]) as crowd:
+        reader.wait_for_id()
+        forget_most_memory(relay)
+        start = memory(relay)
+        for _ in range(600):
+            crowd.append(connect(relay))
+            send(crowd[-1], HALF_A_REQUEST + b"\r\nCookie: " + b"x" * 60_000)
+        harness.wait_until(
+            lambda: sum(not is_closed(client) for client in crowd) <= 300, what="some to be closed"
+        )
+        assert sum(not is_closed(client) for client in crowd) > 100
+        assert memory(relay) - start < 40 * MIB
+        with connect(relay) as greedy:
+            for _ in range(4):
+                send(
+                    greedy, HALF_A_REQUEST + b"".join(b"\r\nX-%d: %b" % (n, b"x" * 1_000) for n in range(100))
+                )
+            harness.wait_until(lambda: is_closed(greedy), what="the end of a long request")
+        database.notify("orders", "still here")
+        reader.wait_for_data("still here")
+    assert "431" in relay.log
 
 
 def test_requests_that_do_not_come_are_closed_in_time(relay: Relay) -> None:

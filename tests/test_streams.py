@@ -183,7 +183,6 @@ REFUSED = [
 def test_a_refusal_has_a_status_or_for_event_sources_an_event(
     target: str, status: int, standing: harness.Relay
 ) -> None:
-    logged = len(standing.lines)
     with harness.RawStream(standing.bind, target, headers={**PLAIN, "Connection": "close"}) as plain:
         problem = json.loads(plain.wait_for_end())
         assert plain.status == problem["status"] == status
@@ -197,9 +196,6 @@ def test_a_refusal_has_a_status_or_for_event_sources_an_event(
     block = re.fullmatch(rb"retry: 86400000\nevent: relay\.refused\ndata: (.*)\n\n", body)
     assert block, body
     assert json.loads(block[1]) == {"status": status, "reason": problem["detail"]}
-    harness.wait_until(
-        lambda: sum(f"refused with {status}:" in line for line in standing.lines[logged:]) == 2
-    )
 
 
 @pytest.mark.parametrize(
@@ -735,8 +731,8 @@ def expect_unharmed(relay: harness.Relay, database: harness.Database) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03hidden secret\r\n\r\n",
         b"GET /events/a HTTP/9.9\r\nHost: hidden secret\r\n\r\n",
         b"GET /events/a HTTP/1.1\r\nHost: x\r\nhidden secret\r\n\r\n",
-        b"GET /events/a HTTP/1.1\r\nHost: x\r\nX: " + b"hidden secret" * 5000 + b"\r\n\r\n",
-        b"GET /events/" + b"hidden" * 5000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /events/a HTTP/1.1\r\nHost: x\r\nX: " + b"hidden secret" * 10_000 + b"\r\n\r\n",
+        b"GET /events/" + b"hidden" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /events/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nhidden\r\n",
         b"GET /events/a HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\nhidden secret",
     ],
@@ -766,7 +762,7 @@ def test_requests_behind_a_stream_are_not_answered(
 
 
 def test_a_request_in_front_of_a_stream_is_answered_first(standing: harness.Relay) -> None:
-    request = harness.http_request("/elsewhere") + harness.http_request(standing.url("orders"))
+    request = harness.http_request("/elsewhere", "localhost") + harness.http_request(standing.url("orders"))
     with harness.RawStream(standing.bind, request=request) as stream:
         harness.wait_until(lambda: b"\nid: " in stream.raw)
         assert re.findall(rb"HTTP/1\.1 (\d+)", stream.raw) == [b"404", b"200"]

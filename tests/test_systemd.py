@@ -264,7 +264,7 @@ def test_its_status_tells_what_it_does(
         reader.wait_for_id()
         database.notify("orders", "1")
         database.notify("stock", "2")
-        notify_socket.wait_for("STATUS=1 clients, 2 channels, 2 events")
+        notify_socket.wait_for("STATUS=1 client, 2 channels, 2 events")
 
 
 def test_the_watchdog_hears_from_a_loop_that_turns_and_from_no_other(
