@@ -58,6 +58,7 @@ import errno
 import functools
 import gc
 import hashlib
+import http.client
 import importlib.util
 import ipaddress
 import itertools
@@ -84,8 +85,10 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,11 +97,11 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, Self
 
-import aiohttp
 import aiopg
 import click
 import psycopg2
 import psycopg2.extensions
+import psycopg2.extras
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from aiohttp.http_exceptions import LineTooLong
@@ -1703,6 +1706,12 @@ CONNECT_HINTS: Final = (
 )
 
 
+NOTHING_ARRIVES: Final = (
+    "LISTEN succeeds but no notification arrives, as through a pooler in transaction mode",
+    "name PostgreSQL itself in the DSN, or a pool in session mode",
+)
+
+
 class UnreadableDsnError(RelayError):
     """A DSN that libpq cannot read, or that it would misread. Never quotes what may be a password."""
 
@@ -2261,10 +2270,7 @@ class Listener:
         assert self._listening is not None
         if first:
             await execute(self._listening, "SELECT 1", timeout=CANARY_TIMEOUT)
-            raise UnusableDatabaseError(
-                "LISTEN succeeds but no notification arrives, as through a pooler in transaction mode",
-                "name PostgreSQL itself in the DSN, or a pool in session mode",
-            )
+            raise UnusableDatabaseError(*NOTHING_ARRIVES)
         raise LostConnectionError(f"no notification came back within {CANARY_TIMEOUT:g} s")
 
     def _hear_canary(self, token: str) -> None:
@@ -3028,6 +3034,58 @@ LOG_PRUNE_SQL: Final = "SELECT sse_relay.prune()"
 
 # (channel text, data text, event text | None), inside the application's transaction.
 LOG_PUBLISH_SQL: Final = "SELECT sse_relay.publish(%s, %s, %s)"
+
+
+# For `doctor`: one row each. -> (lacking text | None): the GRANTs of what the relay can do without.
+DOCTOR_RIGHTS_SQL: Final = """
+SELECT string_agg(statement, '; ') AS lacking FROM (
+    SELECT format('GRANT EXECUTE ON FUNCTION pg_catalog.%s TO %I', p.oid::regprocedure, r.rolname)
+    FROM pg_proc AS p, pg_roles AS r
+    WHERE p.pronamespace = 'pg_catalog'::regnamespace AND NOT has_function_privilege(r.oid, p.oid, 'EXECUTE')
+        AND CASE WHEN p.proname = 'pg_notification_queue_usage' THEN r.rolname = current_user
+            WHEN p.proname IN ('pg_control_system', 'pg_current_wal_lsn', 'pg_walfile_name')
+            THEN r.oid = (SELECT nspowner FROM pg_namespace WHERE nspname = 'sse_relay') END
+    UNION ALL
+    SELECT format('GRANT SELECT ON pg_catalog.pg_settings TO %I', current_user)
+    WHERE NOT has_table_privilege('pg_settings', 'SELECT')
+) AS grants (statement)
+"""
+
+# -> (installed bool, lacking text | None, other bool): the GRANTs that a relay would need, and whether this
+# role has rights of another of the documented roles.
+DOCTOR_ROLE_SQL: Final = f"""
+SELECT n.oid IS NOT NULL AS installed,
+    (SELECT string_agg(statement, '; ') FROM ({LOG_GRANTS_SQL}) AS grants (statement)) AS lacking,
+    EXISTS (SELECT FROM pg_proc WHERE pronamespace = n.oid AND has_function_privilege(oid, 'EXECUTE')
+        AND proname IN ('publish', 'publish_row', 'position', 'revoke'))
+    OR EXISTS (SELECT FROM pg_class WHERE relnamespace = n.oid AND relname = 'settings'
+        AND has_any_column_privilege(oid, 'UPDATE')) AS other
+FROM (SELECT) AS always LEFT JOIN pg_namespace AS n ON n.nspname = 'sse_relay'
+"""  # noqa: S608  # of constants
+
+# -> (owner text, super bool, hidden text | None): what stops row-level security from hiding rows.
+DOCTOR_OWNER_SQL: Final = """
+SELECT r.rolname AS owner, r.rolsuper AS super, (
+    SELECT string_agg(format('ALTER TABLE sse_relay.%I DISABLE ROW LEVEL SECURITY', c.relname), '; ')
+    FROM pg_class AS c WHERE c.relnamespace = n.oid AND c.relkind = 'r' AND row_security_active(c.oid)
+) AS hidden
+FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'sse_relay'
+"""
+
+# -> (epoch text, valid bool): whether it belongs to this server, its history, and this database.
+DOCTOR_EPOCH_SQL: Final = """
+SELECT epoch, xmin = xid::xid AND system = (SELECT system_identifier FROM pg_control_system())
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) AS valid FROM sse_relay.epoch
+"""
+
+# -> (retention text, short bool, overdue bool): whether it is short, and whether nobody prunes.
+DOCTOR_RETENTION_SQL: Final = """
+SELECT retention::text, retention < '10 minutes' AS short,
+    clock_timestamp() - retention - '5 minutes'::interval > (SELECT created FROM sse_relay.events
+        WHERE id > pruned AND id < (SELECT max(id) FROM sse_relay.events) ORDER BY id LIMIT 1) AS overdue
+FROM sse_relay.settings
+"""
 
 
 # ==== Source log ==============================================================
@@ -4880,268 +4938,499 @@ def _embedded_failure(output: str) -> click.ClickException:
 
 # ==== Doctor ==================================================================
 #
-# Looks at a deployment as it is, and changes nothing in it. With an address it publishes one event.
+# Looks at a deployment and changes nothing in it; with an address it publishes a few events. What is
+# looked at and what it means stand in tables, which know nothing of how it was seen.
 
 # Seconds.
 DOCTOR_ANSWER_WAIT: Final = 5.0
 DOCTOR_EVENT_WAIT: Final = 10.0
 # Twice the default --heartbeat, and some.
 DOCTOR_HEARTBEAT_WAIT: Final = 40.0
-# What a person does not notice.
-DOCTOR_SLOW: Final = 0.25
-DOCTOR_ROUND_TRIPS: Final = 5
+# Nobody notices less. Proxies that hold small writes back do so for 200 ms.
+DOCTOR_SLOW: Final = 0.1
 # Pages have no listener for this name, so they do not notice the event.
 DOCTOR_EVENT: Final = "sse-relay-doctor"
 
+Level = Literal["ok", "unknown", "warning", "problem"]
+
 
 class Finding(NamedTuple):
-    """What one look found.
+    """What one check found: ``problem`` must be fixed, ``unknown`` could not be checked."""
 
-    Attributes:
-        level: ``problem`` must be mended; ``unknown`` could not be looked at.
-        check: What was looked at, in a word or two.
-        what: What was found, in one line.
-        mend: The line that mends it.
-    """
-
-    level: Literal["ok", "unknown", "warning", "problem"]
+    level: Level
     check: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
 
-def as_finding(check: str, error: Exception, dsn: str) -> Finding:
-    """Turn an error into a problem, with what helps against it."""
+# Rows of (check, level, when, what, fix): the first row of a check that applies to what was seen, `s`, is
+# the finding.
+Table = tuple[tuple[str, Level, Callable[[Any], object], str, str], ...]
+
+
+def judge(table: Table, seen: object) -> Iterator[Finding]:
+    """Yield one finding for each check of a table that applies."""
+    checked: set[str] = set()
+    for check, level, when, what, fix in table:
+        if check not in checked and when(seen):
+            checked.add(check)
+            yield Finding(level, check, what.format(s=seen), fix.format(s=seen))
+
+
+def as_finding(check: str, error: Exception, dsn: str = "") -> Finding:
+    """Return an error as a problem, with what helps against it."""
     if isinstance(error, RelayError):
         return Finding("problem", check, error.what, error.remedy)
     text = one_line(error, dsn)
     return Finding("problem", check, text, connect_hint(text)[1])
 
 
-def check_connection(dsn: str) -> tuple[Finding, str | None]:
-    """Connect as the relay does; with the DSN of the server that was found, if it can be used."""
+def always(seen: object) -> bool:
+    """Close the rows of a check."""
+    return True
+
+
+FILES: Final = "{s.limit} files may be open here, enough for {s.clients} clients"
+MORE_FILES: Final = (
+    "LimitNOFILE=65536 in the systemd unit, ulimit -n 65536 in a shell, docker's --ulimit nofile=65536"
+)
+ROUND_TRIP: Final = "a notification makes the round trip in {s.milliseconds:.1f} ms"
+QUEUE: Final = "PostgreSQL's notification queue is {s.usage:.0%} full"
+EMPTY_QUEUE: Final = (
+    "end the session that listens within a long transaction: SELECT pid, xact_start, query FROM "
+    "pg_stat_activity WHERE state LIKE 'idle in transaction%' ORDER BY xact_start"
+)
+KEPT: Final = "events are kept for {s.retention}"
+
+HERE_TABLE: Final[Table] = (
+    ("open files", "ok", lambda s: s.clients >= 7_500, FILES, ""),
+    ("open files", "warning", lambda s: s.clients >= 750, FILES, MORE_FILES),
+    ("open files", "problem", always, FILES, MORE_FILES),
+)  # fmt: skip
+NOTIFICATIONS_TABLE: Final[Table] = (
+    ("notifications", "problem", lambda s: s.milliseconds is None, *NOTHING_ARRIVES),
+    ("notifications", "ok", lambda s: s.milliseconds < 250, ROUND_TRIP, ""),
+    ("notifications", "warning", always, ROUND_TRIP, "run the relay near PostgreSQL; look at its load"),
+)  # fmt: skip
+# Statements that return one row, each with what that means.
+SERVER_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
+    (DOCTOR_RIGHTS_SQL, (
+        ("rights", "ok", lambda s: not s.lacking, "PostgreSQL's own figures can be read", ""),
+        ("rights", "warning", always,
+            "some of PostgreSQL's own figures are withheld; the relay works without them", "{s.lacking}"),
+    )),
+    ("SELECT pg_notification_queue_usage() AS usage", (
+        ("queue", "ok", lambda s: s.usage < 0.1, QUEUE, ""),
+        ("queue", "warning", lambda s: s.usage < 0.5, QUEUE, EMPTY_QUEUE),
+        ("queue", "problem", always, QUEUE, EMPTY_QUEUE),
+    )),
+)  # fmt: skip
+GRANTS_LOOK: Final[tuple[str, Table]] = (DOCTOR_ROLE_SQL, (
+    ("schema", "problem", lambda s: not s.installed, *NOT_INSTALLED),
+    ("grants", "unknown", lambda s: s.lacking and s.other,
+        "this role publishes or operates: the log, and what a relay's role may do, were not checked",
+        "run this with the relay's DSN too"),
+    ("grants", "problem", lambda s: s.lacking, "this role may not use the durable log", "{s.lacking}"),
+    ("grants", "ok", lambda s: s.installed, "this role may run a relay on the durable log", ""),
+))  # fmt: skip
+LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
+    (DOCTOR_OWNER_SQL, (
+        ("owner", "warning", lambda s: s.super,
+            "the durable log belongs to a superuser ({s.owner}), whose rights its functions have",
+            "let a role own it that has no other rights and cannot log in"),
+        ("owner", "ok", always, "the durable log belongs to {s.owner}", ""),
+        ("rows", "problem", lambda s: s.hidden,
+            "row-level security hides rows from this role: events are missing without a gap", "{s.hidden}"),
+        ("rows", "ok", always, "this role sees all rows of the durable log", ""),
+    )),
+    (DOCTOR_EPOCH_SQL, (
+        ("epoch", "ok", lambda s: s and s.valid, "the log's epoch is {s.epoch}", ""),
+        ("epoch", "warning", always,
+            "the log comes from another server or another time: restored, promoted or copied",
+            "start a relay: it begins a new epoch, and every client gets relay.gap"),
+    )),
+    (DOCTOR_RETENTION_SQL, (
+        ("retention", "warning", lambda s: s.overdue, KEPT + ", but older ones are still there",
+            "start a relay: it prunes the log"),
+        ("retention", "warning", lambda s: s.short, KEPT + ": clients that are away for longer get relay.gap",
+            "UPDATE sse_relay.settings SET retention = '24 hours'"),
+        ("retention", "ok", always, KEPT, ""),
+    )),
+)  # fmt: skip
+
+
+def look(cursor: psycopg2.extensions.cursor, statement: str, table: Table) -> Iterator[Finding]:
+    """Run a statement and judge its one row; what is refused could not be checked."""
     try:
-        pinned = check_server(dsn, lambda cursor: None)
-    except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
-        return as_finding("connection", error, dsn), None
-    parts = parse_dsn(pinned)
-    return Finding("ok", "connection", f"PostgreSQL answers at {parts['host']} port {parts['port']}"), pinned
+        cursor.execute(statement)
+        yield from judge(table, cursor.fetchone())
+    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ObjectNotInPrerequisiteState) as error:
+        yield Finding("unknown", table[0][0], one_line(error, ""), "run this as a role that may look there")
 
 
-def check_round_trip(dsn: str) -> Finding:
-    """Send notifications from one connection to another.
+def time_notifications(dsn: str) -> float | None:
+    """Return the milliseconds from one connection to another, or None if nothing arrives.
 
     Nothing else shows a pooler in transaction mode, through which LISTEN succeeds.
     """
     channel = f"{RESERVED_CHANNEL_PREFIX}_doctor_{secrets.token_hex(8)}"
     times = []
-    with (
-        visit(dsn) as listening,
-        visit(dsn) as sending,
-        listening.cursor() as listener,
-        sending.cursor() as sender,
-    ):
-        listener.execute(f"LISTEN {quote_name(channel)}")
-        for number in range(DOCTOR_ROUND_TRIPS):
+    with visit(dsn) as listening, visit(dsn) as sending, sending.cursor() as sender:
+        with listening.cursor() as listener:
+            listener.execute(f"LISTEN {quote_name(channel)}")
+        for number in range(5):
             started = time.monotonic()
             sender.execute("SELECT pg_notify(%s, %s)", (channel, str(number)))
             while not listening.notifies:
                 if not select.select([listening], (), (), CANARY_TIMEOUT)[0]:
-                    return Finding(
-                        "problem",
-                        "notifications",
-                        "LISTEN succeeds but no notification arrives: a pooler in transaction mode "
-                        "stands in the way",
-                        "name PostgreSQL itself in the DSN, or a pool in session mode",
-                    )
+                    return None
                 listening.poll()
             listening.notifies.clear()
             times.append(time.monotonic() - started)
-    middle = sorted(times)[len(times) // 2]
-    what = f"a notification makes the round trip in {middle * 1000:.1f} ms"
-    if middle > DOCTOR_SLOW:
-        return Finding(
-            "warning", "notifications", what, "run the relay near PostgreSQL, and look at the load there"
-        )
-    return Finding("ok", "notifications", what)
-
-
-def check_queue(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Look at PostgreSQL's notification queue; when it is full, NOTIFY fails in every transaction."""
-    cursor.execute("SELECT pg_notification_queue_usage()")
-    (usage,) = cursor.fetchone() or (0.0,)
-    what = f"PostgreSQL's notification queue is {usage:.0%} full"
-    if usage < 0.1:
-        return Finding("ok", "queue", what)
-    return Finding(
-        "problem" if usage >= 0.5 else "warning",
-        "queue",
-        what,
-        "end the session that listens within a long transaction: SELECT pid, xact_start, query FROM "
-        "pg_stat_activity WHERE state LIKE 'idle in transaction%' ORDER BY xact_start",
-    )
-
-
-def check_grants(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Look whether the role may do what the relay does with the durable log."""
-    cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
-    if not cursor.fetchall():
-        return Finding("problem", "schema", *NOT_INSTALLED)
-    cursor.execute(LOG_GRANTS_SQL)
-    lacking = [grant for (grant,) in cursor.fetchall()]
-    if lacking:
-        return Finding("problem", "grants", "this role may not use the durable log", "; ".join(lacking))
-    return Finding("ok", "grants", "this role may use the durable log")
-
-
-def check_schema(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Compare the version of the durable log with what this program knows."""
-    try:
-        check_log(cursor)
-    except UnusableDatabaseError as error:
-        return as_finding("schema", error, "")
-    return Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
-
-
-def check_epoch(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Look whether the log's epoch belongs to this database and its history."""
-    cursor.execute(
-        "SELECT epoch, xmin = xid::xid AND system = (SELECT system_identifier FROM pg_control_system())"
-        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        " AND timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM sse_relay.epoch"
-    )
-    epoch, valid = cursor.fetchone() or (None, False)
-    if valid:
-        return Finding("ok", "epoch", f"the log's epoch is {epoch}")
-    return Finding(
-        "warning",
-        "epoch",
-        "the log comes from another server or another time: restored, promoted or copied",
-        "start a relay: it begins a new epoch, and every client gets relay.gap",
-    )
-
-
-def check_retention(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Look how long the log keeps events, and whether someone prunes it."""
-    cursor.execute(
-        "SELECT retention::text, retention < '10 minutes',"
-        " clock_timestamp() - retention - '5 minutes'::interval > (SELECT created FROM sse_relay.events"
-        "  WHERE id > pruned AND id < (SELECT max(id) FROM sse_relay.events) ORDER BY id LIMIT 1)"
-        " FROM sse_relay.settings"
-    )
-    retention, short, overdue = cursor.fetchone() or ("", False, False)
-    what = f"events are kept for {retention}"
-    if overdue:
-        return Finding(
-            "warning",
-            "retention",
-            f"{what}, but older ones are still there",
-            "start a relay: it prunes the log",
-        )
-    if short:
-        return Finding(
-            "warning",
-            "retention",
-            f"{what}: who is away for longer gets relay.gap",
-            "UPDATE sse_relay.settings SET retention = '24 hours'",
-        )
-    return Finding("ok", "retention", what)
+    return sorted(times)[2] * 1000
 
 
 def check_backlog(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Look whether committed events wait for longer than a sweep to be numbered."""
-    first: set[str] | None = None
-    while True:
+    """Check whether committed events wait for longer than a sweep to be numbered."""
+    seen: list[set[str]] = []
+    for wait in (SWEEP_INTERVAL + 1, 0):
         cursor.execute(LOG_WAITING_SQL, (None,))
-        _, xids, _ = cursor.fetchone() or ("", [], [])
-        stuck = set(xids) if first is None else first & set(xids)
-        if not stuck:
+        seen.append(set((cursor.fetchone() or ("", [], []))[1]))
+        if not set.intersection(*seen):
             return Finding("ok", "backlog", "no committed event waits to be numbered")
-        if first is not None:
-            break
-        first = stuck
-        time.sleep(SWEEP_INTERVAL + 1)
-    return Finding(
-        "warning",
-        "backlog",
-        f"the events of {len(stuck)} transaction(s) wait to be numbered, for more than {SWEEP_INTERVAL:g} s",
-        "start a relay with --source log on this database, or look at the log of the one that runs",
-    )
+        time.sleep(wait)
+    what = f"the events of {len(set.intersection(*seen))} transaction(s) wait to be numbered"
+    fix = "start a relay with --source log on this database, or look at the log of the one that runs"
+    return Finding("warning", "backlog", f"{what}, for more than {SWEEP_INTERVAL:g} s", fix)
 
 
-def check_files() -> Finding:
-    """Look how many clients the limit of open files leaves room for."""
+def examine_machine() -> Iterator[Finding]:
+    """Check how many clients the limit of open files leaves room for."""
     limit = raise_file_limit()
     clients = max(0, limit - RESERVED_DESCRIPTORS) * 3 // 4
-    what = f"{limit} files may be open here, enough for {clients} clients"
-    if clients >= 7_500:
-        return Finding("ok", "open files", what)
-    return Finding(
-        "problem" if clients < 750 else "warning",
-        "open files",
-        what,
-        "LimitNOFILE=65536 in the systemd unit; ulimit -n 65536 in a shell; --ulimit nofile=65536 for docker",
-    )
+    return judge(HERE_TABLE, types.SimpleNamespace(limit=limit, clients=clients))
 
 
-def examine_database(dsn: str, source: str) -> Iterator[Finding]:
-    """Look at all that the relay needs of PostgreSQL, until a problem hides the rest."""
-    finding, pinned = check_connection(dsn)
-    yield finding
-    if pinned is None:
-        return
-    checks: tuple[Callable[[psycopg2.extensions.cursor], Finding], ...] = (check_queue,)
-    if source == "log":
-        checks += (check_grants, check_schema, check_epoch, check_retention, check_backlog)
+def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
+    """Check all that a relay needs of PostgreSQL, until a problem hides the rest.
+
+    Args:
+        source: None: the log is checked if it is installed.
+    """
     try:
-        yield check_round_trip(pinned)
-        with visit(pinned) as connection, connection.cursor() as cursor:
-            for check in checks:
-                yield (finding := check(cursor))
-                if finding.level == "problem":
-                    return
-    except psycopg2.Error as error:
-        yield as_finding("connection", error, dsn)
+        parts = parse_dsn(pinned := check_server(dsn, lambda cursor: None))
+        yield Finding("ok", "connection", f"PostgreSQL answers at {parts['host']} port {parts['port']}")
+        milliseconds = time_notifications(pinned)
+        yield from judge(NOTIFICATIONS_TABLE, types.SimpleNamespace(milliseconds=milliseconds))
+        if milliseconds is None:
+            return
+        named = psycopg2.extras.NamedTupleCursor
+        with visit(pinned, 60) as connection, connection.cursor(cursor_factory=named) as cursor:
+            for statement, table in SERVER_LOOKS:
+                yield from look(cursor, statement, table)
+            source = source or source_of(cursor)
+            grants = list(look(cursor, *GRANTS_LOOK)) if source == "log" else []
+            yield from grants
+            if not grants or grants[0].level != "ok":
+                return
+            check_log(cursor)
+            yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
+            for statement, table in LOG_LOOKS:
+                yield from look(cursor, statement, table)
+            yield check_backlog(cursor)
+    except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
+        yield as_finding("schema" if "cursor" in locals() else "connection", error, dsn)
+
+
+class Exchange:
+    """A request as a browser makes it. A thread reads the answer, so that waiting for a part has a limit.
+
+    Raises:
+        OSError, http.client.HTTPException: There is no answer in time.
+    """
+
+    def __init__(self, url: str, trust: Path | None, method: str = "GET", **headers: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        host, port, limit = parts.hostname or "", parts.port, DOCTOR_ANSWER_WAIT
+        browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
+        self._connection = http.client.HTTPConnection(host, port, timeout=limit)
+        if parts.scheme == "https":
+            context = ssl.create_default_context(cafile=trust)
+            self._connection = http.client.HTTPSConnection(host, port, timeout=limit, context=context)
+        self.body = b""
+        self.ended = False
+        self._more = threading.Condition()
+        try:
+            target = urllib.parse.urlunsplit(("", "", parts.path, parts.query, ""))
+            self._connection.request(method, target, headers={**browser, **headers})
+            self._socket = self._connection.sock
+            self.answer = self._connection.getresponse()
+        except BaseException:
+            self._connection.close()
+            raise
+        self._socket.settimeout(None)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self.answer.close()
+        self._connection.close()
+
+    def _read(self) -> None:
+        inflate = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress
+        decode = inflate if self.answer.headers.get("Content-Encoding") else bytes
+        while not self.ended:
+            try:
+                data = self.answer.read1()
+                text = decode(data)
+            except (OSError, ValueError, http.client.HTTPException, zlib.error):
+                data = text = b""  # the relay ends streams without HTTP's final chunk
+            with self._more:
+                self.body += text
+                self.ended = not data
+                self._more.notify()
+
+    def wait_for(self, arrived: Callable[[], object], limit: float) -> bool:
+        """Wait until something has arrived; return whether it has, before the end or the limit in seconds."""
+        with self._more:
+            self._more.wait_for(lambda: arrived() or self.ended, limit)
+            return bool(arrived())
+
+    def holds(self, text: bytes) -> bool:
+        """Return whether a text has arrived."""
+        return text in self.body
+
+    def goes_live(self) -> bool:
+        """Return whether the relay opens the stream: then it sends a position."""
+        return self.wait_for(functools.partial(self.holds, b"id: "), DOCTOR_ANSWER_WAIT)
 
 
 @dataclass
-class Observation:
-    """What a browser would get of one stream. Times are seconds.
+class Seen:
+    """What a browser gets of one stream. Times are seconds."""
 
-    Attributes:
-        address: Scheme and host, as a page there would send as its Origin.
-        alpn: What TLS agreed on when HTTP/2 was offered; "" without TLS.
-        error: Why there was no answer.
-        head_status: Of a HEAD request with a page's own Origin; 0 without an answer.
-        status: Of the stream; 0 without an answer.
-        version: HTTP version of the answer.
-        headers: Of the stream, else of the HEAD request.
-        opened: From the request to the first byte of the stream.
-        body: All that came.
-        published: False: there was no way to publish. A text: why it failed.
-        delay: From before the commit to the event.
-        silence: From then to the next byte.
-        ended: From the request to the end of the stream, if it ended by itself.
-    """
-
-    address: str = ""
+    origin: str
+    """Scheme and host, as a page there sends them."""
     alpn: str | None = ""
+    """What TLS agreed on when HTTP/2 was offered; "" without TLS."""
     error: Exception | None = None
-    head_status: int = 0
+    """Why there was no answer."""
+    head: int = 0
+    """Status of a HEAD request with the page's own Origin."""
     status: int = 0
-    version: tuple[int, int] = (0, 0)
-    headers: Mapping[str, str] = field(default_factory=dict)
-    opened: float | None = None
+    version: int = 0
+    headers: http.client.HTTPMessage = field(default_factory=http.client.HTTPMessage)
+    """Of the stream, else of the HEAD request."""
     body: bytes = b""
-    published: bool | str = False
-    delay: float | None = None
-    silence: float | None = None
+    opened: float | None = None
+    """From the request to the first byte of the stream."""
     ended: float | None = None
+    """From the request to the end of the stream, if it ended by itself."""
+    readable: str = ""
+    """Without a token: "all" channels, "this" one, or "" for none."""
+    unpublished: str = ""
+    """Why no event was published."""
+    commit: float = 0.0
+    """What publishing took."""
+    delay: float | None = None
+    """From before the commit to the event; of several events the shortest."""
+    silence: float | None = None
+    """From then to the next byte."""
+
+    @property
+    def live(self) -> bool:
+        return b"id: " in self.body
+
+    @property
+    def refusal(self) -> str:
+        """The relay's true status and reason, if it refuses in the stream."""
+        found = re.search(rb"event: relay\.refused\ndata: (.*)", self.body)
+        return "{status}: {reason}".format(**json.loads(found[1])) if found else ""
+
+    @property
+    def away(self) -> bool:
+        """Whether the proxy answers in the relay's place; a relay's own headers forbid to transform."""
+        sent_back = self.status == 200 and self.ended is not None and not self.live and not self.refusal
+        return sent_back and "no-transform" not in self.headers.get("Cache-Control", "")
+
+    @property
+    def media(self) -> str:
+        return self.headers.get("Content-Type", "missing")
+
+    @property
+    def cache(self) -> str:
+        return self.headers.get("Cache-Control", "missing")
+
+    @property
+    def encoding(self) -> str:
+        return self.headers.get("Content-Encoding", "identity")
 
 
-def negotiate(host: str, port: int) -> str | None:
+IN_NGINX: Final = "in nginx, for this location: "
+UNBUFFERED: Final = (
+    IN_NGINX + "proxy_buffering off; and no proxy_ignore_headers X-Accel-Buffering; in HAProxy: option "
+    "http-no-delay; elsewhere: let text/event-stream pass at once"
+)
+FIRST_BYTE: Final = "the first byte comes after {s.opened:.2f} s"
+DELAY: Final = "a published event arrives {s.delay:.3f} s after its commit began"
+SIX_STREAMS: Final = "browsers speak HTTP/1.1: at most six streams for each browser and host"
+
+STREAM_TABLE: Final[Table] = (
+    ("answer", "problem", lambda s: isinstance(s.error, ssl.SSLCertVerificationError),
+        "browsers do not trust the certificate: {s.error}",
+        "install a valid one for this name, with its whole chain; for a private authority give --ca-file"),
+    ("answer", "problem", lambda s: s.error, "no answer: {s.error}",
+        "start the proxy, or correct the address"),
+    ("answer", "problem", lambda s: s.refusal, "the relay refuses this stream with {s.refusal}",
+        "name an open channel, or give a token as ?access_token=, or correct the relay's options"),
+    ("answer", "problem", lambda s: s.status in (502, 503, 504) or s.away,
+        "the relay is away: clients are sent away (status {s.status})",
+        "start it (systemctl start sse-relay), and compare its --bind with the proxy's upstream"),
+    ("answer", "problem", lambda s: s.status == 200 and s.ended is not None and not s.live,
+        "the relay is full or stopping: clients are told to come back", "raise --max-clients"),
+    ("answer", "problem", lambda s: (s.status or s.head) != 200, "the answer has status {s.status}",
+        "correct the address, or the relay's --path"),
+    ("answer", "ok", always, "the relay answers", ""),
+    ("restart", "problem", lambda s: s.status >= 500,
+        "while the relay is away browsers get {s.status}, on which EventSource gives up for good",
+        IN_NGINX + "error_page 502 503 504 = @sse_retry; and there: return 200 with retry:"),
+    ("restart", "ok", lambda s: s.away, "while the relay is away browsers are told to come back", ""),
+    ("restart", "unknown", lambda s: not s.error,
+        "what browsers get while the relay is away shows only when it is",
+        "systemctl stop sse-relay.socket, run this again, systemctl start sse-relay"),
+    ("HTTP", "problem", lambda s: s.version == 10, "the proxy answers by HTTP/1.0",
+        "use a proxy that speaks HTTP/1.1"),
+    ("HTTP", "ok", lambda s: s.alpn == "h2", "browsers speak HTTP/2", ""),
+    ("HTTP", "warning", lambda s: s.version and s.alpn == "", SIX_STREAMS + "; HTTP/2 needs TLS",
+        "serve it by https, with HTTP/2"),
+    ("HTTP", "warning", lambda s: s.version, SIX_STREAMS,
+        "in nginx: listen 443 ssl http2; from version 1.25.1 on: http2 on;"),
+    ("access", "warning", lambda s: s.readable == "all",
+        "everybody who reaches this address can read every channel, without a token",
+        "if that is not meant, give the relay --jwt-key-file, or --allow-channel for what is public"),
+    ("access", "ok", lambda s: s.readable == "this", "everybody can read this channel, but not others", ""),
+    ("access", "ok", lambda s: s.live, "without a token nobody can read this channel", ""),
+    ("headers", "problem", lambda s: s.status == 200 and not s.media.startswith(EVENT_STREAM),
+        "Content-Type is {s.media}: EventSource gives up for good",
+        "correct the address, or let the proxy pass the relay's headers on"),
+    ("headers", "warning", lambda s: s.live and "no-store" not in s.cache,
+        "Cache-Control is {s.cache}: something may keep the stream",
+        IN_NGINX + "proxy_cache off; and no expires or add_header for Cache-Control"),
+    ("headers", "problem", lambda s: s.live and s.head == 403,
+        "the relay takes pages of {s.origin} for pages of another origin",
+        IN_NGINX + "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto $scheme;"),
+    ("headers", "ok", lambda s: s.live, "the stream's headers come through", ""),
+    ("first byte", "problem", lambda s: s.head == 200 and not s.error and s.opened is None,
+        "the proxy buffers: the relay answers HEAD, but no byte of a stream came in time", UNBUFFERED),
+    # The relay itself waits for a LISTEN.
+    ("first byte", "warning", lambda s: s.live and s.opened > LISTEN_WAIT + 0.25, FIRST_BYTE, UNBUFFERED),
+    ("first byte", "ok", lambda s: s.live, FIRST_BYTE, ""),
+    ("upstream", "warning", lambda s: HTTP_10_COMMENT in s.body, "the proxy asks the relay by HTTP/1.0",
+        IN_NGINX + 'proxy_http_version 1.1; proxy_set_header Connection "";'),
+    ("upstream", "ok", lambda s: s.live, "the proxy asks the relay by HTTP/1.1", ""),
+    ("compression", "warning", lambda s: s.status == 200 and s.encoding != "identity",
+        "something compresses the stream ({s.encoding}) and may hold events back until a block is full",
+        IN_NGINX + "gzip off;"),
+    ("compression", "ok", lambda s: s.live, "the stream is not compressed", ""),
+    ("delay", "unknown", lambda s: s.live and s.unpublished, "no event was published: {s.unpublished}",
+        "to measure the delay, run this with the DSN of a role that may publish"),
+    ("delay", "problem", lambda s: s.live and s.delay is None,
+        "the published event did not come in time",
+        "give the DSN and the --source that this relay has; look at its /ready and its log"),
+    ("delay", "warning", lambda s: s.live and s.delay > DOCTOR_SLOW + 4 * s.commit, DELAY, UNBUFFERED),
+    ("delay", "ok", lambda s: s.live, DELAY, ""),
+    ("heartbeat", "ok", lambda s: s.silence is not None,
+        "an idle stream got its next byte after {s.silence:.0f} s", ""),
+    ("heartbeat", "problem", lambda s: s.live and s.ended is not None,
+        "the proxy cut the stream after {s.ended:.0f} s",
+        IN_NGINX + "proxy_read_timeout 60s; or a --heartbeat below its limit"),
+    ("heartbeat", "warning", lambda s: s.live, "nothing came for a long time",
+        "keep --heartbeat at 15, so that no proxy takes a quiet stream for a dead one"),
+)  # fmt: skip
+
+
+def observe(url: str, trust: Path | None, publish: Callable[[str], object] | None) -> Seen:
+    """Open a stream as a browser does, publish to it, and wait for a heartbeat.
+
+    Args:
+        publish: Sends an event with this data to a channel of the stream; blocks.
+    """
+    parts = urllib.parse.urlsplit(url)
+    seen = Seen(f"{parts.scheme}://{parts.netloc}")
+    try:
+        if parts.scheme == "https":
+            seen.alpn = negotiate(parts.hostname or "", parts.port or 443, trust)
+        with Exchange(url, trust, "HEAD", Origin=seen.origin) as head:
+            answer = head.answer
+            seen.head, seen.version, seen.headers = answer.status, answer.version, answer.headers
+        started = time.monotonic()
+        with Exchange(url, trust) as stream:
+            answer = stream.answer
+            seen.status, seen.version, seen.headers = answer.status, answer.version, answer.headers
+            if stream.wait_for(lambda: stream.body, DOCTOR_ANSWER_WAIT):
+                seen.opened = time.monotonic() - started
+            if stream.goes_live():
+                seen.readable = readable_without_token(url, trust)
+                observe_events(stream, seen, publish)
+                size, before = len(stream.body), time.monotonic()
+                if stream.wait_for(lambda: len(stream.body) > size, DOCTOR_HEARTBEAT_WAIT):
+                    seen.silence = time.monotonic() - before
+            seen.body = stream.body
+            seen.ended = time.monotonic() - started if stream.ended else None
+    except (OSError, http.client.HTTPException) as error:
+        # A proxy that buffers answers HEAD at once, and holds the headers of a stream back.
+        if not (isinstance(error, TimeoutError) and seen.head):
+            seen.error = error
+    return seen
+
+
+def observe_events(stream: Exchange, seen: Seen, publish: Callable[[str], object] | None) -> None:
+    """Measure how long an event takes; twice again if it is late, so that chance does not count."""
+    if publish is None:
+        seen.unpublished = "there is no connection to PostgreSQL"
+        return
+    for _ in range(3):
+        text, begin = secrets.token_hex(16), time.monotonic()
+        try:
+            publish(text)
+        except psycopg2.Error as error:
+            seen.unpublished = one_line(error, "")
+            return
+        seen.commit = time.monotonic() - begin
+        if not stream.wait_for(functools.partial(stream.holds, text.encode()), DOCTOR_EVENT_WAIT):
+            return
+        seen.delay = min(seen.delay or math.inf, time.monotonic() - begin)
+        if seen.delay <= DOCTOR_SLOW:
+            return
+
+
+def readable_without_token(url: str, trust: Path | None) -> str:
+    """Return what can be read without a token: "all" channels, "this" one, or ""."""
+    parts = urllib.parse.urlsplit(url)
+    query = [pair for pair in urllib.parse.parse_qsl(parts.query) if pair[0] != "access_token"]
+    other = f"doctor-{secrets.token_hex(8)}"
+    path = parts.path
+    if any(name == "channel" for name, _ in query):
+        others = [("channel", other)]
+    else:
+        others, path = query, f"{path.rpartition('/')[0]}/{other}"
+    for word, place, pairs in (("all", path, others), ("this", parts.path, query)):
+        bare = parts._replace(path=place, query=urllib.parse.urlencode(pairs)).geturl()
+        with Exchange(bare, trust) as stream:
+            if stream.goes_live():
+                return word
+    return ""
+
+
+def negotiate(host: str, port: int, trust: Path | None) -> str | None:
     """Offer HTTP/2 by TLS and return what the server chose; None if it chose nothing."""
-    context = ssl.create_default_context()
+    context = ssl.create_default_context(cafile=trust)
     context.set_alpn_protocols(["h2", "http/1.1"])
     with (
         socket.create_connection((host, port), DOCTOR_ANSWER_WAIT) as sock,
@@ -5150,326 +5439,46 @@ def negotiate(host: str, port: int) -> str | None:
         return secured.selected_alpn_protocol()
 
 
-async def _read_until(
-    content: aiohttp.StreamReader, seen: Observation, wanted: bytes, started: float, timeout: float
-) -> float | None:
-    """Read until ``wanted`` has come, or anything if that is empty; tell how long it took."""
-    begin = time.monotonic()
-    before = len(seen.body)
-    try:
-        async with asyncio.timeout(timeout):
-            while seen.ended is None and not (wanted in seen.body if wanted else len(seen.body) > before):
-                data = await content.readany()
-                seen.body += data
-                if not data:
-                    seen.ended = time.monotonic() - started
-    except TimeoutError:
-        return None
-    except (aiohttp.ClientError, OSError):
-        # The relay ends streams without HTTP's final chunk.
-        seen.ended = time.monotonic() - started
-    came = wanted in seen.body if wanted else len(seen.body) > before
-    return time.monotonic() - begin if came else None
-
-
-async def observe(url: str, publish: Callable[[str], object] | None) -> Observation:
-    """Open a stream as a browser would, publish one event, and wait for a heartbeat.
-
-    Args:
-        publish: Sends an event with this data to a channel of the stream; blocks.
-    """
-    parts = urllib.parse.urlsplit(url)
-    seen = Observation(address=f"{parts.scheme}://{parts.netloc}")
-    browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=DOCTOR_ANSWER_WAIT)
-    try:
-        if parts.scheme == "https":
-            seen.alpn = await asyncio.to_thread(negotiate, parts.hostname or "", parts.port or 443)
-        async with aiohttp.ClientSession(headers=browser, timeout=limits) as session:
-            async with (
-                asyncio.timeout(DOCTOR_ANSWER_WAIT),
-                session.head(url, headers={"Origin": seen.address}) as head,
-            ):
-                seen.head_status, seen.version, seen.headers = head.status, _version(head), head.headers
-            started = time.monotonic()
-            async with contextlib.AsyncExitStack() as stack:
-                async with asyncio.timeout(DOCTOR_ANSWER_WAIT):
-                    stream = await stack.enter_async_context(session.get(url))
-                seen.status, seen.version, seen.headers = stream.status, _version(stream), stream.headers
-                if await _read_until(stream.content, seen, b"", started, DOCTOR_ANSWER_WAIT) is None:
-                    return seen
-                seen.opened = time.monotonic() - started
-                # The position goes out when the stream is live.
-                await _read_until(stream.content, seen, b"id: ", started, DOCTOR_ANSWER_WAIT)
-                if seen.ended is None and publish is not None:
-                    await _observe_event(stream.content, seen, publish, started)
-                seen.silence = await _read_until(stream.content, seen, b"", started, DOCTOR_HEARTBEAT_WAIT)
-    except TimeoutError as error:
-        if not seen.head_status:
-            seen.error = error
-    except (aiohttp.ClientError, OSError) as error:
-        seen.error = error
-    return seen
-
-
-def _version(response: aiohttp.ClientResponse) -> tuple[int, int]:
-    return (response.version.major, response.version.minor) if response.version else (0, 0)
-
-
-async def _observe_event(
-    content: aiohttp.StreamReader, seen: Observation, publish: Callable[[str], object], started: float
-) -> None:
-    text = secrets.token_hex(16)
-    begin = time.monotonic()
-    try:
-        await asyncio.to_thread(publish, text)
-    except psycopg2.Error as error:
-        seen.published = " ".join(str(error).split())
-        return
-    seen.published = True
-    if await _read_until(content, seen, text.encode(), started, DOCTOR_EVENT_WAIT) is not None:
-        seen.delay = time.monotonic() - begin
-
-
-PROXY_MEND: Final = "in nginx, for this location: "
-
-
-def judge_answer(seen: Observation) -> Finding:
-    """Tell whether a stream of the relay is there at all."""
-    refused = re.search(rb'event: relay\.refused\ndata: \{"status": ?(\d+), ?"reason": ?"(.*?)"\}', seen.body)
-    if isinstance(seen.error, ssl.SSLCertVerificationError | aiohttp.ClientConnectorCertificateError):
-        return Finding(
-            "problem",
-            "answer",
-            f"browsers will not trust the certificate: {seen.error}",
-            "install a valid certificate for this name, with its whole chain",
-        )
-    if seen.error is not None:
-        text = " ".join(str(seen.error).split()) or "no answer in time"
-        return Finding("problem", "answer", text, "start the proxy, or correct the address")
-    if refused:
-        status, reason = refused[1].decode(), refused[2].decode(errors="replace")
-        mend = "give an open channel, or a token as ?access_token=, or correct the relay's options"
-        return Finding("problem", "answer", f"the relay refuses this stream with {status}: {reason}", mend)
-    status = seen.status or seen.head_status
-    if status in (502, 503, 504) or (seen.ended is not None and b"id: " not in seen.body):
-        return Finding(
-            "problem",
-            "answer",
-            f"the relay is away or full: clients are sent away (status {status})",
-            "start it (systemctl start sse-relay), and compare its --bind with the proxy's upstream",
-        )
-    if status != 200:
-        return Finding(
-            "problem",
-            "answer",
-            f"the answer has status {status}",
-            "correct the address or the relay's --path",
-        )
-    return Finding("ok", "answer", "the relay answers")
-
-
-def judge_restart(seen: Observation) -> Finding:
-    """Tell what browsers get while the relay is away: to be seen only when it is."""
-    status = seen.status or seen.head_status
-    if status >= 500:
-        return Finding(
-            "problem",
-            "restart",
-            f"while the relay is away browsers get {status}, on which EventSource gives up for good",
-            PROXY_MEND + "error_page 502 503 504 = @sse_retry; with the block @sse_retry of the README",
-        )
-    if seen.status == 200 and seen.ended is not None and b"retry:" in seen.body and b"id: " not in seen.body:
-        return Finding("ok", "restart", "while the relay is away browsers are told to come back")
-    return Finding(
-        "unknown",
-        "restart",
-        "what browsers get while the relay is away shows only when it is",
-        "systemctl stop sse-relay.socket, run this again, systemctl start sse-relay",
-    )
-
-
-def judge_http(seen: Observation) -> Finding:
-    """Tell which HTTP version browsers speak, and so how many streams they may open."""
-    if seen.version < (1, 1):
-        return Finding("problem", "HTTP", "the proxy answers by HTTP/1.0", "use a proxy that speaks HTTP/1.1")
-    if seen.alpn == "h2":
-        return Finding("ok", "HTTP", "browsers speak HTTP/2")
-    what = "browsers speak HTTP/1.1: at most six streams for each browser and host"
-    if seen.alpn == "":
-        return Finding("warning", "HTTP", f"{what}; HTTP/2 needs TLS", "serve it by https, with HTTP/2")
-    return Finding(
-        "warning", "HTTP", what, "in nginx: listen 443 ssl http2; from version 1.25.1 on: http2 on;"
-    )
-
-
-def judge_upstream(seen: Observation) -> Finding:
-    """Tell which HTTP version the proxy speaks to the relay: the relay says so in the opening."""
-    if HTTP_10_COMMENT in seen.body:
-        return Finding(
-            "warning",
-            "upstream",
-            "the proxy asks the relay by HTTP/1.0",
-            PROXY_MEND + 'proxy_http_version 1.1; proxy_set_header Connection "";',
-        )
-    return Finding("ok", "upstream", "the proxy asks the relay by HTTP/1.1")
-
-
-def judge_headers(seen: Observation) -> Finding:
-    """Tell whether the stream's headers come through, and the page's own Origin is known as such."""
-    media, cache = seen.headers.get("Content-Type", ""), seen.headers.get("Cache-Control", "")
-    if not media.startswith(EVENT_STREAM):
-        return Finding(
-            "problem",
-            "headers",
-            f"Content-Type is {media or 'missing'}: EventSource gives up for good",
-            "correct the address, or let the proxy pass the relay's headers on",
-        )
-    if "no-store" not in cache:
-        return Finding(
-            "warning",
-            "headers",
-            f"Cache-Control is {cache or 'missing'}: something may keep the stream",
-            PROXY_MEND + "proxy_cache off; and no expires or add_header for Cache-Control",
-        )
-    if seen.head_status == 403 and seen.status == 200:
-        return Finding(
-            "problem",
-            "headers",
-            f"the relay takes pages of {seen.address} for pages of another origin",
-            PROXY_MEND + "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto $scheme;",
-        )
-    return Finding("ok", "headers", "the stream's headers come through")
-
-
-def judge_compression(seen: Observation) -> Finding:
-    """Tell whether something compresses the stream."""
-    encoding = seen.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        return Finding(
-            "warning",
-            "compression",
-            f"something compresses the stream ({encoding}) and may hold events back until a block is full",
-            PROXY_MEND + "gzip off;",
-        )
-    return Finding("ok", "compression", "the stream is not compressed")
-
-
-BUFFERING_MEND: Final = (
-    PROXY_MEND + "proxy_buffering off; and no proxy_ignore_headers X-Accel-Buffering; elsewhere: "
-    "let text/event-stream pass unbuffered"
-)
-
-
-def judge_first_byte(seen: Observation) -> Finding:
-    """Tell how soon the opening comes, which the relay writes at once."""
-    if seen.opened is None:
-        return Finding(
-            "problem",
-            "first byte",
-            f"the proxy buffers: the relay answers HEAD, but no byte of a stream came in "
-            f"{DOCTOR_ANSWER_WAIT:g} s",
-            BUFFERING_MEND,
-        )
-    what = f"the first byte comes after {seen.opened * 1000:.0f} ms"
-    # The relay itself waits for a LISTEN.
-    if seen.opened > LISTEN_WAIT + DOCTOR_SLOW:
-        return Finding("warning", "first byte", what, BUFFERING_MEND)
-    return Finding("ok", "first byte", what)
-
-
-def judge_delay(seen: Observation) -> Finding:
-    """Tell how long an event takes from the commit to the browser."""
-    if seen.published is False:
-        return Finding(
-            "unknown",
-            "delay",
-            "no event was published: there is no connection to PostgreSQL",
-            "mend that first",
-        )
-    if isinstance(seen.published, str):
-        return Finding(
-            "unknown",
-            "delay",
-            f"no event could be published: {seen.published}",
-            "give the DSN of a role that may publish",
-        )
-    if seen.delay is None:
-        return Finding(
-            "problem",
-            "delay",
-            f"the published event did not come within {DOCTOR_EVENT_WAIT:g} s",
-            "give the DSN and the --source that this relay has; look at its /ready and its log",
-        )
-    what = f"a published event arrives {seen.delay * 1000:.0f} ms after its commit began"
-    return (
-        Finding("ok", "delay", what)
-        if seen.delay <= DOCTOR_SLOW
-        else Finding("warning", "delay", what, BUFFERING_MEND)
-    )
-
-
-def judge_heartbeat(seen: Observation) -> Finding:
-    """Tell whether an idle stream stays open and its heartbeats pass."""
-    if seen.silence is not None:
-        return Finding("ok", "heartbeat", f"an idle stream got its next byte after {seen.silence:.0f} s")
-    if seen.ended is not None:
-        return Finding(
-            "problem",
-            "heartbeat",
-            f"the proxy cut the stream after {seen.ended:.0f} s",
-            PROXY_MEND + "proxy_read_timeout 1h; or a --heartbeat below its limit",
-        )
-    return Finding(
-        "warning",
-        "heartbeat",
-        f"nothing passed within {DOCTOR_HEARTBEAT_WAIT:g} s",
-        "keep --heartbeat at 15, so that no proxy takes a quiet stream for a dead one",
-    )
-
-
-def judge(seen: Observation) -> list[Finding]:
-    """Judge all that was seen of a stream; without one, only what is left to say."""
-    answer = judge_answer(seen)
-    if seen.error is not None:
-        return [answer]
-    findings = [answer, judge_restart(seen), judge_http(seen)]
-    if answer.level == "problem":
-        return findings
-    findings += [judge_headers(seen), judge_first_byte(seen)]
-    if seen.opened is None:
-        return findings
-    return [
-        *findings,
-        *(look(seen) for look in (judge_upstream, judge_compression, judge_delay, judge_heartbeat)),
-    ]
-
-
-def examine_stream(url: str, dsn: str | None, source: str) -> list[Finding]:
+def examine_stream(url: str, trust: Path | None, dsn: str | None, source: str | None) -> Iterator[Finding]:
     """Open the stream at an address, publish to its first channel, and judge what comes.
 
     Args:
         dsn: None if PostgreSQL cannot be reached.
     """
-    if dsn is None:
-        return judge(asyncio.run(observe(url, None)))
-    channel = channels_of(url)[0]
+    with contextlib.ExitStack() as stack:
+        if dsn is None:
+            yield from judge(STREAM_TABLE, observe(url, trust, None))
+            return
+        # Connected before, so that the delay is the event's alone.
+        cursor = stack.enter_context(stack.enter_context(visit(dsn, 3 * DOCTOR_HEARTBEAT_WAIT)).cursor())
+        source = source or source_of(cursor)
+        publish = functools.partial(publish_event, cursor, source, channels_of(url)[0], event=DOCTOR_EVENT)
+        yield from judge(STREAM_TABLE, observe(url, trust, publish))
 
-    def publish(text: str) -> None:
-        with connection.cursor() as cursor:
-            if source == "notify":
-                payload = json.dumps({"event": DOCTOR_EVENT, "data": text})
-                cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
-            else:
-                cursor.execute(LOG_PUBLISH_SQL, (channel, text, DOCTOR_EVENT))
 
-    # Connected before, so that the delay is the event's alone.
-    with visit(dsn, 2 * DOCTOR_HEARTBEAT_WAIT) as connection:
-        return judge(asyncio.run(observe(url, publish)))
+def encode_payload(data: str, event: str | None) -> str:
+    """Return the payload of a notification: data alone, or an envelope."""
+    return json.dumps({"event": event, "data": data}, ensure_ascii=False) if event else data
+
+
+def publish_event(
+    cursor: psycopg2.extensions.cursor, source: str, channel: str, data: str, event: str | None
+) -> None:
+    """Publish one event as an application does."""
+    if source == "log":
+        cursor.execute(LOG_PUBLISH_SQL, (channel, data, event))
+    else:
+        cursor.execute("SELECT pg_notify(%s, %s)", (channel, encode_payload(data, event)))
+
+
+def source_of(cursor: psycopg2.extensions.cursor) -> str:
+    """Return the source that a database is made for: ``log`` if the durable log is installed."""
+    cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
+    return "log" if cursor.fetchone() is not None else "notify"
 
 
 def channels_of(url: str) -> tuple[str, ...]:
-    """Give the channels of a stream's address, wherever the relay's --path is.
+    """Return the channels of a stream's address, wherever the relay's --path is.
 
     Raises:
         RefusedError: With what is wrong.
@@ -5876,14 +5885,11 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
         raise UnsendableError(refused.reason) from None
     if event and sendable_name(event) is None:
         raise UnsendableError(f"an event cannot be named {event!r}")
-    payload = data
-    if event and source == "notify":
-        payload = json.dumps({"event": event, "data": data}, ensure_ascii=False)
     if "\0" in data:
         raise UnsendableError("PostgreSQL cannot carry the character NUL")
     try:
         (event or "").encode()
-        size = len(payload.encode())
+        size = len(encode_payload(data, event).encode())
     except UnicodeEncodeError:
         raise UnsendableError("the event is not valid UTF-8") from None
     if source == "notify" and size > MAX_PAYLOAD_BYTES:
@@ -5893,10 +5899,7 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
         )
     with visit(dsn) as connection, connection.cursor() as cursor:
         try:
-            if source == "notify":
-                cursor.execute("SELECT pg_notify(%s, %s)", (channel, payload))
-            else:
-                cursor.execute(LOG_PUBLISH_SQL, (channel, data, event or None))
+            publish_event(cursor, source, channel, data, event or None)
         except (psycopg2.errors.UndefinedFunction, psycopg2.errors.InvalidSchemaName):
             raise UnsendableError(*NOT_INSTALLED) from None
         except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
@@ -6152,47 +6155,75 @@ def check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
+def check_authority(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file without certificates."""
+    try:
+        ssl.create_default_context(cafile=value)
+    except (OSError, ssl.SSLError) as error:
+        raise click.BadParameter(f"{value}: {error.strerror or 'there is no certificate in it'}") from None
+    return value
+
+
 @cli.command()
 @dsn_options
-@source_option
+@click.option(
+    "--source",
+    envvar="SSE_RELAY_SOURCE",
+    type=click.Choice(["notify", "log"]),
+    help="What the relay uses.  [default: log if the durable log is installed in the database]",
+)
 @click.option(
     "--url",
     envvar="SSE_RELAY_URL",
     metavar="URL",
     callback=check_url,
-    help="Open this stream, through the proxy, and measure what a browser would get. Publishes one event, "
-    f"named {DOCTOR_EVENT}, to its first channel. Takes up to a minute.",
+    help="Open this stream, through the proxy, and measure what a browser gets. Publishes up to three "
+    f"events, named {DOCTOR_EVENT}, to its first channel. Takes up to a minute.",
+)
+@click.option(
+    "--ca-file",
+    envvar="SSE_RELAY_CA_FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    callback=check_authority,
+    help="Trust this authority's certificate, in PEM form, for --url, instead of those of the system.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
 def doctor(
-    ctx: click.Context, dsn: str | None, dsn_file: Path | None, source: str, url: str | None, as_json: bool
+    ctx: click.Context,
+    dsn: str | None,
+    dsn_file: Path | None,
+    source: str | None,
+    url: str | None,
+    ca_file: Path | None,
+    as_json: bool,
 ) -> None:
-    """Check a deployment from end to end, and say what to mend.
+    """Check a deployment from end to end, and say what to fix.
 
     Exit status 1 if there is a problem; a warning can wait.
 
     \b
     Example:
         sse_relay.py doctor --dsn-file /etc/sse-relay/dsn
-        sse_relay.py doctor --source log --url https://app.example/events/orders
+        sse_relay.py doctor --dsn-file /etc/sse-relay/dsn --url https://app.example/events/orders
     """
     dsn = resolve_dsn(dsn, dsn_file)
     findings: list[Finding] = []
 
-    def look() -> Iterator[Finding]:
-        yield check_files()
+    def examine() -> Iterator[Finding]:
+        yield from examine_machine()
         yield from examine_database(dsn, source)
         if url is not None:
             reachable = not any(f.check == "connection" and f.level == "problem" for f in findings)
-            yield from examine_stream(url, dsn if reachable else None, source)
+            yield from examine_stream(url, ca_file, dsn if reachable else None, source)
 
-    for finding in look():
+    for finding in examine():
         findings.append(finding)
         if not as_json:
             click.echo(f"{finding.level:8} {finding.check}: {finding.what}")
-            if finding.mend:
-                click.echo(f"{'':8} -> {finding.mend}")
+            if finding.fix:
+                click.echo(f"{'':8} -> {finding.fix}")
     healthy = all(finding.level != "problem" for finding in findings)
     if as_json:
         click.echo(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}, indent=2))

@@ -1,96 +1,126 @@
-"""`doctor` names what is wrong with a deployment, and the line that mends it."""
+"""`doctor` names what is wrong with a deployment, and the line that fixes it."""
 
 from __future__ import annotations
 
+import dataclasses
+import http.client
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import psycopg2
 import psycopg2.extensions
 import pytest
 
 import harness
-from harness import Database, Nginx, Relay, nginx_recipe
-from sse_relay import Finding
+from harness import Database, Nginx, Relay
+from sse_relay import STREAM_TABLE, Finding, Seen, judge
 
 StartRelay = Callable[..., Relay]
 
+SLOW_PROXY = """\
+global
+    stats socket {folder}/admin.sock
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 1m
+    timeout server 1m
+    {options}
+frontend streams
+    bind 127.0.0.1:{port}
+    default_backend relay
+backend relay
+    server relay {relay}
+"""
 
-@dataclass
-class Diagnosis:
-    """What the command printed as JSON, and its exit status."""
 
-    status: int
-    findings: dict[str, Finding]
-
-    def level(self, check: str) -> str:
-        return self.findings[check].level
-
-    @property
-    def problems(self) -> set[str]:
-        return {name for name, finding in self.findings.items() if finding.level == "problem"}
-
-
-def run_doctor(
-    *options: str, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_doctor(*options: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [*prefix, sys.executable, str(harness.PROGRAM), "doctor", *options],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=90,
-        env={**harness.clean_environment(), **(env or {})},
+        env=harness.clean_environment(),
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def diagnose(
-    dsn: str, *options: str, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None
-) -> Diagnosis:
-    done = run_doctor("--json", "--dsn", dsn, *options, prefix=prefix, env=env)
+def diagnose(dsn: str, *options: str, prefix: tuple[str, ...] = ()) -> dict[str, Finding]:
+    """Return what the command printed as JSON, by check; each but an "ok" says what to do."""
+    done = run_doctor("--json", "--dsn", dsn, *options, prefix=prefix)
     assert done.returncode in (0, 1), done.stderr
     answer = json.loads(done.stdout)
     findings = {finding["check"]: Finding(**finding) for finding in answer["findings"]}
     assert len(findings) == len(answer["findings"])
-    diagnosis = Diagnosis(done.returncode, findings)
-    assert answer["healthy"] is (done.returncode == 0) is (not diagnosis.problems)
+    assert answer["healthy"] is (done.returncode == 0) is (not named(findings, "problem"))
     for finding in findings.values():
-        assert finding.mend or finding.level == "ok", finding
-        assert "\n" not in finding.what + finding.mend
-    return diagnosis
+        assert finding.fix or finding.level == "ok", finding
+        assert "\n" not in finding.what + finding.fix
+    return findings
+
+
+def named(findings: dict[str, Finding], *levels: str) -> set[str]:
+    """Return the checks with a finding of these levels."""
+    return {check for check, finding in findings.items() if finding.level in levels}
 
 
 @pytest.fixture
-def role(database: Database) -> Iterator[str]:
-    """A role that may log in with the password ``secret`` and nothing else."""
-    name = f"role_{psycopg2.extensions.parse_dsn(database.dsn)['dbname']}"
-    database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
-    yield name
+def make_role(database: Database) -> Iterator[Callable[..., str]]:
+    """Make a role that may log in and what the statements, with its name as {}, allow; return its DSN."""
+    made: list[str] = []
+
+    def make(*statements: str) -> str:
+        name = f"role_{len(made)}_{psycopg2.extensions.parse_dsn(database.dsn)['dbname']}"
+        database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+        made.append(name)
+        for statement in statements:
+            database.execute(statement.format(name))
+        return psycopg2.extensions.make_dsn(database.dsn, user=name, password="secret")
+
+    yield make
     database.terminate_backends()
-    database.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    for name in made:
+        database.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
-def as_role(database: Database, role: str) -> str:
-    return psycopg2.extensions.make_dsn(database.dsn, user=role, password="secret")
+APPLICATION = (
+    "GRANT USAGE ON SCHEMA sse_relay TO {}",
+    "GRANT EXECUTE ON FUNCTION sse_relay.publish(text, text, text) TO {}",
+)
+OPERATOR = (
+    "GRANT USAGE ON SCHEMA sse_relay TO {}",
+    "GRANT SELECT, UPDATE (retention) ON sse_relay.settings TO {}",
+)
+
+
+def as_relay(database: Database, make_role: Callable[..., str]) -> str:
+    """Return the DSN of a role with what `doctor` says that a relay needs."""
+    dsn = make_role()
+    database.execute(diagnose(dsn)["grants"].fix)
+    return dsn
 
 
 # ==== PostgreSQL ==============================================================
 
 
-def test_nothing_is_wrong_with_a_good_database(log_database: Database) -> None:
+def test_nothing_is_wrong_with_a_good_database(database: Database) -> None:
+    found = diagnose(database.dsn)
+    assert list(found) == ["open files", "connection", "notifications", "rights", "queue"]
+    assert named(found, "ok") == found.keys()
+
+
+def test_the_log_is_checked_where_it_is_installed(
+    log_database: Database, make_role: Callable[..., str]
+) -> None:
     found = diagnose(log_database.dsn)
-    assert found.status == 0
-    assert list(found.findings) == ["open files", "connection", "notifications", "queue"]
-    found = diagnose(log_database.dsn, "--source", "log")
-    assert found.status == 0
-    assert list(found.findings)[4:] == ["grants", "schema", "epoch", "retention", "backlog"]
-    assert {finding.level for finding in found.findings.values()} == {"ok"}
+    assert list(found)[5:] == ["grants", "schema", "owner", "rows", "epoch", "retention", "backlog"]
+    assert named(found, "warning", "problem", "unknown") == {"owner"}, "it belongs to the tests' superuser"
+    assert "grants" not in diagnose(log_database.dsn, "--source", "notify")
 
 
-def test_people_read_a_line_for_each_finding_and_one_for_what_mends_it(database: Database) -> None:
+def test_people_read_a_line_for_each_finding_and_one_for_what_fixes_it(database: Database) -> None:
     done = run_doctor("--dsn", database.dsn, "--source", "log")
     assert done.returncode == 1
     lines = done.stdout.splitlines()
@@ -101,18 +131,10 @@ def test_people_read_a_line_for_each_finding_and_one_for_what_mends_it(database:
     ]
 
 
-def test_it_names_a_wrong_password_and_does_not_show_it(database: Database, role: str) -> None:
-    dsn = psycopg2.extensions.make_dsn(database.dsn, user=role, password="not-the-right-one")
-    done = run_doctor("--dsn", dsn)
-    assert done.returncode == 1
-    assert "password authentication failed" in done.stdout
-    assert "correct user and password" in done.stdout
-    assert "not-the-right-one" not in done.stdout + done.stderr
-
-
 @pytest.mark.parametrize(
-    ("change", "words", "mend"),
+    ("change", "words", "fix"),
     [
+        ({"password": "not-the-right-one"}, "password authentication failed", "correct user and password"),
         ({"dbname": "nowhere"}, 'database "nowhere" does not exist', "psql -l"),
         ({"port": "1"}, "refused", "start PostgreSQL"),
         ({"host": "nowhere.invalid"}, "could not translate host name", "name server"),
@@ -120,57 +142,106 @@ def test_it_names_a_wrong_password_and_does_not_show_it(database: Database, role
     ],
 )
 def test_it_tells_why_nobody_gets_in(
-    database: Database, change: dict[str, str], words: str, mend: str
+    database: Database, change: dict[str, str], words: str, fix: str
 ) -> None:
     found = diagnose(psycopg2.extensions.make_dsn(database.dsn, **change))
-    assert found.problems == {"connection"}
-    assert words in found.findings["connection"].what
-    assert mend in found.findings["connection"].mend
+    assert named(found, "problem") == {"connection"}
+    assert words in found["connection"].what
+    assert fix in found["connection"].fix
+    assert "not-the-right-one" not in str(found)
 
 
-def test_it_names_a_pooler_in_transaction_mode(database: Database, open_folder: Path) -> None:
-    with harness.pgbouncer(database, "transaction", open_folder) as dsn:
-        found = diagnose(dsn)
-        assert found.problems == {"notifications"}
-        assert "pooler in transaction mode" in found.findings["notifications"].what
-    database.terminate_backends()
-
-
-def test_a_pooler_in_session_mode_is_fine(database: Database, open_folder: Path) -> None:
-    with harness.pgbouncer(database, "session", open_folder) as dsn:
-        assert diagnose(dsn).status == 0
+@pytest.mark.parametrize(("mode", "problems"), [("transaction", {"notifications"}), ("session", set())])
+def test_it_names_a_pooler_in_transaction_mode(
+    database: Database, open_folder: Path, mode: str, problems: set[str]
+) -> None:
+    with harness.pgbouncer(database, mode, open_folder) as dsn:
+        assert named(diagnose(dsn), "problem") == problems
     database.terminate_backends()
 
 
 def test_it_names_a_standby(own_server: harness.Server) -> None:
     own_server.demote()
     found = diagnose(own_server.dsn)
-    assert found.problems == {"connection"}
-    assert "hot standby" in found.findings["connection"].what
-    assert "name the primary" in found.findings["connection"].mend
+    assert named(found, "problem") == {"connection"}
+    assert "hot standby" in found["connection"].what
+    assert "name the primary" in found["connection"].fix
 
 
-@pytest.mark.parametrize(
-    ("version", "mend"), [(0, "run sse_relay.py schema --apply"), (99, "install a newer sse-relay")]
-)
-def test_it_names_a_schema_of_another_version(log_database: Database, version: int, mend: str) -> None:
-    log_database.execute("UPDATE sse_relay.settings SET version = %s", (version,))
-    found = diagnose(log_database.dsn, "--source", "log")
-    assert found.problems == {"schema"}
-    assert f"version {version}" in found.findings["schema"].what
-    assert found.findings["schema"].mend == mend
+def test_it_names_an_encoding_that_cannot_work(database: Database) -> None:
+    database.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        found = diagnose(psycopg2.extensions.make_dsn(database.dsn, dbname="latin"))
+        assert named(found, "problem") == {"connection"}
+        assert "encoding is LATIN1" in found["connection"].what
+    finally:
+        database.execute("DROP DATABASE latin WITH (FORCE)")
+
+
+# What is done to the log, the level and check of what is found, words of it, and of its fix.
+LOGS: list[tuple[str, str, str, str, str]] = [
+    (
+        "UPDATE sse_relay.settings SET version = 0",
+        "problem", "schema", "version 0", "run sse_relay.py schema --apply",
+    ),
+    (
+        "UPDATE sse_relay.settings SET version = 99",
+        "problem", "schema", "version 99", "install a newer sse-relay",
+    ),
+    ("UPDATE sse_relay.epoch SET system = 1", "warning", "epoch", "another server", "start a relay"),
+    ("TRUNCATE sse_relay.epoch", "warning", "epoch", "another server", "start a relay"),
+    (
+        "UPDATE sse_relay.settings SET retention = '1 minute'",
+        "warning", "retention", "relay.gap", "retention = '24 hours'",
+    ),
+    (
+        """INSERT INTO sse_relay.events (xid, channel, data, created)
+        SELECT pg_current_xact_id(), 'orders', '', now() - '25 hours'::interval FROM generate_series(1, 3)""",
+        "warning", "retention", "older ones are still there", "start a relay",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("statement", "level", "check", "what", "fix"), LOGS, ids=[row[0] for row in LOGS])
+def test_it_names_what_is_wrong_with_the_log(
+    log_database: Database, statement: str, level: str, check: str, what: str, fix: str
+) -> None:
+    log_database.execute(statement)
+    found = diagnose(log_database.dsn)
+    assert found[check].level == level
+    assert what in found[check].what
+    assert fix in found[check].fix
+
+
+def test_it_sees_events_that_no_relay_numbers(log_database: Database, start_relay: StartRelay) -> None:
+    log_database.execute("SELECT sse_relay.publish('orders', 'hello'::text)")
+    found = diagnose(log_database.dsn)
+    assert found["backlog"].level == "warning"
+    assert "1 transaction(s)" in found["backlog"].what
+    start_relay("--source", "log", dsn=log_database.dsn)
+    assert diagnose(log_database.dsn)["backlog"].level == "ok"
+
+
+@pytest.mark.parametrize(("limit", "level"), [(512, "problem"), (4096, "warning"), (16384, "ok")])
+def test_it_names_a_low_limit_of_open_files(database: Database, limit: int, level: str) -> None:
+    found = diagnose(database.dsn, prefix=(harness.require("prlimit"), f"--nofile={limit}"))
+    assert found["open files"].level == level
+    assert str(limit) in found["open files"].what
+    assert ("LimitNOFILE=65536" in found["open files"].fix) is (level != "ok")
+
+
+# ==== Rights ==================================================================
 
 
 def test_the_grants_that_it_names_are_just_what_a_relay_needs(
-    log_database: Database, role: str, start_relay: StartRelay
+    log_database: Database, make_role: Callable[..., str], start_relay: StartRelay
 ) -> None:
-    dsn = as_role(log_database, role)
-    found = diagnose(dsn, "--source", "log")
-    assert found.problems == {"grants"}
-    mend = found.findings["grants"].mend
-    assert mend.count("GRANT") == 3
-    log_database.execute(mend)
-    assert diagnose(dsn, "--source", "log").status == 0
+    dsn = make_role()
+    found = diagnose(dsn)
+    assert named(found, "problem") == {"grants"}
+    assert found["grants"].fix.count("GRANT") == 3
+    log_database.execute(found["grants"].fix)
+    assert named(diagnose(dsn), "problem", "unknown") == set()
     relay = start_relay("--source", "log", dsn=dsn)
     with harness.SseReader(relay.url("orders")) as reader:
         reader.wait_for_id()
@@ -178,50 +249,49 @@ def test_the_grants_that_it_names_are_just_what_a_relay_needs(
         reader.wait_for_data("hello")
 
 
-def test_one_missing_grant_is_named_alone(log_database: Database, role: str) -> None:
-    dsn = as_role(log_database, role)
-    log_database.execute(diagnose(dsn, "--source", "log").findings["grants"].mend)
+def test_one_missing_grant_is_named_alone(log_database: Database, make_role: Callable[..., str]) -> None:
+    dsn = as_relay(log_database, make_role)
+    role = psycopg2.extensions.parse_dsn(dsn)["user"]
     log_database.execute(f"REVOKE EXECUTE ON FUNCTION sse_relay.prune() FROM {role}")
-    found = diagnose(dsn, "--source", "log")
-    assert found.findings["grants"].mend == f"GRANT EXECUTE ON FUNCTION sse_relay.prune() TO {role}"
+    found = diagnose(dsn)["grants"]
+    assert (found.level, found.fix) == ("problem", f"GRANT EXECUTE ON FUNCTION sse_relay.prune() TO {role}")
 
 
-def test_it_sees_a_log_that_came_from_elsewhere(log_database: Database) -> None:
-    log_database.execute("UPDATE sse_relay.epoch SET system = 1")
-    found = diagnose(log_database.dsn, "--source", "log")
-    assert found.level("epoch") == "warning"
-    assert found.status == 0
+@pytest.mark.parametrize("statements", [APPLICATION, OPERATOR])
+def test_to_another_role_it_says_what_was_not_checked(
+    log_database: Database, make_role: Callable[..., str], statements: tuple[str, ...]
+) -> None:
+    found = diagnose(make_role(*statements))
+    assert named(found, "problem") == set()
+    assert named(found, "unknown") == {"grants"}
+    assert "the relay's DSN" in found["grants"].fix
 
 
-def test_it_sees_a_log_that_nobody_prunes_and_one_that_keeps_little(log_database: Database) -> None:
-    log_database.execute("UPDATE sse_relay.settings SET retention = '1 minute'")
-    assert "relay.gap" in diagnose(log_database.dsn, "--source", "log").findings["retention"].what
+def test_what_a_hardened_server_withholds_is_named_with_its_grant(
+    log_database: Database, make_role: Callable[..., str]
+) -> None:
+    dsn = as_relay(log_database, make_role)
+    role = psycopg2.extensions.parse_dsn(dsn)["user"]
     log_database.execute(
-        "INSERT INTO sse_relay.events (xid, channel, data, created)"
-        " SELECT pg_current_xact_id(), 'orders', '', now() - '1 hour'::interval FROM generate_series(1, 3)"
+        "REVOKE EXECUTE ON FUNCTION pg_notification_queue_usage() FROM PUBLIC;"
+        "REVOKE SELECT ON pg_settings FROM PUBLIC"
     )
-    found = diagnose(log_database.dsn, "--source", "log")
-    assert found.level("retention") == "warning"
-    assert "older ones are still there" in found.findings["retention"].what
+    found = diagnose(dsn)
+    assert named(found, "problem") == set()
+    assert (found["rights"].level, found["queue"].level) == ("warning", "unknown")
+    assert f"GRANT SELECT ON pg_catalog.pg_settings TO {role}" in found["rights"].fix
+    log_database.execute(found["rights"].fix)
+    found = diagnose(dsn)
+    assert (found["rights"].level, found["queue"].level) == ("ok", "ok")
 
 
-def test_it_sees_events_that_no_relay_numbers(log_database: Database, start_relay: StartRelay) -> None:
-    log_database.execute("SELECT sse_relay.publish('orders', 'hello'::text)")
-    found = diagnose(log_database.dsn, "--source", "log")
-    assert found.level("backlog") == "warning"
-    assert "1 transaction(s)" in found.findings["backlog"].what
-    start_relay("--source", "log", dsn=log_database.dsn)
-    assert diagnose(log_database.dsn, "--source", "log").level("backlog") == "ok"
-
-
-@pytest.mark.parametrize(("limit", "level"), [(512, "problem"), (4096, "warning"), (16384, "ok")])
-def test_it_names_a_low_limit_of_open_files(database: Database, limit: int, level: str) -> None:
-    prefix = (harness.require("prlimit"), f"--nofile={limit}")
-    found = diagnose(database.dsn, prefix=prefix)
-    assert found.level("open files") == level
-    assert str(limit) in found.findings["open files"].what
-    if level != "ok":
-        assert "LimitNOFILE=65536" in found.findings["open files"].mend
+def test_it_names_row_level_security(log_database: Database, make_role: Callable[..., str]) -> None:
+    dsn = as_relay(log_database, make_role)
+    log_database.execute("ALTER TABLE sse_relay.events ENABLE ROW LEVEL SECURITY")
+    found = diagnose(dsn)
+    assert "problem" in {found[check].level for check in ("rows", "schema") if check in found}
+    fix = " ".join(finding.fix for finding in found.values() if finding.level == "problem")
+    assert "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY" in fix
 
 
 # ==== Through a proxy =========================================================
@@ -234,6 +304,62 @@ def test_what_is_no_stream_is_a_usage_error(database: Database, url: str) -> Non
     assert run_doctor("--dsn", database.dsn, "--url", url).returncode == 2
 
 
+def test_a_file_without_a_certificate_is_a_usage_error(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert run_doctor("--dsn", database.dsn, "--ca-file", str(tmp_path / "empty")).returncode == 2
+
+
+def seen(body: bytes = b":\nretry: 1\n\nid: a-1\n\n", **how: Any) -> dict[str, Finding]:
+    """Return what is found where all is well but for what is given."""
+    headers = http.client.HTTPMessage()
+    sent = {"Content-Type": "text/event-stream", "Cache-Control": "no-store, no-transform"}
+    for name, value in (sent | how.pop("headers", {})).items():
+        headers[name] = value
+    good = Seen(
+        "https://app.example", "h2", None, 200, 200, 11, headers, body, 0.01, None, "", "", 0.001, 0.005, 15
+    )
+    return {finding.check: finding for finding in judge(STREAM_TABLE, dataclasses.replace(good, **how))}
+
+
+REFUSED = b'retry: 86400000\nevent: relay.refused\ndata: {"status":403,"reason":"the channel is closed"}\n\n'
+SENT_BACK = b"retry: 2000\n\n"
+# What was seen, and each check that is not "ok", with its level.
+OBSERVED: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({}, {"restart": "unknown"}),
+    ({"readable": "all"}, {"restart": "unknown", "access": "warning"}),
+    ({"readable": "this"}, {"restart": "unknown"}),
+    # A refusal is not the answer of a proxy whose relay is away, and neither is that of a full relay.
+    ({"body": REFUSED, "ended": 0.1}, {"answer": "problem", "restart": "unknown"}),
+    ({"body": SENT_BACK, "ended": 0.1}, {"answer": "problem", "restart": "unknown"}),
+    ({"body": SENT_BACK, "ended": 0.1, "headers": {"Cache-Control": "no-store"}}, {"answer": "problem"}),
+    ({"body": b"", "status": 502, "ended": 0.1}, {"answer": "problem", "restart": "problem"}),
+    ({"body": b"", "status": 404, "ended": 0.1}, {"answer": "problem", "restart": "unknown"}),
+    ({"body": b"", "status": 0, "opened": None}, {"restart": "unknown", "first byte": "problem"}),
+    ({"opened": 3.0}, {"restart": "unknown", "first byte": "warning"}),
+    ({"alpn": None}, {"restart": "unknown", "HTTP": "warning"}),
+    ({"version": 10}, {"restart": "unknown", "HTTP": "problem"}),
+    ({"head": 403}, {"restart": "unknown", "headers": "problem"}),
+    ({"headers": {"Content-Encoding": "gzip"}}, {"restart": "unknown", "compression": "warning"}),
+    ({"headers": {"Cache-Control": "public"}}, {"restart": "unknown", "headers": "warning"}),
+    ({"delay": 0.212}, {"restart": "unknown", "delay": "warning"}),
+    ({"delay": 0.212, "commit": 0.05}, {"restart": "unknown"}),
+    ({"delay": None}, {"restart": "unknown", "delay": "problem"}),
+    ({"delay": None, "unpublished": "denied"}, {"restart": "unknown", "delay": "unknown"}),
+    ({"silence": None}, {"restart": "unknown", "heartbeat": "warning"}),
+    ({"silence": None, "ended": 60.0}, {"restart": "unknown", "heartbeat": "problem"}),
+    ({"error": TimeoutError("timed out")}, {"answer": "problem"}),
+]
+
+
+@pytest.mark.parametrize(("how", "levels"), OBSERVED, ids=[str(how) for how, _ in OBSERVED])
+def test_what_was_seen_is_judged_by_the_table(how: dict[str, Any], levels: dict[str, str]) -> None:
+    found = seen(**how)
+    if how.get("error"):
+        found = {"answer": found["answer"]}
+    assert {check: finding.level for check, finding in found.items() if finding.level != "ok"} == levels
+    assert all(finding.fix for finding in found.values() if finding.level != "ok")
+
+
 @pytest.fixture
 def served(start_relay: StartRelay, database: Database, tmp_path: Path) -> str:
     """A relay that beats often, on a unix socket; its address in the form of --bind."""
@@ -242,117 +368,169 @@ def served(start_relay: StartRelay, database: Database, tmp_path: Path) -> str:
     return address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
-def test_behind_the_readmes_nginx_all_is_well(
-    log_database: Database, start_relay: StartRelay, tmp_path: Path, source: str
+def test_behind_the_documented_nginx_all_is_well(
+    database: Database, start_relay: StartRelay, tmp_path: Path, source: str, request: pytest.FixtureRequest
 ) -> None:
+    if source == "log":
+        request.getfixturevalue("log_database")
     address = f"unix:{tmp_path}/http.sock"
     start_relay(
-        "--heartbeat", "0.5", "--source", source, "--allow-channel", "*", bind=address, dsn=log_database.dsn
+        "--heartbeat", "0.5", "--source", source, "--allow-channel", "orders", bind=address, dsn=database.dsn
     )
     with Nginx(tmp_path, address, tls=True) as nginx:
-        found = diagnose(
-            log_database.dsn, "--source", source, "--url", f"{nginx.url}/events/orders",
-            env={"SSL_CERT_FILE": str(nginx.certificate)},
-        )  # fmt: skip
-    assert found.status == 0
-    levels = {name: finding.level for name, finding in found.findings.items() if finding.level != "ok"}
-    assert levels == {"restart": "unknown"}
-    assert set(found.findings) >= {"first byte", "heartbeat", "delay", "compression", "HTTP", "upstream"}
-    assert "HTTP/2" in found.findings["HTTP"].what
+        trusted = diagnose(
+            database.dsn, "--url", f"{nginx.url}/events/orders", "--ca-file", str(nginx.certificate)
+        )
+        untrusted = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
+    assert named(trusted, "problem", "warning", "unknown") - {"owner"} == {"restart"}
+    assert trusted.keys() >= {"first byte", "heartbeat", "delay", "compression", "HTTP", "upstream", "access"}
+    assert "HTTP/2" in trusted["HTTP"].what
+    assert "everybody can read this channel" in trusted["access"].what
+    assert named(untrusted, "problem") == {"answer"}
+    assert "certificate" in untrusted["answer"].what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("grants", "unknown"), [(APPLICATION, "grants"), ((), "delay")])
+def test_each_role_measures_what_it_can(
+    log_database: Database,
+    make_role: Callable[..., str],
+    start_relay: StartRelay,
+    tmp_path: Path,
+    grants: tuple[str, ...],
+    unknown: str,
+) -> None:
+    dsn = make_role(*grants) if grants else as_relay(log_database, make_role)
+    address = f"unix:{tmp_path}/http.sock"
+    start_relay("--heartbeat", "0.5", "--source", "log", bind=address, dsn=log_database.dsn)
+    with Nginx(tmp_path, address) as nginx:
+        found = diagnose(dsn, "--url", f"{nginx.url}/events/orders")
+    assert named(found, "problem") == set()
+    assert named(found, "unknown") == {"restart", unknown}
+    assert found["access"].level == "warning"
+    assert found["heartbeat"].level == "ok"
+
+
+@pytest.mark.slow
+def test_with_a_token_it_looks_what_opens_without(
+    database: Database, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("k" * 32)
+    address = f"unix:{tmp_path}/http.sock"
+    start_relay("--heartbeat", "0.5", "--jwt-key-file", str(key), bind=address, dsn=database.dsn)
+    command = [sys.executable, str(harness.PROGRAM), "token", "--key-file", str(key), "orders"]
+    token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with Nginx(tmp_path, address) as nginx:
+        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders?access_token={token}")
+        refused = run_doctor("--dsn", database.dsn, "--url", f"{nginx.url}/events/other?access_token={token}")
+    assert named(found, "problem") == set()
+    assert "nobody" in found["access"].what
+    assert "the relay refuses this stream with 403" in refused.stdout
+    assert token not in refused.stdout + refused.stderr + str(found)
 
 
 def location(relay: str, *lines: str) -> str:
     return f"location / {{ proxy_pass http://{relay}; {' '.join(lines)} }}"
 
 
-def test_it_sees_buffering_and_says_what_to_change(database: Database, served: str, tmp_path: Path) -> None:
-    server = location(served, "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;")
-    with Nginx(tmp_path, served, "", server) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"first byte"}
-    assert "the proxy buffers" in found.findings["first byte"].what
-    assert "proxy_buffering off;" in found.findings["first byte"].mend
-
-
-def test_it_sees_what_a_bare_proxy_pass_leaves_out(
+@pytest.mark.slow
+def test_it_sees_what_nginx_does_to_a_stream(
     database: Database, start_relay: StartRelay, tmp_path: Path
+) -> None:
+    beating = start_relay("--heartbeat", "0.5", "--allow-channel", "*", dsn=database.dsn)
+    quiet = start_relay("--allow-channel", "*", dsn=database.dsn)
+    several = "/events?channel=orders&channel=stock"
+    host = "proxy_set_header Host $http_host;"
+    cases: list[tuple[str, str, dict[str, tuple[str, str, str]]]] = [
+        (
+            location(beating.bind, host, "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;"),
+            "/events/orders",
+            {"first byte": ("problem", "the proxy buffers", "proxy_buffering off;")},
+        ),
+        (
+            # Its Host is that of the upstream, so the page looks like a stranger's.
+            location(beating.bind, "gzip on; gzip_types text/event-stream; gzip_min_length 1;"),
+            several,
+            {
+                "upstream": ("warning", "HTTP/1.0", "proxy_http_version 1.1"),
+                "compression": ("warning", "gzip", "gzip off;"),
+                "HTTP": ("warning", "HTTP/1.1", "https"),
+                "headers": ("problem", "another origin", "proxy_set_header Host"),
+                "delay": ("ok", "", ""),
+            },
+        ),
+        (
+            location(quiet.bind, host, "proxy_read_timeout 2s;"),
+            "/events/orders",
+            {"heartbeat": ("problem", "cut the stream", "proxy_read_timeout")},
+        ),
+    ]
+    for number, (server, path, expected) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with Nginx(folder, "", "", server) as nginx:
+            found = diagnose(database.dsn, "--url", nginx.url + path)
+        assert named(found, "problem") == {check for check in expected if expected[check][0] == "problem"}
+        for check, (level, what, fix) in expected.items():
+            assert found[check].level == level, found[check]
+            assert what in found[check].what
+            assert fix in found[check].fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "level"), [("", "warning"), ("option http-no-delay", "ok")])
+def test_it_sees_that_haproxy_holds_small_writes_back(
+    database: Database, start_relay: StartRelay, tmp_path: Path, options: str, level: str
 ) -> None:
     relay = start_relay("--heartbeat", "0.5", "--allow-channel", "*", dsn=database.dsn)
-    server = location(relay.bind, "gzip on; gzip_types text/event-stream; gzip_min_length 1;")
-    with Nginx(tmp_path, "", "", server) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events?channel=orders&channel=stock")
-    assert found.level("upstream") == "warning"
-    assert "HTTP/1.0" in found.findings["upstream"].what
-    assert found.level("compression") == "warning"
-    assert "gzip off;" in found.findings["compression"].mend
-    assert found.level("HTTP") == "warning"
-    # Its Host is that of the upstream, so the page looks like a stranger's.
-    assert found.problems == {"headers"}
-    assert "proxy_set_header Host" in found.findings["headers"].mend
+    port = harness.free_port()
+    text = SLOW_PROXY.format(folder=tmp_path, port=port, relay=relay.bind, options=options)
+    (tmp_path / "haproxy.cfg").write_text(text)
+    command = [harness.require("haproxy"), "-q", "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        harness.wait_until((tmp_path / "admin.sock").exists, what="HAProxy")
+        found = diagnose(database.dsn, "--url", f"http://127.0.0.1:{port}/events/orders")
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert found["delay"].level == level, found["delay"]
+    assert ("option http-no-delay" in found["delay"].fix) is (level == "warning")
 
 
-def test_it_sees_streams_that_are_cut_when_idle(
-    database: Database, start_relay: StartRelay, tmp_path: Path
-) -> None:
-    relay = start_relay(dsn=database.dsn)
-    with Nginx(tmp_path, "", "", location(relay.bind, "proxy_read_timeout 2s;")) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
-    assert "heartbeat" in found.problems
-    assert "proxy_read_timeout" in found.findings["heartbeat"].mend
-
-
+@pytest.mark.slow
 def test_it_tells_what_a_restart_looks_like_while_the_relay_is_away(
     database: Database, tmp_path: Path
 ) -> None:
-    away = f"unix:{tmp_path}/http.sock"
-    with Nginx(tmp_path, away) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"answer"}
-    assert found.level("restart") == "ok"
-    without = tmp_path / "without"
-    without.mkdir()
-    server = nginx_recipe("server { }").replace("error_page", "# error_page")
-    with Nginx(without, away, server=server) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"answer", "restart"}
-    assert "502" in found.findings["restart"].what
-    assert "error_page 502 503 504 = @sse_retry" in found.findings["restart"].mend
+    recipe = harness.nginx_recipe("server { }")
+    for name, server, problems in (
+        ("with", recipe, {"answer"}),
+        ("without", recipe.replace("error_page", "# error_page"), {"answer", "restart"}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        with Nginx(folder, f"unix:{tmp_path}/http.sock", server=server) as nginx:
+            found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
+        assert named(found, "problem") == problems
+    assert "502" in found["restart"].what
+    assert "error_page 502 503 504 = @sse_retry" in found["restart"].fix
 
 
-def test_a_refusal_is_told_with_its_true_status(
-    start_relay: StartRelay, database: Database, tmp_path: Path
-) -> None:
-    address = f"unix:{tmp_path}/http.sock"
-    start_relay("--allow-channel", "open", bind=address, dsn=database.dsn)
-    with Nginx(tmp_path, address) as nginx:
-        url = f"{nginx.url}/events/closed?access_token=secret-token"
-        done = run_doctor("--dsn", database.dsn, "--url", url)
-    assert done.returncode == 1
-    assert "the relay refuses this stream with 403" in done.stdout
-    assert "secret-token" not in done.stdout + done.stderr
-
-
-def test_an_untrusted_certificate_is_a_problem(database: Database, served: str, tmp_path: Path) -> None:
-    with Nginx(tmp_path, served, tls=True) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"answer"}
-    assert "certificate" in found.findings["answer"].what
-
-
-def test_an_event_of_another_database_is_missed(
-    database: Database, served: str, server: harness.Server
-) -> None:
-    relay = served
-    with server.fresh_database() as other, Nginx(Path(relay.removeprefix("unix:")).parent, relay) as nginx:
+@pytest.mark.slow
+def test_an_event_of_another_database_is_missed(served: str, server: harness.Server, tmp_path: Path) -> None:
+    with server.fresh_database() as other, Nginx(tmp_path, served) as nginx:
         found = diagnose(other.dsn, "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"delay"}
-    assert "give the DSN" in found.findings["delay"].mend
+    assert named(found, "problem") == {"delay"}
+    assert "give the DSN" in found["delay"].fix
 
 
+@pytest.mark.slow
 def test_without_a_database_the_rest_is_still_measured(served: str, tmp_path: Path) -> None:
     with Nginx(tmp_path, served) as nginx:
         found = diagnose("host=127.0.0.1 port=1", "--url", f"{nginx.url}/events/orders")
-    assert found.problems == {"connection"}
-    assert found.level("delay") == "unknown"
-    assert found.level("heartbeat") == "ok"
+    assert named(found, "problem") == {"connection"}
+    assert found["delay"].level == "unknown"
+    assert found["heartbeat"].level == "ok"
