@@ -1,6 +1,6 @@
 """README.md and docs/ are true: their commands, help texts, output, links and code.
 
-Run as a program with ``--write``, this brings the help texts in docs/reference.md up to date.
+Run as a program with ``--write``, this brings the help texts and refusals in docs/reference.md up to date.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from sse_relay import apply_schema, cli, import_jwt, read_key, verify_token
 
 REFERENCE = "docs/reference.md"
 HELP_WIDTH = 100
-HELP = re.compile(r"(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
+# What --write writes between two marks in the reference.
+GENERATED = r"(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"
 
 
 def marked(name: str) -> str:
@@ -55,14 +56,56 @@ def help_section() -> str:
     return "".join(f"\n### `{name}`\n\n```text\n{help_text(name)}```\n" for name in order) + "\n"
 
 
-def with_current_help(text: str) -> str:
-    assert HELP.search(text), "the reference has lost its marks <!-- help --> and <!-- /help -->"
-    return HELP.sub(lambda match: help_section(), text, count=1)
+def reason_text(node: ast.expr, constants: dict[str, str]) -> str:
+    """Return the text of a refusal's reason, with an ellipsis for what differs."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(reason_text(part, constants) for part in parts)
+        case ast.Name(id=name) if name in constants:
+            return constants[name]
+        case _:
+            return "…"
 
 
-def test_help_texts_are_current() -> None:
+def refusals_section() -> str:
+    """Return what stands between the reference's refusal marks: a table made from the program's text."""
+    module = ast.parse(PROGRAM.read_text())
+    constants: dict[str, str] = {}
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(module):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
+                constants[name] = text
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=str(text))):
+                constants[name] = text
+    for node in ast.walk(module):
+        match node:
+            case ast.Call(
+                func=ast.Name(id="RefusedError"), args=[ast.Constant(value=int(status)), reason, *_]
+            ):
+                found.add((status, reason_text(reason, constants)))
+    assert len(found) > 20
+    rows = "".join(f"| {status} | `{reason}` |\n" for status, reason in sorted(found))
+    return f"| status | reason |\n|---|---|\n{rows}"
+
+
+def with_current_text(text: str) -> str:
+    for mark, section in (("help", help_section()), ("refusals", refusals_section())):
+        text, count = re.subn(GENERATED.format(mark), lambda _: section, text, flags=re.DOTALL)  # noqa: B023
+        assert count == 1, f"the reference has lost its marks <!-- {mark} --> and <!-- /{mark} -->"
+    return text
+
+
+def test_the_generated_text_is_current() -> None:
     text = pages()[REFERENCE]
-    assert text == with_current_help(text), "run: python tests/test_docs.py --write"
+    assert text == with_current_text(text), "run: python tests/test_docs.py --write"
+
+
+def test_each_page_can_be_read_in_one_sitting() -> None:
+    lines = {page: text.count("\n") for page, text in pages().items() if page != REFERENCE}
+    assert {page: count for page, count in lines.items() if count > 250} == {}
 
 
 def test_each_command_is_explained_by_an_example() -> None:
@@ -344,4 +387,4 @@ def test_the_demo_shows_what_the_readme_shows() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit(f"usage: {sys.argv[0]} --write")
-    (ROOT / REFERENCE).write_text(with_current_help(pages()[REFERENCE]))
+    (ROOT / REFERENCE).write_text(with_current_text(pages()[REFERENCE]))
