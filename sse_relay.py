@@ -3506,7 +3506,7 @@ class Streams:
         self._access = access
         self._path = path
         self._retry = retry
-        self._max_clients = max_clients
+        self.max_clients = max_clients
         self._max_backlog = max_backlog
         # In the present second.
         self._refusals = 0
@@ -3543,7 +3543,7 @@ class Streams:
             grant = self._access.check(
                 target.channels, self._token(request, target), time.time(), only_tokens
             )
-            if len(self._hub.subscribers) >= self._max_clients:
+            if len(self._hub.subscribers) >= self.max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
@@ -3794,58 +3794,108 @@ class Streams:
 
 # ==== Admin ===================================================================
 
+# What operators ask: whether it works, what it does. Changes nothing.
+
 # Whatever --path says: with / a channel could hide a route.
 ADMIN_STREAMS: Final = "/events"
+# Their series exist before the first of their kind, so that an alert sees it.
+GAP_REASONS: Final = (
+    "start", "restart", "evicted", "pruned", "failed", "unreadable", "ahead", "too-many", "outage",
+)  # fmt: skip
+REFUSAL_STATUSES: Final = (400, 401, 403, 404, 405, 421, 431, 503)
 
 
 def metric_families(relay: Relay) -> list[Any]:
-    """Give all metrics, for prometheus-client to write; names and units by its conventions."""
+    """Return all metrics, for prometheus-client to write; names and units by its conventions."""
     from prometheus_client import core
 
-    counts, listener = relay.hub.counts, relay.listener
-    gauges = {
-        "clients": ("Open streams.", len(relay.hub.subscribers)),
-        "channels": ("Channels with clients.", len(relay.hub.channels)),
-        "ready": ("1 while notifications make the round trip through PostgreSQL.", listener.ready.is_set()),
-        "round_trip_seconds": ("Time that the last canary took through PostgreSQL.", listener.round_trip),
-        "notification_queue_usage_ratio": (
+    counts, listener, source = relay.hub.counts, relay.listener, relay.source
+    gauge, counter = core.GaugeMetricFamily, core.CounterMetricFamily
+    plain = (
+        (gauge, "clients", "Open streams.", len(relay.hub.subscribers)),
+        (gauge, "max_clients", "Streams that may be open at once.", relay.streams.max_clients),
+        (gauge, "channels", "Channels with clients.", len(relay.hub.channels)),
+        (
+            gauge,
+            "ready",
+            "1 while notifications make the round trip through PostgreSQL.",
+            listener.ready.is_set(),
+        ),
+        (
+            gauge,
+            "round_trip_seconds",
+            "Time that the last canary took through PostgreSQL.",
+            listener.round_trip,
+        ),
+        (
+            gauge,
+            "notification_queue_usage_ratio",
             "How full PostgreSQL's notification queue is; at 1, NOTIFY fails.",
             listener.queue_usage,
         ),
-    }
-    counters = {
-        "events": ("Events from the source.", counts.events),
-        "deliveries": ("Events written to clients, live or replayed.", counts.deliveries),
-        "replayed_events": ("Events written to clients that came back.", counts.replayed),
-        "sent_bytes": ("Bytes written to streams.", counts.sent_bytes),
-        "cut_clients": ("Slow clients that were cut.", counts.cut_clients),
-        "reconnects": ("Connections to PostgreSQL that were lost and made anew.", listener.reconnects),
-    }
-    families: list[Any] = [
-        core.GaugeMetricFamily(f"sse_relay_{name}", text, value) for name, (text, value) in gauges.items()
-    ]
-    families += [
-        core.CounterMetricFamily(f"sse_relay_{name}", text, value) for name, (text, value) in counters.items()
-    ]
-    gaps = core.CounterMetricFamily("sse_relay_gaps", "Gap events sent.", labels=["reason"])
-    for reason, count in counts.gaps.items():
-        gaps.add_metric([reason], count)
-    refusals = core.CounterMetricFamily("sse_relay_refusals", "Requests refused.", labels=["status"])
-    for status, count in counts.refusals.items():
-        refusals.add_metric([str(status)], count)
-    sums = list(itertools.accumulate(counts.delays))
-    limits = [*map(str, DELAY_BUCKETS), "+Inf"]
-    delay = core.HistogramMetricFamily(
-        "sse_relay_delivery_delay_seconds",
-        "From the arrival (source notify) or the numbering (source log) of an event to its write.",
-        buckets=list(zip(limits, sums, strict=True)),
-        sum_value=counts.delay_sum,
+        (gauge, "pending_events", "Events published and not yet numbered.", getattr(source, "pending", 0)),
+        (
+            gauge,
+            "oldest_pending_seconds",
+            "How long the oldest of these has waited.",
+            getattr(source, "oldest_pending", 0.0),
+        ),
+        (counter, "events", "Events from the source.", counts.events),
+        (counter, "deliveries", "Events written to clients, live or replayed.", counts.deliveries),
+        (counter, "replayed_events", "Events written to clients that came back.", counts.replayed),
+        (counter, "sent_bytes", "Bytes written to streams.", counts.sent_bytes),
+        (counter, "cut_clients", "Slow clients that were cut.", counts.cut_clients),
+        (
+            counter,
+            "reconnects",
+            "Connections to PostgreSQL that were lost and made anew.",
+            listener.reconnects,
+        ),
     )
-    return [*families, gaps, refusals, delay]
+    families: list[Any] = [kind(f"sse_relay_{name}", text, value) for kind, name, text, value in plain]
+    gaps = {**dict.fromkeys(GAP_REASONS, 0), **counts.gaps}
+    refusals = {**dict.fromkeys(REFUSAL_STATUSES, 0), **counts.refusals}
+    for name, text, label, values in (
+        ("gaps", "Gap events sent; those of the reason start tell of no loss.", "reason", gaps),
+        ("refusals", "Requests refused.", "status", refusals),
+    ):
+        families.append(counter(f"sse_relay_{name}", text, labels=[label]))
+        for value, count in values.items():
+            families[-1].add_metric([str(value)], count)
+    build = {"version": __version__, "source": relay.settings.source}
+    families.append(core.InfoMetricFamily("sse_relay_build", "Which relay this is.", build))
+    buckets = zip([*map(str, DELAY_BUCKETS), "+Inf"], itertools.accumulate(counts.delays), strict=True)
+    text = "From the arrival (source notify) or the numbering (source log) of an event to its write."
+    families.append(
+        core.HistogramMetricFamily(
+            "sse_relay_delivery_delay_seconds", text, buckets=list(buckets), sum_value=counts.delay_sum
+        )
+    )
+    return families
+
+
+def answer_metrics(relay: Relay) -> web.Response:
+    """Return the metrics of this relay and of its process in Prometheus' text format."""
+    headers = {"Cache-Control": "no-store"}
+    try:
+        from prometheus_client import exposition, process_collector, registry
+    except ImportError:
+        text = "metrics need prometheus-client: pip install prometheus-client\n"
+        return web.Response(status=501, text=text, headers=headers)
+
+    class Scrape(registry.Collector):
+        def collect(self) -> list[Any]:
+            return metric_families(relay)
+
+    scrape = registry.CollectorRegistry(auto_describe=False)
+    scrape.register(Scrape())
+    process_collector.ProcessCollector(registry=scrape)
+    headers["Content-Type"] = exposition.CONTENT_TYPE_LATEST
+    return web.Response(body=exposition.generate_latest(scrape), headers=headers)
 
 
 def readiness(relay: Relay) -> dict[str, object]:
-    """Tell whether events can arrive, else why not."""
+    """Return whether events can arrive, else why not."""
     if relay.streams.draining:
         return {"ready": False, "reason": "stopping"}
     if not relay.listener.ready.is_set():
@@ -3854,7 +3904,7 @@ def readiness(relay: Relay) -> dict[str, object]:
 
 
 def answer_status(relay: Relay) -> web.Response:
-    """Give what the page shows: some of the metrics, by their names, and when recent events came."""
+    """Return what the page shows: some of the metrics, by their names, and when recent events came."""
     counts = relay.hub.counts
     status = {
         **readiness(relay),
@@ -3923,32 +3973,19 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
                 {"clients": len(relay.hub.subscribers), "channels": counted}, headers=headers
             )
         case "/metrics":
-            try:
-                from prometheus_client import exposition, registry
-            except ImportError:
-                text = "metrics need prometheus-client: pip install prometheus-client\n"
-                return web.Response(status=501, text=text, headers=headers)
-
-            class Scrape(registry.Collector):
-                def collect(self) -> list[Any]:
-                    return metric_families(relay)
-
-            scrape = registry.CollectorRegistry(auto_describe=False)
-            scrape.register(Scrape())
-            return web.Response(
-                body=exposition.generate_latest(scrape),
-                headers={**headers, "Content-Type": exposition.CONTENT_TYPE_LATEST},
-            )
+            return answer_metrics(relay)
     return web.Response(status=404, text="/, /live, /ready, /metrics, /channels, /status\n", headers=headers)
 
 
 # ==== systemd =================================================================
 
+# What systemd says in the environment, and what it wants to hear. Knows nothing of the relay.
+
 
 def sd_notify(state: str) -> None:
-    """Tell systemd about this service's state, if it asked to be told.
+    """Send systemd the state of this service, if it asked for it: one datagram, without waiting.
 
-    One datagram, without waiting. https://www.freedesktop.org/software/systemd/man/sd_notify.html
+    https://www.freedesktop.org/software/systemd/man/sd_notify.html
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -3979,7 +4016,7 @@ def inherited_sockets() -> list[tuple[str, socket.socket]]:
 
 
 def watchdog_interval() -> float | None:
-    """Give how often systemd wants to hear from this process, in seconds; None if it does not."""
+    """Return how often to notify systemd's watchdog, in seconds; None if it is off."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     microseconds = os.environ.get("WATCHDOG_USEC", "")
@@ -4454,7 +4491,7 @@ class Relay:
             click.ClickException: An address cannot be listened on, a key cannot be read.
             click.UsageError: Nothing says what strangers may read.
         """
-        self._settings = settings
+        self.settings = settings
         self._pages = {**client_module(settings.path), **live_page(settings.path), **(pages or {})}
         most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
         inherited = inherited_sockets()
@@ -4536,11 +4573,11 @@ class Relay:
             lambda: MAX_WAITING_ADMIN,
             self.streams.count_refusal,
         )
-        log.info("sse-relay %s, source %s", __version__, self._settings.source)
+        log.info("sse-relay %s, source %s", __version__, self.settings.source)
         runner = await serve_on(door, self._sockets)
         admin = await serve_on(admin_door, self._admin_sockets)
         for sock in self._sockets:
-            log.info("listening on %s, path %s", address_of(sock), self._settings.path)
+            log.info("listening on %s, path %s", address_of(sock), self.settings.path)
         for sock in self._admin_sockets:
             log.info("listening on %s, admin", address_of(sock))
         # Most objects that exist now stay for ever; collecting them again and again slows
@@ -4586,7 +4623,7 @@ class Relay:
 
     def _reload(self) -> None:
         try:
-            keys = read_keys(self._settings.jwt_key_file)
+            keys = read_keys(self.settings.jwt_key_file)
         except click.ClickException as error:
             log.error("the keys stay as they were: %s", error.message)
             return
@@ -4596,7 +4633,7 @@ class Relay:
         log.info(*(("%d of %d keys are new", new, len(keys)) if new else ("the keys are unchanged",)))
 
     def _last_block(self) -> bytes:
-        return encode_retry(retry_after(self._settings.retry, len(self.hub.subscribers)))
+        return encode_retry(retry_after(self.settings.retry, len(self.hub.subscribers)))
 
     def restart(self) -> None:
         """Stop; whoever runs this relay starts another."""
@@ -4662,7 +4699,7 @@ class Relay:
         # End every stream, each with its own moment to come back.
         clients = len(self.hub.subscribers)
         for count, subscriber in enumerate(tuple(self.hub.subscribers), 1):
-            subscriber.end(encode_retry(retry_after(self._settings.retry, clients)))
+            subscriber.end(encode_retry(retry_after(self.settings.retry, clients)))
             if count % WRITES_PER_TURN == 0:
                 await asyncio.sleep(0)
 

@@ -29,14 +29,18 @@ from harness import (
     free_port,
     wait_until,
 )
-from sse_relay import SCHEMA_SQL
+from sse_relay import SCHEMA_SQL, __version__
 
 StartRelay = Callable[..., Relay]
 
 # Design and README name these; a scrape holds them and no others of ours.
 KINDS = {
     "sse_relay_clients": "gauge",
+    "sse_relay_max_clients": "gauge",
     "sse_relay_channels": "gauge",
+    "sse_relay_pending_events": "gauge",
+    "sse_relay_oldest_pending_seconds": "gauge",
+    "sse_relay_build_info": "gauge",
     "sse_relay_ready": "gauge",
     "sse_relay_round_trip_seconds": "gauge",
     "sse_relay_notification_queue_usage_ratio": "gauge",
@@ -69,7 +73,7 @@ class Admin:
         samples = {}
         for family in text_string_to_metric_families(response.text):
             assert family.documentation, family.name
-            assert family.type == KINDS[family.name]
+            assert family.name.startswith("process_") or family.type == KINDS[family.name]
             for sample in family.samples:
                 labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
                 samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
@@ -273,7 +277,10 @@ def test_the_page_shows_figures_and_the_channels_that_one_may_read(
         wait_until(lambda: admin.get("/channels").json()["clients"] == 1, what="the page's leave")
         # Nobody was told of a gap who has none.
         assert rows(page) == ["named", "plain"]
-        assert not any("gaps_total" in sample for sample in admin.metrics())
+        losses = {
+            name: value for name, value in admin.metrics().items() if "gaps" in name and "start" not in name
+        }
+        assert set(losses.values()) == {0}
         assert all(url.startswith(f"http://{admin.address}/") for _, url in page.requests)
 
 
@@ -360,11 +367,13 @@ def test_the_status_is_some_of_the_metrics(admin: Admin, database: Database) -> 
 
 def test_each_metric_counts_what_really_happened(admin: Admin, database: Database) -> None:
     start = admin.metrics()
-    assert {name for name in KINDS if not any(sample.startswith(name) for sample in start)} == {
-        # These have no sample before the first of their kind.
-        "sse_relay_gaps",
-        "sse_relay_refusals",
-    }
+    assert [name for name in KINDS if not any(sample.startswith(name) for sample in start)] == []
+    # An alert on an increase sees the first only if there was a series before.
+    reasons = ("start", "restart", "evicted", "pruned", "failed", "unreadable", "ahead", "too-many", "outage")
+    assert all(start[f'sse_relay_gaps_total{{reason="{reason}"}}'] == 0 for reason in reasons)
+    assert start["sse_relay_max_clients"] > 0
+    assert start[f'sse_relay_build_info{{source="notify",version="{__version__}"}}'] == 1
+    assert start["process_resident_memory_bytes"] > 2**20
     assert start["sse_relay_ready"] == 1
     assert 0 < start["sse_relay_round_trip_seconds"] < 1
     assert 0 <= start["sse_relay_notification_queue_usage_ratio"] < 0.01
@@ -434,7 +443,8 @@ def test_refusals_keep_their_true_status(start_relay: StartRelay, database: Data
         full = httpx.get(url("open-1"), headers=as_browser)
         assert (full.status_code, full.text.startswith("retry: ")) == (200, True)
         samples = admin.metrics()
-    counted = {name: value for name, value in samples.items() if "refusals" in name}
+    counted = {name: value for name, value in samples.items() if "refusals" in name and value}
+    assert samples['sse_relay_refusals_total{status="421"}'] == 0
     assert counted == {
         'sse_relay_refusals_total{status="400"}': 1,
         'sse_relay_refusals_total{status="403"}': 3,
