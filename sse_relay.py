@@ -1778,6 +1778,11 @@ def session_dsn(dsn: str, **pinned: str) -> str:
     )
 
 
+# Where names are looked up: nowhere that others may create something. An exact match in another schema
+# would be called instead of a polymorphic or variadic function of PostgreSQL's own.
+PIN_PATH_SQL: Final = "SET search_path = pg_catalog, pg_temp"
+
+
 @contextlib.contextmanager
 def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extensions.connection]:
     """Open a blocking session in autocommit and close it at the end; after ``limit`` seconds it is cut off.
@@ -1804,7 +1809,7 @@ def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extension
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
-                cursor.execute("SET search_path = pg_catalog, pg_temp")
+                cursor.execute(PIN_PATH_SQL)
             yield connection
         finally:
             end.cancel()
@@ -1891,19 +1896,43 @@ class Inbox:
         return items
 
 
+# What each session sets first, so that no default of its role, database or server decides. A statement
+# that we have given up on ends on the server too, and a transaction is over with its statement.
+SESSION_SQL: Final = f"""
+{PIN_PATH_SQL};
+SET synchronous_commit = on;
+SET statement_timeout = '9500ms';
+SET lock_timeout = '9s';
+SET idle_in_transaction_session_timeout = '15s'
+"""
+# By server_version_num.
+NEWER_SESSION_SQL: Final = (
+    (0, "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"),
+    (140_000, "SET idle_session_timeout = 0"),
+    (170_000, "SET transaction_timeout = 0"),
+)
+# A relay that is stopped while notifications go on keeps the queue of the whole cluster from being
+# shortened: its session ends when it has taken nothing for a minute. (Over a unix socket nothing finds
+# that.) A statement ends soon after the connection that sent it.
+LINUX_SESSION_SQL: Final = (
+    (120_000, "SET tcp_user_timeout = 60000"),
+    (140_000, "SET client_connection_check_interval = '2s'"),
+)
+
+
 async def open_connection(dsn: str) -> aiopg.Connection:
     """Open a session whose settings no default of the role or the server can change."""
     connection = await aiopg.connect(
         dsn, timeout=CONNECT_TIMEOUT, enable_json=False, enable_hstore=False, enable_uuid=False
     )
     try:
-        await execute(
-            connection,
-            "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout', "
-            "'lock_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout', "
-            "'transaction_timeout')",
-        )
-        await execute(connection, "SET synchronous_commit = on")
+        await execute(connection, SESSION_SQL)
+        ((system,),) = await execute(connection, "SELECT pg_catalog.version()")
+        version = connection.raw.server_version
+        newer = [sql for oldest, sql in NEWER_SESSION_SQL if version >= oldest]
+        if "linux" in system:
+            newer += [sql for oldest, sql in LINUX_SESSION_SQL if version >= oldest]
+        await execute(connection, "; ".join(newer))
     except BaseException:
         close_connection(connection)
         raise
@@ -2474,7 +2503,7 @@ class NotifySource:
 # Schema and statements of the durable log. Nothing here is formatted: values travel as parameters.
 
 # Raised with each change of SCHEMA_SQL that an older relay or an older script must not meet.
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 # PostgreSQL's channel that carries the wake-ups of the log, below the names that applications may take.
 # SCHEMA_SQL spells it out too.
@@ -2484,17 +2513,29 @@ LOG_CHANNEL: Final = "sse_relay"
 # through psycopg2, which opens one. CREATE OR REPLACE keeps grants; IF NOT EXISTS keeps rows.
 # A later version adds its steps (ALTER TABLE … ADD COLUMN IF NOT EXISTS …) below the tables.
 SCHEMA_SQL: Final = r"""
--- The durable log of sse-relay. Needs PostgreSQL 13 or newer, a database in UTF8, and CREATE on it.
+-- The durable log of sse-relay, version 2. Needs PostgreSQL 13 or newer and a database in UTF8.
 -- Safe to run again: it keeps events, settings and grants.
+--
+-- Functions of the log run with the rights of its owner: let that be a role without any other right.
+--     CREATE ROLE sse_relay_owner NOLOGIN;
+--     CREATE SCHEMA sse_relay AUTHORIZATION sse_relay_owner;
+-- Then run this script as a login role that is a member of sse_relay_owner, not as a superuser.
 --
 -- An application calls publish() inside its own transaction: a row in `pending`. When that has been
 -- committed, a relay moves the row into `events` and gives it the next id. So ids are in commit order,
--- whoever reads past an id has seen all before it, and publishers never wait for each other.
+-- a relay that reads past an id has seen all before it, and publishers never wait for each other.
+
+-- No name below is looked up in a schema where others may create objects. The last statement restores
+-- the path, and the role.
+SELECT pg_catalog.set_config('sse_relay.search_path', pg_catalog.current_setting('search_path'), false),
+    pg_catalog.set_config('sse_relay.role', pg_catalog.current_setting('role'), false),
+    pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
 
 DO $$
 DECLARE
     owner name;
     installed int;
+    patience text := current_setting('lock_timeout');
 BEGIN
     IF current_setting('server_version_num')::int < 130000 THEN
         RAISE 'the log of sse-relay needs PostgreSQL 13 or newer, this is %',
@@ -2504,29 +2545,65 @@ BEGIN
         RAISE 'the log of sse-relay needs a database in UTF8, this one is in %',
             current_setting('server_encoding') USING ERRCODE = 'feature_not_supported';
     END IF;
+    IF current_setting('transaction_read_only')::boolean THEN
+        RAISE 'this transaction is read-only' USING ERRCODE = 'read_only_sql_transaction',
+            HINT = 'Connect to the primary server. If default_transaction_read_only is on for this role or '
+                'database, begin with SET default_transaction_read_only = off.';
+    END IF;
 
     -- Two that apply at once take turns.
     PERFORM pg_advisory_xact_lock(hashtext('sse_relay schema'));
 
-    -- All objects have one owner, whoever applies the script: functions run with their owner's rights,
-    -- so an owner of the tables must not be able to borrow somebody else's.
+    -- All objects have one owner, whoever applies the script. Triggers and defaults of that owner would
+    -- run with the rights of a more powerful role that applies it.
     SELECT pg_get_userbyid(nspowner) INTO owner FROM pg_namespace WHERE nspname = 'sse_relay';
     IF FOUND THEN
         IF NOT pg_has_role(owner, 'MEMBER') THEN
             RAISE 'schema sse_relay belongs to %, apply it as that role', owner
                 USING ERRCODE = 'insufficient_privilege';
         END IF;
-        PERFORM set_config('role', owner, true);
+        IF EXISTS (SELECT FROM pg_roles AS r, pg_roles AS o
+                WHERE r.rolname IN (session_user, current_user) AND o.rolname = owner
+                    AND (r.rolsuper > o.rolsuper OR NOT o.rolsuper AND (r.rolcreaterole > o.rolcreaterole
+                        OR r.rolreplication > o.rolreplication OR r.rolbypassrls > o.rolbypassrls))) THEN
+            RAISE 'schema sse_relay belongs to %, which has fewer rights than %', owner, session_user USING
+                ERRCODE = 'insufficient_privilege',
+                HINT = format('Apply it as a login role that is a member of %I and has no more rights: '
+                    'CREATE ROLE ... LOGIN IN ROLE %I', owner, owner);
+        END IF;
+        PERFORM set_config('role', owner, false);
     ELSE
         CREATE SCHEMA sse_relay;
+    END IF;
+    IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        RAISE WARNING 'the log belongs to the superuser %', current_user USING
+            HINT = 'Its functions run with the rights of their owner: let that be a role without any other '
+                'right (CREATE ROLE sse_relay_owner NOLOGIN).';
     END IF;
 
     IF to_regclass('sse_relay.settings') IS NOT NULL THEN
         SELECT version INTO installed FROM sse_relay.settings;
-        IF installed > 1 THEN
-            RAISE 'schema sse_relay has version %, this script is older (version 1)', installed
+        IF installed > 2 THEN
+            RAISE 'schema sse_relay has version %, this script is older (version 2)', installed
                 USING HINT = 'Apply it with the newest sse_relay.py that is in use.';
         END IF;
+    END IF;
+
+    -- What is here already keeps its privileges; see the end.
+    PERFORM set_config('sse_relay.known', coalesce((SELECT string_agg(oid::text, ',') FROM (
+        SELECT oid FROM pg_class WHERE relnamespace = 'sse_relay'::regnamespace
+        UNION ALL SELECT oid FROM pg_proc WHERE pronamespace = 'sse_relay'::regnamespace
+        UNION ALL SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay' AND owner IS NOT NULL) AS o), ''),
+        false);
+
+    IF installed < 2 THEN
+        -- In the order in which relays take them, and not for long: a relay, or a transaction that
+        -- publishes, must not wait for this script while this script waits for it.
+        PERFORM set_config('lock_timeout', '500ms', true);
+        LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
+        LOCK TABLE sse_relay.settings IN ACCESS EXCLUSIVE MODE;
+        LOCK TABLE sse_relay.pending, sse_relay.events IN SHARE ROW EXCLUSIVE MODE;
+        PERFORM set_config('lock_timeout', patience, true);
     END IF;
 END $$;
 
@@ -2536,7 +2613,7 @@ CREATE TABLE IF NOT EXISTS sse_relay.settings (
     single    boolean PRIMARY KEY DEFAULT true CHECK (single),
     version   int NOT NULL,
     retention interval NOT NULL DEFAULT '24 hours' CHECK (retention > '0'),
-    -- Events up to this id are gone.
+    -- Of the events up to this id, some or all are gone.
     pruned    bigint NOT NULL DEFAULT 0
 );
 
@@ -2571,43 +2648,93 @@ CREATE TABLE IF NOT EXISTS sse_relay.events (
     data    text NOT NULL,
     created timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-CREATE INDEX IF NOT EXISTS events_channel_id ON sse_relay.events (channel, id);
 
-INSERT INTO sse_relay.settings (version) VALUES (1) ON CONFLICT (single) DO UPDATE SET version = 1;
-INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
+-- Subjects that were signed out. A revocation is numbered as an event of the channel sse_relay_revoked;
+-- `stamp` is the time of that. Rows are only ever added, so sign-outs never wait for each other.
+CREATE TABLE IF NOT EXISTS sse_relay.revocations (
+    id      bigint PRIMARY KEY,
+    subject text NOT NULL,
+    stamp   timestamptz NOT NULL
+);
+
+DO $$
+DECLARE
+    old_form regprocedure := to_regprocedure('sse_relay.waiting(pg_snapshot)');
+BEGIN
+    IF to_regclass('sse_relay.events_channel_id') IS NULL THEN
+        CREATE INDEX events_channel_id ON sse_relay.events (channel, id);
+    END IF;
+    -- A backlog of millions is looked through in windows of seq. An expression, so that no other query
+    -- takes this index for its order: rows long dead may stand in it.
+    IF to_regclass('sse_relay.pending_seq') IS NULL THEN
+        CREATE INDEX pending_seq ON sse_relay.pending ((seq + 0));
+    END IF;
+    -- Where pruning goes on: all events up to this id are gone.
+    IF NOT EXISTS (SELECT FROM pg_attribute
+            WHERE attrelid = 'sse_relay.settings'::regclass AND attname = 'cleared') THEN
+        ALTER TABLE sse_relay.settings ADD COLUMN cleared bigint NOT NULL DEFAULT 0;
+        UPDATE sse_relay.settings SET cleared = pruned;
+    END IF;
+    INSERT INTO sse_relay.settings (version) VALUES (2) ON CONFLICT (single) DO NOTHING;
+    UPDATE sse_relay.settings SET version = 2 WHERE version <> 2;
+    INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
+
+    -- A function that comes in another form is granted to whom the old one was.
+    PERFORM set_config('sse_relay.heirs', coalesce((
+        SELECT string_agg(DISTINCT format('%I', pg_get_userbyid(grantee)), ', ')
+        FROM pg_proc, aclexplode(proacl) WHERE oid = old_form AND grantee NOT IN (0, proowner)), ''), false);
+    IF old_form IS NOT NULL THEN
+        DROP FUNCTION sse_relay.waiting(pg_snapshot);
+    END IF;
+END $$;
 
 
 -- ---------------------------------------------------------------- for applications
 
 -- Publishes an event with this transaction: SELECT sse_relay.publish('orders', 'shipped');
--- Refuses what no stream could ask for or carry (22023), NULL (22004) and data over 1 MiB (22001).
+-- Refuses what no stream could ask for or carry (22023), NULL (22004) and data over 1 MiB (22001),
+-- counted as on the wire, where a line end takes seven bytes.
 CREATE OR REPLACE FUNCTION sse_relay.publish(channel text, data text, event text DEFAULT NULL)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- The caller's collation may be one for which functions here are not defined.
+    topic text COLLATE "C" := channel;
+    name text COLLATE "C" := event;
+    body text COLLATE "C" := data;
+    size int := octet_length(data);
 BEGIN
-    IF channel IS NULL OR data IS NULL THEN
-        RAISE 'sse_relay.publish: % is NULL', CASE WHEN channel IS NULL THEN 'channel' ELSE 'data' END
+    IF topic IS NULL OR body IS NULL THEN
+        RAISE 'sse_relay.publish: % is NULL', CASE WHEN topic IS NULL THEN 'channel' ELSE 'data' END
             USING ERRCODE = 'null_value_not_allowed';
     END IF;
-    IF octet_length(channel) NOT BETWEEN 1 AND 63 THEN
-        RAISE 'sse_relay.publish: a channel has 1 to 63 bytes, not %', octet_length(channel)
+    IF octet_length(topic) NOT BETWEEN 1 AND 63 THEN
+        RAISE 'sse_relay.publish: a channel has 1 to 63 bytes, not %', octet_length(topic)
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF starts_with(channel, 'sse_relay') OR channel COLLATE "C" ~ '[\u0001-\u001f\u007f-\u009f]' THEN
-        RAISE 'sse_relay.publish: channel % is not allowed', to_json(channel) USING
+    IF starts_with(topic, 'sse_relay') OR topic ~ '[\u0001-\u001f\u007f-\u009f]' THEN
+        RAISE 'sse_relay.publish: channel % is not allowed', to_json(topic) USING
             ERRCODE = 'invalid_parameter_value',
             HINT = 'It may not begin with sse_relay nor contain control characters.';
     END IF;
-    IF event IS NOT NULL AND (event IN ('error', 'open') OR starts_with(event, 'relay.')
-                              OR octet_length(event) > 256 OR event COLLATE "C" ~ '[\r\n]') THEN
-        RAISE 'sse_relay.publish: event name % is not allowed', to_json(left(event, 256)) USING
+    IF name IS NOT NULL AND (name IN ('error', 'open') OR starts_with(name, 'relay.')
+                             OR octet_length(name) > 256 OR name ~ '[\r\n]') THEN
+        RAISE 'sse_relay.publish: event name % is not allowed', to_json(left(name, 256)) USING
             ERRCODE = 'invalid_parameter_value',
             HINT = 'error, open and relay.* are reserved; no line end, at most 256 bytes.';
     END IF;
-    IF octet_length(data) > 1048576 THEN
-        RAISE 'sse_relay.publish: data has % bytes, more than 1048576', octet_length(data)
-            USING ERRCODE = 'string_data_right_truncation';
+    -- Less than a seventh of the limit cannot be too much.
+    IF size BETWEEN 149797 AND 1048576 AND body ~ '[\r\n]' THEN
+        body := replace(replace(body, E'\r\n', E'\n'), E'\r', E'\n');
+        size := octet_length(replace(body, E'\n', E'\ndata: '));
+        body := data;
     END IF;
-    INSERT INTO sse_relay.pending (channel, event, data) VALUES (channel, nullif(event, ''), data);
+    IF size > 1048576 THEN
+        RAISE 'sse_relay.publish: data has % bytes, more than 1048576', size USING
+            ERRCODE = 'string_data_right_truncation',
+            HINT = 'On the wire, which is what counts, a line end takes seven bytes.';
+    END IF;
+    INSERT INTO sse_relay.pending (channel, event, data)
+        VALUES (topic, CASE WHEN name <> '' THEN name END, body);
     -- Equal notifications of one transaction are sent once.
     PERFORM pg_notify('sse_relay', pg_current_xact_id()::text);
 END $$;
@@ -2617,6 +2744,28 @@ CREATE OR REPLACE FUNCTION sse_relay.publish(channel text, data jsonb, event tex
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM sse_relay.publish(channel, data::text, event);
+END $$;
+
+CREATE OR REPLACE FUNCTION sse_relay.publish(channel text, data json, event text DEFAULT NULL)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM sse_relay.publish(channel, data::text, event);
+END $$;
+
+-- Signs a subject out, with this transaction: streams whose token has this `sub` and was issued before
+-- end, and such tokens are refused for 30 days.
+CREATE OR REPLACE FUNCTION sse_relay.revoke(subject text)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF subject IS NULL THEN
+        RAISE 'sse_relay.revoke: subject is NULL' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    IF octet_length(subject) NOT BETWEEN 1 AND 1024 THEN
+        RAISE 'sse_relay.revoke: a subject has 1 to 1024 bytes, not %', octet_length(subject)
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    INSERT INTO sse_relay.pending (channel, data) VALUES ('sse_relay_revoked', subject);
+    PERFORM pg_notify('sse_relay', pg_current_xact_id()::text);
 END $$;
 
 -- Where the log stands in the caller's snapshot: <epoch>-<newest id>@<snapshot>. A stream that is
@@ -2650,57 +2799,118 @@ END $$;
 -- and the columns to send, or '*' for all:
 --     CREATE TRIGGER publish AFTER INSERT OR UPDATE OR DELETE ON orders
 --         FOR EACH ROW EXECUTE FUNCTION sse_relay.publish_row('tenant-{tenant_id}', 'id', 'status');
--- Sends {"op": "update", "table": "public.orders", "key": {"id": 7}, "row": {"id": 7, "status": "paid"}}.
+-- Sends {"op": "update", "table": "public.orders", "key": {"id": 7}, "row": {"id": 7, "status": "paid"}},
+-- with "old_key" when an update changes the primary key.
 -- A channel with a NULL in it is no channel. When an update changes the channel, the old one is told
 -- too, without the row. What publish() refuses makes the change fail.
 CREATE OR REPLACE FUNCTION sse_relay.publish_row()
 RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     names text[] := TG_ARGV[1:];
+    in_channel text[];
+    key_names text[];
+    unknown text;
     old_row jsonb;
     new_row jsonb;
+    old_key jsonb;
+    new_key jsonb;
     old_channel text;
     new_channel text;
-    unknown text;
     message jsonb;
-    key_names text[];
 BEGIN
     IF TG_WHEN <> 'AFTER' OR TG_LEVEL <> 'ROW' OR TG_NARGS = 0 THEN
         RAISE 'sse_relay.publish_row: trigger % must be AFTER ... FOR EACH ROW and name a channel', TG_NAME
             USING ERRCODE = 'trigger_protocol_violated';
     END IF;
-    IF TG_OP <> 'INSERT' THEN
-        old_row := to_jsonb(OLD);
+    IF strpos(TG_ARGV[0], '{') > 0 THEN
+        in_channel := ARRAY(SELECT part[1] FROM regexp_matches(TG_ARGV[0], '\{([^{}]*)', 'g') AS part);
     END IF;
-    IF TG_OP <> 'DELETE' THEN
-        new_row := to_jsonb(NEW);
-    END IF;
-    SELECT name INTO unknown FROM unnest(names) AS name
-        WHERE name <> '*' AND NOT coalesce(new_row, old_row) ? name;
-    IF FOUND THEN
-        RAISE 'sse_relay.publish_row: trigger % names column "%", which % does not have',
-            TG_NAME, unknown, TG_RELID::regclass USING ERRCODE = 'undefined_column';
+    IF '*' = ANY (names) THEN
+        -- PostgreSQL computes a virtual column when it is read; a trigger does not have it.
+        names := ARRAY(SELECT attname FROM pg_attribute
+            WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped AND attgenerated <> 'v');
     END IF;
     SELECT array_agg(a.attname) INTO key_names
         FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid
             AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
         WHERE i.indrelid = TG_RELID AND i.indisprimary;
+    SELECT name INTO unknown FROM unnest(in_channel || names) AS name
+        WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = TG_RELID AND attname = name
+            AND attnum > 0 AND NOT attisdropped AND attgenerated <> 'v');
+    IF FOUND THEN
+        RAISE 'sse_relay.publish_row: trigger % names column "%", which % does not have',
+            TG_NAME, unknown, TG_RELID::regclass USING ERRCODE = 'undefined_column',
+            HINT = 'A virtual generated column cannot be sent; a stored one can.';
+    END IF;
+
+    -- Only the columns that are needed are looked at: another may hold megabytes, or what is no jsonb.
+    IF TG_OP <> 'INSERT' THEN
+        EXECUTE sse_relay.row_query(TG_RELID,
+            CASE TG_OP WHEN 'DELETE' THEN names END || in_channel || key_names) INTO old_row USING OLD;
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        EXECUTE sse_relay.row_query(TG_RELID, names || in_channel || key_names) INTO new_row USING NEW;
+    END IF;
+    old_key := sse_relay.row_part(old_row, key_names);
+    new_key := sse_relay.row_part(new_row, key_names);
     message := jsonb_build_object(
-        'op', lower(TG_OP), 'table', coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass);
+        'op', lower(TG_OP), 'table', coalesce(pg_partition_root(TG_RELID), TG_RELID)::regclass,
+        'key', coalesce(new_key, old_key), 'row', sse_relay.row_part(coalesce(new_row, old_row), names));
 
     old_channel := sse_relay.row_channel(TG_ARGV[0], old_row);
     new_channel := sse_relay.row_channel(TG_ARGV[0], new_row);
     IF TG_OP = 'UPDATE' AND old_channel <> coalesce(new_channel, '') THEN
-        PERFORM sse_relay.publish(old_channel, message || jsonb_build_object(
-            'key', sse_relay.row_part(old_row, key_names), 'row', NULL));
+        PERFORM sse_relay.publish(old_channel, message || jsonb_build_object('key', old_key, 'row', NULL));
     END IF;
     IF coalesce(new_channel, CASE TG_OP WHEN 'DELETE' THEN old_channel END) IS NOT NULL THEN
-        PERFORM sse_relay.publish(coalesce(new_channel, old_channel), message || jsonb_build_object(
-            'key', sse_relay.row_part(coalesce(new_row, old_row), key_names),
-            'row', sse_relay.row_part(coalesce(new_row, old_row), names)));
+        IF TG_OP = 'UPDATE' AND old_key <> new_key THEN
+            message := message || jsonb_build_object('old_key', old_key);
+        END IF;
+        PERFORM sse_relay.publish(coalesce(new_channel, old_channel), message);
     END IF;
     RETURN NULL;
 END $$;
+
+-- Whether to_jsonb() of this type runs no code but that of superusers and of the log's owner. Of a type
+-- that is neither built in, an array, a composite nor a domain, it uses a cast to json if there is one,
+-- and who owns the type can make one at any time.
+CREATE OR REPLACE FUNCTION sse_relay.is_plain(type oid)
+RETURNS boolean LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE parts (part) AS (
+        SELECT type
+        UNION
+        SELECT inside.part FROM parts, pg_type AS t, LATERAL (
+            SELECT t.typbasetype AS part WHERE t.typtype = 'd'
+            UNION ALL SELECT t.typelem WHERE t.typcategory = 'A' AND t.typtype <> 'd'
+            UNION ALL SELECT a.atttypid FROM pg_attribute AS a
+                WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+        ) AS inside WHERE t.oid = parts.part
+    ), trusted AS (
+        SELECT oid FROM pg_roles WHERE rolsuper
+        UNION SELECT nspowner FROM pg_namespace WHERE nspname = 'sse_relay'
+    )
+    SELECT NOT EXISTS (
+        SELECT FROM parts JOIN pg_type AS t ON t.oid = parts.part
+        WHERE t.oid >= 16384 AND t.typtype NOT IN ('c', 'd') AND t.typcategory <> 'A'
+            AND (t.typowner NOT IN (SELECT oid FROM trusted) OR EXISTS (
+                SELECT FROM pg_cast AS c JOIN pg_proc AS f ON f.oid = c.castfunc
+                WHERE c.castsource = t.oid AND f.proowner NOT IN (SELECT oid FROM trusted)))
+    )
+$$;
+
+-- The query that makes an object of columns of $1, a row of this table. It runs with the rights of the
+-- log's owner, so it may run no code of the table's owner: a value whose type might bring some goes
+-- through format(), which knows no casts, only the output functions that superusers write.
+CREATE OR REPLACE FUNCTION sse_relay.row_query(relation oid, names text[])
+RETURNS text LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'SELECT to_jsonb(r) FROM (SELECT ' || coalesce(string_agg(format(CASE
+            WHEN a.atttypid < 16384 OR sse_relay.is_plain(a.atttypid) THEN '($1).%1$I AS %1$I'
+            ELSE 'CASE num_nulls(($1).%1$I) WHEN 0 THEN format(''%%s'', ($1).%1$I)'
+                || CASE t.typcategory WHEN 'A' THEN '::text[]' ELSE '' END || ' END AS %1$I'
+        END, a.attname), ', '), '') || ') AS r'
+    FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
+    WHERE a.attrelid = relation AND a.attname = ANY (names) AND a.attnum > 0
+$$;
 
 -- The channel of a row: 'tenant-{tenant_id}' with the row's values. NULL if one of them is.
 CREATE OR REPLACE FUNCTION sse_relay.row_channel(template text, whole jsonb)
@@ -2709,53 +2919,90 @@ DECLARE
     channel text := '';
     part text[];
 BEGIN
-    IF whole IS NULL OR position('{' IN template) = 0 THEN
+    IF whole IS NULL OR strpos(template, '{') = 0 THEN
         RETURN CASE WHEN whole IS NOT NULL THEN template END;
     END IF;
     FOR part IN SELECT regexp_matches(template, '([^{]+)|\{([^{}]*)\}?', 'g') LOOP
-        IF part[1] IS NULL AND NOT whole ? part[2] THEN
-            RAISE 'sse_relay.publish_row: channel "%" names column "%", which the table does not have',
-                template, part[2] USING ERRCODE = 'undefined_column';
-        END IF;
         channel := channel || coalesce(part[1], whole ->> part[2]);
     END LOOP;
     RETURN channel;
 END $$;
 
--- The named columns of a row; all for '*'; NULL for no list.
+-- The named columns of a row; NULL for no list.
 CREATE OR REPLACE FUNCTION sse_relay.row_part(whole jsonb, names text[])
 RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN names IS NULL THEN NULL WHEN '*' = ANY (names) THEN whole
-        ELSE (SELECT coalesce(jsonb_object_agg(name, whole -> name), '{}') FROM unnest(names) AS name) END
+    SELECT CASE WHEN whole IS NOT NULL AND names IS NOT NULL THEN
+        (SELECT coalesce(jsonb_object_agg(name, whole -> name), '{}') FROM unnest(names) AS name) END
 $$;
 
 
 -- ---------------------------------------------------------------- for the relay
 
--- The epoch, or NULL if the database is not the one it was given to: restored, promoted, copied.
--- A standby cannot tell its timeline; it knows the epoch of the server that it follows.
+-- What names this server and its history. NULL where it does not tell: not every service lets a role
+-- ask, or has a WAL to ask about. On a standby the timeline is unknown.
+CREATE OR REPLACE FUNCTION sse_relay.history(OUT system bigint, OUT timeline text)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    BEGIN
+        system := (SELECT system_identifier FROM pg_control_system());
+    EXCEPTION WHEN insufficient_privilege OR undefined_function OR feature_not_supported
+            OR object_not_in_prerequisite_state THEN
+        NULL;
+    END;
+    IF NOT pg_is_in_recovery() THEN
+        timeline := left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    END IF;
+EXCEPTION WHEN insufficient_privilege OR undefined_function OR feature_not_supported
+        OR object_not_in_prerequisite_state THEN
+    NULL;
+END $$;
+
+-- The epoch, or NULL if the database is not the one it was given to: restored, promoted, copied. A
+-- volume or a cold copy that is put back shows none of this: call renew_epoch() then.
 CREATE OR REPLACE FUNCTION sse_relay.current_epoch()
 RETURNS text LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT e.epoch FROM sse_relay.epoch AS e
+    SELECT e.epoch FROM sse_relay.epoch AS e, sse_relay.history() AS h
     WHERE e.xmin = e.xid::xid
-        AND e.system = (SELECT system_identifier FROM pg_control_system())
         AND e.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND CASE WHEN pg_is_in_recovery() THEN true
-            ELSE e.timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+        AND (h.system IS NULL OR e.system IS NOT DISTINCT FROM h.system)
+        AND (h.timeline IS NULL OR e.timeline IS NOT DISTINCT FROM h.timeline)
 $$;
 
--- Begins a new epoch: every position given before leads to a gap.
+-- Begins a new epoch: every position given before leads to a gap. Call it when a volume, a snapshot of
+-- one or a cold copy of the server's files has been put back.
 CREATE OR REPLACE FUNCTION sse_relay.renew_epoch()
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    newest bigint := coalesce((SELECT max(id) FROM sse_relay.events), 0);
 BEGIN
+    INSERT INTO sse_relay.settings (version) VALUES (2) ON CONFLICT (single) DO NOTHING;
+    INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
     UPDATE sse_relay.epoch SET
         epoch = left(replace(gen_random_uuid()::text, '-', ''), 12),
-        system = (SELECT system_identifier FROM pg_control_system()),
-        timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8),
+        system = h.system,
+        timeline = h.timeline,
         database = (SELECT oid FROM pg_database WHERE datname = current_database()),
-        xid = pg_current_xact_id();
-    UPDATE sse_relay.settings SET pruned = least(pruned, (SELECT coalesce(max(id), 0) FROM sse_relay.events));
+        xid = pg_current_xact_id()
+        FROM sse_relay.history() AS h;
+    UPDATE sse_relay.settings SET pruned = least(pruned, newest), cleared = least(cleared, newest);
     PERFORM pg_notify('sse_relay', '');
+END $$;
+
+-- Row-level security that holds for the owner too would make rows invisible to the functions here, and
+-- what cannot be seen would be taken for what has not happened.
+CREATE OR REPLACE FUNCTION sse_relay.check_visible()
+RETURNS void LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    hidden regclass;
+BEGIN
+    FOREACH hidden IN ARRAY ARRAY['sse_relay.settings', 'sse_relay.epoch', 'sse_relay.pending',
+            'sse_relay.events', 'sse_relay.revocations']::regclass[] LOOP
+        IF row_security_active(hidden) THEN
+            RAISE 'row-level security hides rows of % from the owner of the log', hidden
+                USING ERRCODE = 'insufficient_privilege',
+                HINT = format('ALTER TABLE %s NO FORCE ROW LEVEL SECURITY', hidden);
+        END IF;
+    END LOOP;
 END $$;
 
 -- Called on each new connection, with the epoch and the id that the relay has come to, or NULL.
@@ -2765,11 +3012,13 @@ CREATE OR REPLACE FUNCTION sse_relay.attach(known_epoch text, known_id bigint,
     OUT epoch text, OUT newest bigint, OUT pruned bigint, OUT retention interval)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM sse_relay.check_visible();
     LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
     epoch := sse_relay.current_epoch();
     SELECT coalesce(max(e.id), 0) INTO newest FROM sse_relay.events AS e;
     IF epoch IS NULL OR (known_epoch = epoch AND known_id > newest)
-            OR newest > (SELECT last_value FROM sse_relay.events_id_seq) THEN
+            OR newest > (SELECT last_value FROM sse_relay.events_id_seq)
+            OR NOT EXISTS (SELECT FROM sse_relay.settings) THEN
         PERFORM setval('sse_relay.events_id_seq', greatest(newest, last_value), newest > 0 OR is_called)
             FROM sse_relay.events_id_seq;
         PERFORM sse_relay.renew_epoch();
@@ -2778,26 +3027,58 @@ BEGIN
     SELECT s.pruned, s.retention INTO pruned, retention FROM sse_relay.settings AS s;
 END $$;
 
--- What is committed and not yet numbered: transactions with their senders, at most 50,000, in an order
--- in which none comes before one that it could see: that of each one's last insertion. `since` is the
--- snapshot that an earlier call returned whose transactions have all been numbered: then only those are
--- looked for that were running or not begun at that time, and rows long dead are not looked at.
-CREATE OR REPLACE FUNCTION sse_relay.waiting(since pg_snapshot DEFAULT NULL,
-    OUT snapshot pg_snapshot, OUT xids xid8[], OUT pids int[])
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off AS $$
-    SELECT pg_current_snapshot(),
-        coalesce(array_agg(xid ORDER BY last), '{}'), coalesce(array_agg(pid ORDER BY last), '{}')
-    FROM (
-        SELECT xid, pid, max(seq) AS last FROM (
-            SELECT xid, pid, seq FROM sse_relay.pending
-                WHERE xid >= coalesce(pg_snapshot_xmax(since), '0')
-            UNION ALL
-            SELECT p.xid, p.pid, p.seq FROM pg_snapshot_xip(since) AS running,
-                LATERAL (SELECT * FROM sse_relay.pending WHERE xid = running OFFSET 0) AS p
-        ) AS rows GROUP BY xid, pid ORDER BY last LIMIT 50000
-    ) AS found
-$$;
+-- What is committed and not yet numbered: transactions with their senders, in an order in which none
+-- comes before one that it could see: that of each one's last insertion.
+--     `since`, without `after`: a snapshot that an earlier call returned whose transactions have all been
+-- numbered, or NULL. Of it only those are looked for that were running or not begun then, so that rows
+-- long dead are not looked at. A pass begins; `snapshot` is what it goes by.
+--     If that is not all, `upto` is not NULL: call again with this snapshot and `after` = `upto`. Each
+-- call takes the next 50,000 rows in order of insertion. It lists the transactions whose last row is
+-- among them, and only those that the snapshot shows: what has been committed since could have seen
+-- what a later window holds.
+CREATE OR REPLACE FUNCTION sse_relay.waiting(since pg_snapshot DEFAULT NULL, after bigint DEFAULT NULL,
+    OUT snapshot pg_snapshot, OUT xids xid8[], OUT pids int[], OUT upto bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    counted bigint;
+BEGIN
+    PERFORM sse_relay.check_visible();
+    snapshot := pg_current_snapshot();
+    IF after IS NULL AND since IS NOT NULL THEN
+        WITH found AS MATERIALIZED (
+            SELECT f.* FROM (
+                (SELECT p.xid, p.pid, p.seq FROM sse_relay.pending AS p
+                    WHERE p.xid >= pg_snapshot_xmax(since) ORDER BY p.xid LIMIT 50001)
+                UNION ALL
+                SELECT p.xid, p.pid, p.seq FROM pg_snapshot_xip(since) AS running,
+                    LATERAL (SELECT * FROM sse_relay.pending WHERE xid = running OFFSET 0) AS p
+            ) AS f LIMIT 50001
+        ), senders AS (
+            SELECT f.xid, f.pid, max(f.seq) AS last FROM found AS f GROUP BY f.xid, f.pid
+        )
+        SELECT (SELECT count(*) FROM found),
+            coalesce(array_agg(s.xid ORDER BY last), '{}'), coalesce(array_agg(s.pid ORDER BY last), '{}')
+            INTO counted, xids, pids FROM senders AS s;
+        IF counted <= 50000 THEN
+            RETURN;
+        END IF;
+    END IF;
+    IF after IS NOT NULL THEN
+        snapshot := since;
+    END IF;
+    WITH found AS MATERIALIZED (
+        SELECT p.xid, p.pid, p.seq FROM sse_relay.pending AS p
+            WHERE p.seq + 0 > coalesce(after, 0) ORDER BY p.seq + 0 LIMIT 50000
+    ), senders AS (
+        SELECT f.xid, f.pid, max(f.seq) AS last FROM found AS f GROUP BY f.xid, f.pid
+    )
+    SELECT (SELECT max(f.seq) FROM found AS f HAVING count(*) = 50000),
+        coalesce(array_agg(s.xid ORDER BY last), '{}'), coalesce(array_agg(s.pid ORDER BY last), '{}')
+        INTO upto, xids, pids FROM senders AS s
+        WHERE pg_visible_in_snapshot(s.xid, snapshot) AND NOT EXISTS (SELECT FROM sse_relay.pending AS q
+            WHERE q.xid = s.xid AND q.pid = s.pid AND q.seq > (SELECT max(f.seq) FROM found AS f));
+END $$;
 
 -- Numbers the events of these transactions, as far as their senders match, in the order of the list:
 -- at most 1,000 events and about 4 MiB. `more`: call it again with the same list. It returns no rows:
@@ -2833,7 +3114,11 @@ BEGIN
     ), logged AS (
         INSERT INTO sse_relay.events (xid, channel, event, data)
         SELECT xid, channel, event, data FROM found WHERE before < 4194304 ORDER BY place, seq
-        RETURNING octet_length(data) AS size
+        RETURNING id, octet_length(data) AS size, created,
+            CASE channel WHEN 'sse_relay_revoked' THEN data END AS subject
+    ), revoked AS (
+        INSERT INTO sse_relay.revocations (id, subject, stamp)
+        SELECT l.id, l.subject, l.created FROM logged AS l WHERE l.subject IS NOT NULL
     )
     SELECT count(*), count(*) = 1000 OR coalesce(sum(size), 0) >= 4194304 INTO moved, more FROM logged;
     IF sweep AND moved > 0 THEN
@@ -2841,8 +3126,8 @@ BEGIN
     END IF;
 END $$;
 
--- Takes up to 1,000 of the oldest events that are past the retention out of the log, and says how many.
--- The newest stays. One at a time: who comes second is told 0.
+-- Takes the oldest events that are past the retention out of the log, up to 1,000 of them and about
+-- 8 MiB, and returns how many. The newest stays. One at a time: a second caller is told 0.
 -- Without a relay:  SELECT sse_relay.prune() \watch 0.1
 CREATE OR REPLACE FUNCTION sse_relay.prune()
 RETURNS int LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -2850,36 +3135,61 @@ SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     gone bigint;
     kept interval;
+    -- Younger than this stays. Further back than a thousand years, timestamps end.
+    line timestamptz;
+    future timestamptz := clock_timestamp() + interval '1 minute';
     upto bigint;
+    ahead bigint;
     removed int;
 BEGIN
-    SELECT pruned, retention INTO gone, kept FROM sse_relay.settings FOR NO KEY UPDATE SKIP LOCKED;
+    PERFORM sse_relay.check_visible();
+    SELECT cleared, retention INTO gone, kept FROM sse_relay.settings FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
-    SELECT max(id) INTO upto FROM (
-        SELECT id, bool_and(created < clock_timestamp() - kept) OVER (ORDER BY id) AS old FROM (
-            SELECT id, created FROM sse_relay.events WHERE id > gone ORDER BY id LIMIT 1000
-        ) AS oldest
-    ) AS prefix WHERE old AND id < (SELECT max(id) FROM sse_relay.events);
+    DELETE FROM sse_relay.revocations WHERE id IN (SELECT id FROM sse_relay.revocations
+        WHERE stamp < clock_timestamp() - interval '30 days' ORDER BY id LIMIT 1000);
+    line := CASE WHEN kept < '1000 years' THEN clock_timestamp() - kept ELSE '-infinity' END;
+    -- Numbers are given in order of time: what a clock that was ahead has dated in the future is as old as
+    -- the next event. If none that follows is old yet, such events are dated now.
+    SELECT max(id) FILTER (WHERE created < line), max(id) FILTER (WHERE created > future) INTO upto, ahead
+        FROM (
+            SELECT id, created, bool_and(created < line OR created > future) OVER (ORDER BY id) AS passed,
+                sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
+            FROM (SELECT * FROM sse_relay.events WHERE id > gone ORDER BY id LIMIT 1000) AS oldest
+        ) AS page
+        WHERE passed AND before < 8388608 AND id < (SELECT max(id) FROM sse_relay.events);
     IF upto IS NULL THEN
+        UPDATE sse_relay.events SET created = clock_timestamp()
+            WHERE id > gone AND id <= ahead AND created > future;
         RETURN 0;
     END IF;
+    -- The mark first: see rewritten().
+    UPDATE sse_relay.settings SET cleared = upto, pruned = greatest(pruned, upto);
     DELETE FROM sse_relay.events WHERE id > gone AND id <= upto;
     GET DIAGNOSTICS removed = ROW_COUNT;
-    UPDATE sse_relay.settings SET pruned = upto;
     RETURN removed;
 END $$;
 
 -- To throw the log away, in a transaction: LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE, and
--- TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap.
--- So they do when its newest events are deleted: their ids could be given out again.
+-- TRUNCATE sse_relay.pending, sse_relay.events. All clients get a gap. So they do when its newest events
+-- are deleted: their ids could be given out again. Of other events that are deleted, clients are told
+-- that have not come as far.
 CREATE OR REPLACE FUNCTION sse_relay.rewritten()
 RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    last bigint;
 BEGIN
     IF TG_OP = 'DELETE' THEN
-        IF NOT EXISTS (SELECT FROM deleted
-                WHERE id > (SELECT coalesce(max(id), 0) FROM sse_relay.events)) THEN
+        SELECT max(id) INTO last FROM deleted;
+        IF last IS NULL THEN
+            RETURN NULL;
+        END IF;
+        IF last < (SELECT max(id) FROM sse_relay.events) THEN
+            UPDATE sse_relay.settings SET pruned = last WHERE pruned < last;
+            IF FOUND THEN
+                PERFORM pg_notify('sse_relay', '');
+            END IF;
             RETURN NULL;
         END IF;
     END IF;
@@ -2891,7 +3201,8 @@ DO $$
 DECLARE
     emptied regclass;
 BEGIN
-    FOREACH emptied IN ARRAY ARRAY['sse_relay.pending', 'sse_relay.events']::regclass[] LOOP
+    FOREACH emptied IN ARRAY ARRAY['sse_relay.settings', 'sse_relay.epoch', 'sse_relay.pending',
+            'sse_relay.events']::regclass[] LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = emptied AND tgname = 'truncated') THEN
             EXECUTE format('CREATE TRIGGER truncated AFTER TRUNCATE ON %s'
                 ' FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.rewritten()', emptied);
@@ -2905,17 +3216,54 @@ BEGIN
     PERFORM sse_relay.attach(NULL, NULL);
 END $$;
 
--- Functions are everybody's unless taken away. Grants to roles stay.
-REVOKE ALL ON SCHEMA sse_relay FROM PUBLIC;
-REVOKE ALL ON ALL TABLES IN SCHEMA sse_relay FROM PUBLIC;
-REVOKE ALL ON ALL SEQUENCES IN SCHEMA sse_relay FROM PUBLIC;
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sse_relay FROM PUBLIC;
+-- What was made just now is its owner's alone, whatever default privileges have added: functions are
+-- everybody's by default. What was there before keeps its grants.
+DO $$
+DECLARE
+    known oid[] := string_to_array(current_setting('sse_relay.known'), ',');
+    heirs text := current_setting('sse_relay.heirs');
+    granted record;
+BEGIN
+    FOR granted IN
+        SELECT DISTINCT object,
+            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE format('%I', pg_get_userbyid(grantee)) END AS grantee
+        FROM (
+            SELECT 'SCHEMA sse_relay' AS object, a.grantee, nspowner AS owner
+                FROM pg_namespace, aclexplode(nspacl) AS a
+                WHERE nspname = 'sse_relay' AND oid <> ALL (known)
+            UNION ALL
+            SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || c.oid::regclass,
+                    a.grantee, relowner
+                FROM pg_class AS c, aclexplode(relacl) AS a
+                WHERE relnamespace = 'sse_relay'::regnamespace AND c.oid <> ALL (known)
+            UNION ALL
+            SELECT 'FUNCTION ' || p.oid::regprocedure, a.grantee, proowner
+                FROM pg_proc AS p, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
+                WHERE pronamespace = 'sse_relay'::regnamespace AND p.oid <> ALL (known)
+        ) AS made WHERE grantee <> owner
+    LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s', granted.object, granted.grantee);
+    END LOOP;
+    IF heirs <> '' THEN
+        EXECUTE format('GRANT EXECUTE ON FUNCTION sse_relay.waiting(pg_snapshot, bigint) TO %s', heirs);
+        EXECUTE format('GRANT SELECT ON sse_relay.revocations TO %s', heirs);
+    END IF;
+    heirs := (SELECT string_agg(DISTINCT format('%I', pg_get_userbyid(grantee)), ', ')
+        FROM pg_proc, aclexplode(proacl)
+        WHERE oid = 'sse_relay.publish(text, jsonb, text)'::regprocedure AND grantee NOT IN (0, proowner));
+    IF heirs IS NOT NULL AND 'sse_relay.publish(text, json, text)'::regprocedure::oid <> ALL (known) THEN
+        EXECUTE format('GRANT EXECUTE ON FUNCTION sse_relay.publish(text, json, text) TO %s', heirs);
+    END IF;
+END $$;
+
+SELECT pg_catalog.set_config('role', pg_catalog.current_setting('sse_relay.role'), false),
+    pg_catalog.set_config('search_path', pg_catalog.current_setting('sse_relay.search_path'), false);
 """
 
-# For each new session of the relay, beside its timeouts. A role's or database's defaults must not decide
-# whether numbering is durable, whether a snapshot is older than the lock, or which plan a page gets.
-# (Indexes give the order here, and stop at the page's end; without a fitting one PostgreSQL would price
-# the plan so high that it compiles it.)
+# For each new session of the relay, beside what `open_connection` sets. A role's or database's defaults
+# must not decide whether a snapshot is older than the lock, or which plan a page gets. (Indexes give the
+# order here, and stop at the page's end; without a fitting one PostgreSQL would price the plan so high
+# that it compiles it.)
 LOG_SESSION_SQL: Final = """
 SET synchronous_commit = on;
 SET default_transaction_isolation = 'read committed';
@@ -2926,11 +3274,11 @@ SET jit = off
 """
 
 # -> (version int). The table and the column keep these names in every version. SQLSTATE 42P01: no
-# schema.
+# schema. No row: someone has emptied the table, or row-level security hides it.
 LOG_VERSION_SQL: Final = "SELECT version FROM sse_relay.settings"
 
-# -> one GRANT a row, for what the relay's role lacks. By the catalogs: without USAGE on the schema,
-# names cannot be looked up.
+# -> (GRANT or other remedy text), one a row, for what the relay's role lacks. By the catalogs: without
+# USAGE on the schema, names cannot be looked up.
 LOG_GRANTS_SQL: Final = """
 WITH space AS (SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay')
 SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
@@ -2938,7 +3286,8 @@ SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
 UNION ALL
 SELECT format('GRANT SELECT ON %s TO %I', string_agg('sse_relay.' || relname, ', '), current_user)
     FROM pg_class WHERE relnamespace = (SELECT oid FROM space)
-        AND relname IN ('settings', 'epoch', 'events') AND NOT has_table_privilege(oid, 'SELECT')
+        AND relname IN ('settings', 'epoch', 'events', 'revocations')
+        AND NOT has_table_privilege(oid, 'SELECT')
     HAVING count(*) > 0
 UNION ALL
 SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure::text, ', '), current_user)
@@ -2946,6 +3295,74 @@ SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure
         AND proname IN ('attach', 'waiting', 'advance', 'prune')
         AND NOT has_function_privilege(oid, 'EXECUTE')
     HAVING count(*) > 0
+UNION ALL
+SELECT format('ALTER TABLE sse_relay.%I DISABLE ROW LEVEL SECURITY', relname)
+    FROM pg_class WHERE relnamespace = (SELECT oid FROM space) AND relkind = 'r'
+        AND CASE WHEN has_schema_privilege(relnamespace, 'USAGE') THEN row_security_active(oid) END
+"""
+
+# -> (what text, remedy text), one a row: what the log does without on this server. By the catalogs; the
+# functions are called with the rights of the log's owner.
+LOG_LIMITS_SQL: Final = """
+SELECT format('the owner of the log may not call %s', p.oid::regprocedure),
+    format('GRANT EXECUTE ON FUNCTION pg_catalog.%s TO %I', p.oid::regprocedure, pg_get_userbyid(n.nspowner))
+FROM pg_namespace AS n, pg_proc AS p
+WHERE n.nspname = 'sse_relay' AND p.pronamespace = 'pg_catalog'::regnamespace
+    AND p.proname IN ('pg_control_system', 'pg_current_wal_lsn', 'pg_walfile_name')
+    AND NOT has_function_privilege(n.nspowner, p.oid, 'EXECUTE')
+"""
+
+# -> (what text, remedy text), one a row: privileges beyond those that the docs give to roles, and objects
+# that somebody else has put into the schema. By the catalogs.
+LOG_EXCESS_SQL: Final = """
+WITH space AS (SELECT oid, nspowner, nspacl FROM pg_namespace WHERE nspname = 'sse_relay'),
+named (object, owner, grantee, privilege, grantable) AS (
+    SELECT 'SCHEMA sse_relay', nspowner, a.grantee, a.privilege_type, a.is_grantable
+        FROM space, aclexplode(nspacl) AS a
+    UNION ALL
+    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE '' END || 'sse_relay.' || quote_ident(relname),
+            relowner, a.grantee, a.privilege_type, a.is_grantable
+        FROM pg_class, aclexplode(relacl) AS a WHERE relnamespace = (SELECT oid FROM space)
+    UNION ALL
+    SELECT 'sse_relay.' || quote_ident(c.relname), relowner, a.grantee,
+            format('%s (%I)', a.privilege_type, t.attname), a.is_grantable
+        FROM pg_class AS c JOIN pg_attribute AS t ON t.attrelid = c.oid, aclexplode(t.attacl) AS a
+        WHERE relnamespace = (SELECT oid FROM space)
+    UNION ALL
+    SELECT 'FUNCTION ' || p.oid::regprocedure, proowner, a.grantee, a.privilege_type, a.is_grantable
+        FROM pg_proc AS p, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
+        WHERE pronamespace = (SELECT oid FROM space)
+), allowed (privilege, object) AS (
+    VALUES ('USAGE', 'SCHEMA sse_relay'), ('SELECT', 'sse_relay.settings'), ('SELECT', 'sse_relay.epoch'),
+        ('SELECT', 'sse_relay.events'), ('SELECT', 'sse_relay.revocations'),
+        ('UPDATE (retention)', 'sse_relay.settings')
+    UNION ALL
+    SELECT 'EXECUTE', 'FUNCTION ' || p.oid::regprocedure FROM pg_proc AS p
+        WHERE pronamespace = (SELECT oid FROM space) AND proname IN ('publish', 'publish_row', 'position',
+            'revoke', 'attach', 'waiting', 'advance', 'prune', 'renew_epoch')
+)
+SELECT format('%s has %s on %s', who, string_agg(privilege, ', ' ORDER BY privilege), object),
+    format('REVOKE %s%s ON %s FROM %s', CASE WHEN grantable THEN 'GRANT OPTION FOR ' ELSE '' END,
+        string_agg(privilege, ', ' ORDER BY privilege), object, who)
+FROM (
+    SELECT n.object, n.privilege, CASE grantee WHEN 0 THEN 'PUBLIC'
+            ELSE quote_ident(pg_get_userbyid(grantee)) END AS who,
+        grantable AND a.privilege IS NOT NULL AS grantable
+    FROM named AS n LEFT JOIN allowed AS a ON a.object = n.object AND a.privilege = n.privilege
+    WHERE grantee <> owner AND (grantee = 0 OR grantable OR a.privilege IS NULL)
+) AS beyond GROUP BY who, object, grantable
+UNION ALL
+SELECT format('%s belongs to %I', o.object, pg_get_userbyid(o.owner)),
+    format('if it is not wanted, DROP %s', o.object)
+FROM (
+    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' WHEN 'v' THEN 'VIEW ' ELSE 'TABLE ' END
+            || 'sse_relay.' || quote_ident(relname) AS object, relowner AS owner
+        FROM pg_class WHERE relnamespace = (SELECT oid FROM space) AND relkind NOT IN ('i', 'c')
+    UNION ALL
+    SELECT 'FUNCTION ' || oid::regprocedure, proowner
+        FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
+) AS o WHERE o.owner <> (SELECT nspowner FROM space)
+ORDER BY 1
 """
 
 # (epoch text | None, id int | None): where this relay had come to before.
@@ -2955,16 +3372,32 @@ LOG_ATTACH_SQL: Final = """
 SELECT epoch, newest, pruned, extract(epoch FROM retention)::float8 FROM sse_relay.attach(%s, %s)
 """
 
-# (snapshot text | None) -> (snapshot text, xids list[str], pids list[int]): a sweep's list, possibly
-# empty, for LOG_ADVANCE_SQL. No lock, no write. None on a new connection; the snapshot returned may be
-# given to the next call once the whole list has been numbered and it had fewer than 50,000.
-LOG_WAITING_SQL: Final = """
-SELECT snapshot::text, xids::text[], pids FROM sse_relay.waiting(%s::pg_snapshot)
+# (id int) -> (id bigint, subject text, stamp float seconds since 1970): the revocations after an id, at
+# most 10,000. Before any event.
+LOG_REVOCATIONS_SQL: Final = """
+SELECT id, subject, extract(epoch FROM stamp)::float8 FROM sse_relay.revocations
+WHERE id > %s ORDER BY id LIMIT 10000
 """
-LOG_WAITING_MAX: Final = 50_000
-NOT_INSTALLED: Final = "the durable log is not installed in this database", "run sse_relay.py schema --apply"
-# A wake-up that names a transaction.
-WAKE_UP: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
+# The channel in which they travel, in order with the events. The data is the subject.
+REVOCATION_CHANNEL: Final = "sse_relay_revoked"
+
+# (snapshot text | None, after int | None) -> (snapshot text, xids list[str], pids list[int],
+# upto int | None): a sweep's list, possibly empty, for LOG_ADVANCE_SQL. No lock, no write.
+# First the snapshot of the last sweep that was finished, or None on a new connection, with None. While
+# `upto` is not None, number the list, and go on with this snapshot and `after` = `upto`.
+LOG_WAITING_SQL: Final = """
+SELECT snapshot::text, xids::text[], pids, upto FROM sse_relay.waiting(%s::pg_snapshot, %s)
+"""
+# Wake-ups that are kept; beyond that a sweep finds what they named.
+MAX_WOKEN: Final = 50_000
+NOT_INSTALLED: Final = (
+    "the durable log is not installed in this database",
+    "run sse_relay.py schema --apply",
+)
+# Above every id.
+NO_ID: Final = 2**62
+# A wake-up that names a transaction. A leading zero would be octal.
+WAKE_UP: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
 # (xids list[str], pids list[int], sweep bool) -> (moved int, more bool): repeat while `more`.
 # A statement of its own, in autocommit. A list should have no more than 1,000 transactions.
@@ -2972,19 +3405,30 @@ LOG_ADVANCE_SQL: Final = """
 SELECT moved, more FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], %s)
 """
 
-# (id int) -> rows (epoch text | None, pruned bigint, id bigint, xid bigint, channel text, event text | None,
-# data text, created float seconds since 1970), ids ascending, at most 1,000 and about 4 MiB.
+# (id int, limit int) as named -> rows (epoch text | None, pruned bigint, id bigint, xid bigint, channel
+# text, event text | None, data text, created float seconds since 1970, newest id bigint, xid bigint | None
+# of the row at this id, hidden bool), ids ascending, at most so many and about 4 MiB.
 # At least one row: after the newest event, id and what follows it are None. Epoch and mark are of the
 # same snapshot: another epoch, or None, means attach again; pruned > id means that events are missing.
+# `hidden`: row-level security leaves rows out, and nothing here is to be believed.
 LOG_READ_SQL: Final = """
 SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
-    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
-FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h LEFT JOIN (
+    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8,
+    (SELECT coalesce(max(id), 0) FROM sse_relay.events),
+    (SELECT xid::text::bigint FROM sse_relay.events WHERE id = %(id)s), one.hidden
+FROM (
+    SELECT row_security_active('sse_relay.settings') OR row_security_active('sse_relay.epoch')
+        OR row_security_active('sse_relay.events') OR row_security_active('sse_relay.revocations') AS hidden
+) AS one
+LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true LEFT JOIN (
     SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
-    FROM (SELECT * FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1000) AS p
+    FROM (SELECT * FROM sse_relay.events WHERE id > %(id)s ORDER BY id LIMIT %(limit)s) AS p
 ) AS e ON e.before < 4194304
 ORDER BY e.id
 """
+
+# (id int) -> (id int, channel text): the event after this id, without what may be damaged.
+LOG_NEXT_SQL: Final = "SELECT id, channel FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1"
 
 # (bytes int) -> (id int | None): behind it lie the newest events, at most 10,000 and so many bytes of data.
 LOG_RECENT_SQL: Final = """
@@ -3094,7 +3538,7 @@ FROM sse_relay.settings
 def check_log(cursor: psycopg2.extensions.cursor) -> None:
     """Raise `UnusableDatabaseError` if the durable log is missing, closed, or of another version."""
     cursor.execute(LOG_GRANTS_SQL)
-    if lacking := [grant for (grant,) in cursor.fetchall()]:
+    if lacking := [remedy for (remedy,) in cursor.fetchall()]:
         raise UnusableDatabaseError("this role may not use the durable log", f"run {'; '.join(lacking)}")
     try:
         cursor.execute(LOG_VERSION_SQL)
@@ -3107,6 +3551,17 @@ def check_log(cursor: psycopg2.extensions.cursor) -> None:
             f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}",
             "install a newer sse-relay" if newer else "run sse_relay.py schema --apply",
         )
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether a statement failed because of the data that it read, not of the session.
+
+    Damaged rows are internal errors, data exceptions, or errors of the server's disk; bytes
+    that are not UTF-8 show only here.
+    """
+    if isinstance(error, psycopg2.Error):
+        return (error.pgcode or "")[:2] in ("XX", "22", "54", "58")
+    return isinstance(error, UnicodeDecodeError)
 
 
 class LogSource:
@@ -3135,6 +3590,14 @@ class LogSource:
         self._swept_up: str | None = None
         self._swept: Snapshot | None = None
         self._sweep_waiters: list[asyncio.Future[None]] = []
+        # The transaction of the event with the last number: another there is another history.
+        self._xid: int | None = None
+        # Called with each subject that is signed out and the time of that, before later events.
+        self.on_revoked: Callable[[str, float], object] = lambda subject, stamp: None
+        self._revoked = 0
+        # Transactions whose events cannot be read.
+        self._damaged: set[str] = set()
+        self._told: set[str] = set()
         # One replay at a time waits for the connection, so that reading what is new waits
         # behind at most one page; each page queues anew, so that they take turns.
         self._replays = asyncio.Lock()
@@ -3241,11 +3704,19 @@ class LogSource:
     async def connected(self) -> None:
         assert self.listener is not None
         await self.listener.query(LOG_SESSION_SQL)
+        for what, remedy in await self.listener.query(LOG_LIMITS_SQL):
+            self._warn("doing without: %s; %s", what, remedy)
         self._swept_up = self._swept = None
         await self._attach()
-        await self._sweep()
-        self._connected = True
-        self.on_listening()
+        # What takes longer is gone on with while notifications and canaries are heard.
+        self._sweep_due = not await self._sweep(windows=1)
+        if not self._sweep_due:
+            self._join()
+
+    def _join(self) -> None:
+        if not self._connected:
+            self._connected = True
+            self.on_listening()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         for notification in notifications:
@@ -3253,7 +3724,7 @@ class LogSource:
             # it is PostgreSQL's own word: a stranger cannot name another's transaction.
             if WAKE_UP.fullmatch(notification.payload):
                 self._woken[notification.payload, notification.pid] = None
-        if len(self._woken) > LOG_WAITING_MAX:
+        if len(self._woken) > MAX_WOKEN:
             self._woken.clear()
             self._sweep_due = True
         self._work.set()
@@ -3269,53 +3740,75 @@ class LogSource:
                 waiter.set_exception(LostConnectionError("the connection was lost"))
         self._sweep_waiters.clear()
 
-    async def _attach(self) -> None:
-        """Learn the log's epoch; begin anew, with a gap for all, if it is another."""
+    async def _attach(self, *, replaced: bool = False) -> None:
+        """Learn the log's epoch; begin anew, with a gap for all, if it is another.
+
+        Args:
+            replaced: Ids that this relay has read stand for other events now.
+        """
         assert self.listener is not None
-        ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, (self._epoch, self._number))
+        known = self._epoch, NO_ID if replaced else self._number
+        ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, known)
+        if epoch != self._epoch:
+            self._revoked = 0
+        await self._read_revocations()
         if epoch == self._epoch and pruned <= self._number:
             return
         reason = "restart" if epoch != self._epoch else "pruned"
-        known = self._epoch is not None
-        self._number = newest if epoch != self._epoch else pruned
+        started = self._epoch is not None
+        self._number, self._xid = newest if epoch != self._epoch else pruned, None
         self._epoch = epoch
         self._memory.clear()
         self._memory.begin_all(self._number)
-        if known:
+        if started:
             await asyncio.shield(self._hub.send_gaps(reason, self.position()))
         else:
             await self._remember()
 
-    async def _remember(self) -> None:
-        """Take the newest events into memory: who comes back after a restart finds them there."""
+    async def _read_revocations(self) -> None:
+        """Hand on the revocations that are new since the last one that was read."""
         assert self.listener is not None
-        ((number,),) = await self.listener.query(LOG_RECENT_SQL, (self._memory.limit // 2,))
-        if number is None:
-            return
+        while rows := await self.listener.query(LOG_REVOCATIONS_SQL, (self._revoked,)):
+            for number, subject, stamp in rows:
+                self.on_revoked(subject, stamp)
+                self._revoked = number
+
+    async def _remember(self) -> None:
+        """Take the newest events into memory: clients that come back after a restart find them there."""
+        assert self.listener is not None
         frames: list[Frame] = []
-        start, full = number, True
-        while full:
-            rows = await self.listener.query(LOG_READ_SQL, (number,))
-            row_epoch, pruned = rows[0][:2]
-            if row_epoch != self._epoch or pruned > number:
-                return
-            page, full = self._read_rows(rows)
-            frames += page
-            number = page[-1].number if page else number
-        self._number = number
-        self._memory.begin_all(start)
-        for frame in frames:
-            self._memory.append(frame)
+        try:
+            ((number,),) = await self.listener.query(LOG_RECENT_SQL, (self._memory.limit // 2,))
+            start, full = number, number is not None
+            while full:
+                rows = await self.listener.query(LOG_READ_SQL, {"id": number, "limit": LOG_PAGE_ROWS})
+                if rows[0][0] != self._epoch or rows[0][1] > number:
+                    return
+                page, full = self._encode(rows)
+                frames += page
+                number = rows[-1][2] or number
+        except (psycopg2.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+            self._warn("recent events cannot be read, and are not kept in memory: %s", error)
+            return
+        if start is not None:
+            self._number = number
+            self._memory.begin_all(start)
+            for frame in frames:
+                self._memory.append(frame)
 
     async def _read_on(self) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + SWEEP_INTERVAL
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
-                    await self._work.wait()
+            if not self._sweep_due:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await self._work.wait()
             self._work.clear()
-            if self._sweep_due or self._sweep_waiters or loop.time() >= due:
+            # When wake-ups were dropped, those that follow wait for the sweep that finds the dropped.
+            while self._sweep_due or self._sweep_waiters or loop.time() >= due:
                 self._sweep_due = False
                 waiters, self._sweep_waiters = self._sweep_waiters, []
                 try:
@@ -3323,52 +3816,78 @@ class LogSource:
                 except BaseException:
                     self._sweep_waiters += waiters
                     raise
+                self._join()
                 for waiter in waiters:
                     if not waiter.done():
                         waiter.set_result(None)
                 due = loop.time() + SWEEP_INTERVAL
             woken, self._woken = self._woken, {}
-            if woken:
-                await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
-            else:
-                await self._read()
+            await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
             await asyncio.sleep(NUMBERING_PAUSE)
 
-    async def _sweep(self) -> None:
-        """Number and read all that is committed by now."""
+    async def _sweep(self, windows: float = math.inf) -> bool:
+        """Number and read all that is committed by now; return whether that was within so many windows."""
         assert self.listener is not None
-        while True:
-            ((snapshot, xids, pids),) = await self.listener.query(LOG_WAITING_SQL, (self._swept_up,))
+        snapshot, after = self._swept_up, None
+        while windows > 0:
+            windows -= 1
+            ((snapshot, xids, pids, after),) = await self.listener.query(LOG_WAITING_SQL, (snapshot, after))
             await self._number_and_read(xids, pids, sweep=True)
-            if len(xids) < LOG_WAITING_MAX:
+            if after is None:
                 self._swept_up, self._swept = snapshot, parse_snapshot(snapshot)
-                return
+                return True
+        return False
 
     async def _number_and_read(self, xids: Sequence[str], pids: Sequence[int], *, sweep: bool) -> None:
-        assert self.listener is not None
         for start in range(0, len(xids), LOG_ADVANCE_MOST):
-            names, senders = xids[start : start + LOG_ADVANCE_MOST], pids[start : start + LOG_ADVANCE_MOST]
-            more = True
-            while more:
-                ((_, more),) = await self.listener.query(LOG_ADVANCE_SQL, (names, senders, sweep))
-                await self._read()
+            await self._number_some(
+                xids[start : start + LOG_ADVANCE_MOST], pids[start : start + LOG_ADVANCE_MOST], sweep
+            )
         if not xids:
             await self._read()
 
+    async def _number_some(self, xids: Sequence[str], pids: Sequence[int], sweep: bool) -> None:
+        assert self.listener is not None
+        more = True
+        try:
+            while more:
+                ((_, more),) = await self.listener.query(LOG_ADVANCE_SQL, (xids, pids, sweep))
+                await self._read()
+        except psycopg2.Error as error:
+            if not is_damage(error):
+                raise
+            if len(xids) > 1:
+                for xid, pid in zip(xids, pids, strict=True):
+                    await self._number_some([xid], [pid], sweep)
+            elif xids[0] not in self._damaged:
+                self._damaged.add(xids[0])
+                log.error("the events of transaction %s cannot be read and are left out: %s", xids[0], error)
+                await asyncio.shield(self._hub.send_gaps("failed", self.position()))
+
     async def _read(self) -> None:
         """Read what follows the last id that was read, to the end, and send it out."""
-        assert self.listener is not None
         full = True
         while full:
-            rows = await self.listener.query(LOG_READ_SQL, (self._number,))
-            row_epoch, pruned = rows[0][:2]
-            if row_epoch != self._epoch or pruned > self._number:
-                await self._attach()
+            rows, full = await self._read_page()
+            if not rows:
                 continue
-            frames, full = self._read_rows(rows)
-            if not frames:
+            epoch, pruned, first, *_, created, newest, xid_here, hidden = rows[0]
+            if hidden:
+                # As the next connection will find, and say where.
+                raise LostConnectionError("row-level security hides rows of the durable log")
+            replaced = self._xid is not None and xid_here not in (self._xid, None)
+            if epoch != self._epoch or pruned > self._number or replaced or newest < self._number:
+                await self._attach(replaced=replaced)
+                full = True
+                continue
+            if first is None:
                 return
-            self._number = frames[-1].number
+            frames, _ = self._encode(rows)
+            for row in rows:
+                if row[4] == REVOCATION_CHANNEL:
+                    self.on_revoked(row[6], row[7])
+                    self._revoked = row[2]
+            self._number, self._xid = rows[-1][2:4]
             for frame in frames:
                 self._memory.append(frame)
             self._delivering = True
@@ -3379,7 +3898,64 @@ class LogSource:
             finally:
                 self._delivering = False
             now = time.time()
-            self._hub.counts.observe(now - rows[0][-1], frames, now)
+            self._hub.counts.observe(now - created, frames, now)
+
+    def _encode(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
+        """Encode the events of a page as of LOG_READ_SQL; return whether more may follow."""
+        frames, full = self._read_rows([row[:8] for row in rows if row[4] != REVOCATION_CHANNEL])
+        return frames, full or len(rows) >= LOG_PAGE_ROWS
+
+    async def _read_page(self) -> tuple[Sequence[Any], bool]:
+        """Read the next page and return whether more may follow; step over an event that cannot be read.
+
+        Returns:
+            No rows for a damaged event.
+        """
+        assert self.listener is not None
+        limit = LOG_PAGE_ROWS
+        attempts = 2
+        while True:
+            try:
+                rows = await self.listener.query(LOG_READ_SQL, {"id": self._number, "limit": limit})
+                return rows, len(rows) >= limit or sum(
+                    len(row[6] or "") for row in rows
+                ) * 4 >= LOG_PAGE_BYTES
+            except (psycopg2.Error, UnicodeDecodeError) as error:
+                if not is_damage(error):
+                    raise
+                attempts -= 1
+                if attempts:
+                    continue
+                if limit == 1:
+                    await self._step_over(error)
+                    return (), True
+                limit, attempts = limit // 10, 2
+
+    async def _step_over(self, error: Exception) -> None:
+        """Leave out the next event, which cannot be read, and tell its channel."""
+        assert self.listener is not None
+        step, found = 0, None
+        while found is None:
+            try:
+                found = await self.listener.query(LOG_NEXT_SQL, (self._number + step,))
+            except (psycopg2.Error, UnicodeDecodeError) as damage:
+                if not is_damage(damage):
+                    raise
+                # Where it stands, nothing can be read: what lies behind may be lost too.
+                step = step * 2 or 1
+        if not found:
+            raise LostConnectionError(f"the log cannot be read: {one_line(error, '')}") from error
+        ((number, channel),) = found
+        if step:
+            number, channel = number - 1, None
+        log.error("event %d of channel %r cannot be read, and is left out: %s", number, channel, error)
+        self._number, self._xid = number, None
+        if channel is None:
+            self._memory.clear()
+            self._memory.begin_all(number)
+        else:
+            self._memory.begin(channel, number)
+        await asyncio.shield(self._hub.send_gaps("failed", self.position()))
 
     def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
         """Encode the rows of a page; tell whether the page was full, so that more may follow."""
@@ -3399,9 +3975,19 @@ class LogSource:
         assert self.listener is not None
         while True:
             removed = 1
-            while removed:
-                ((removed,),) = await self.listener.query(LOG_PRUNE_SQL)
+            try:
+                while removed:
+                    ((removed,),) = await self.listener.query(LOG_PRUNE_SQL)
+            except psycopg2.Error as error:
+                # Whatever it is, events flow; the next statement finds a connection that is lost.
+                self._warn("the log was not pruned: %s", one_line(error, ""))
             await asyncio.sleep(PRUNE_INTERVAL)
+
+    def _warn(self, form: str, *what: object) -> None:
+        """Log a warning, once."""
+        if (text := form % what) not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
 
 
 # ==== Streams =================================================================
@@ -5979,14 +6565,29 @@ def publish(
 SCHEMA_TIMEOUT: Final = 3600.0
 
 
-def apply_schema(dsn: str) -> None:
+def apply_schema(dsn: str) -> list[str]:
     """Install or upgrade the durable log, in one transaction.
+
+    Returns:
+        Warnings: rights that nobody needs, with what takes them away.
 
     Raises:
         psycopg2.Error: PostgreSQL cannot be reached, or refuses.
     """
+    deadline = time.monotonic() + 60
     with visit(dsn, SCHEMA_TIMEOUT) as connection, connection.cursor() as cursor:
-        cursor.execute(f"BEGIN;{SCHEMA_SQL};COMMIT")
+        while True:
+            try:
+                cursor.execute(f"BEGIN READ WRITE;{SCHEMA_SQL};COMMIT")
+                break
+            except psycopg2.errors.LockNotAvailable:
+                # It gives way to relays and publishers, and tries again.
+                cursor.execute("ROLLBACK")
+                if time.monotonic() > deadline:
+                    raise
+        warnings = [" ".join(line.split()) for line in connection.notices if line.startswith("WARNING")]
+        cursor.execute(LOG_EXCESS_SQL)
+        return warnings + [f"{what}: {remedy}" for what, remedy in cursor.fetchall()]
 
 
 @cli.command()
@@ -6004,11 +6605,11 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
         sse_relay.py schema --apply --dsn postgresql://owner@localhost/app
     """
     if not apply:
-        click.echo(f"BEGIN;\n{SCHEMA_SQL}\nCOMMIT;")
+        click.echo(f"BEGIN READ WRITE;\n{SCHEMA_SQL}\nCOMMIT;")
         return
     dsn = resolve_dsn(dsn, dsn_file)
     try:
-        apply_schema(dsn)
+        warnings = apply_schema(dsn)
     except UnusableDatabaseError as error:
         raise click.ClickException(f"the schema was not applied: {error}") from None
     except psycopg2.Error as error:
@@ -6017,6 +6618,8 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
         raise click.ClickException(
             f"the schema was not applied: {one_line(psycopg2.Error(reason + hint), dsn)}"
         ) from None
+    for warning in warnings:
+        click.echo(warning, err=True)
     click.echo(f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log.")
 
 

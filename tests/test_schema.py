@@ -36,6 +36,7 @@ from sse_relay import (
     LOG_READ_SQL,
     LOG_REPLAY_SIZE_SQL,
     LOG_REPLAY_SQL,
+    LOG_REVOCATIONS_SQL,
     LOG_SESSION_SQL,
     LOG_VERSION_SQL,
     LOG_WAITING_SQL,
@@ -77,7 +78,8 @@ class Session:
         return self.run(LOG_ATTACH_SQL, (epoch, newest))[0]
 
     def waiting(self, since: str | None = None) -> tuple[str, list[str], list[int]]:
-        snapshot, xids, pids = self.run(LOG_WAITING_SQL, (since,))[0]
+        snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (since, None))[0]
+        assert upto is None
         return snapshot, xids, pids
 
     def advance(self, xids: list[str], pids: list[int], sweep: bool = False) -> int:
@@ -89,16 +91,22 @@ class Session:
         return moved
 
     def sweep(self, since: str | None = None) -> str:
-        snapshot, xids, pids = self.waiting(since)
-        for start in range(0, len(xids), 1000):
-            self.advance(xids[start : start + 1000], pids[start : start + 1000], sweep=True)
-        return snapshot
+        snapshot, upto = since, None
+        while True:
+            snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (snapshot, upto))[0]
+            for start in range(0, len(xids), 1000):
+                self.advance(xids[start : start + 1000], pids[start : start + 1000], sweep=True)
+            if upto is None:
+                return str(snapshot)
+
+    def page(self, after: int = 0) -> list[Row]:
+        return self.run(LOG_READ_SQL, {"id": after, "limit": 1000})
 
     def read(self, after: int = 0) -> list[Row]:
         """All events after an id, page by page."""
         events: list[Row] = []
         while True:
-            page = self.run(LOG_READ_SQL, (after,))
+            page = self.page(after)
             if page[0][2] is None:
                 return events
             assert len(page) <= 1000
@@ -201,10 +209,9 @@ def test_a_newer_version_is_left_alone(log: Session, database: Database) -> None
 
 
 def test_the_script_knows_its_version() -> None:
-    assert (
-        f"VALUES ({SCHEMA_VERSION}) ON CONFLICT (single) DO UPDATE SET version = {SCHEMA_VERSION};"
-        in SCHEMA_SQL
-    )
+    assert f"SET version = {SCHEMA_VERSION} WHERE version <> {SCHEMA_VERSION};" in SCHEMA_SQL
+    assert set(re.findall(r"\(version\) VALUES \((\d+)\)", SCHEMA_SQL)) == {str(SCHEMA_VERSION)}
+    assert f"durable log of sse-relay, version {SCHEMA_VERSION}." in SCHEMA_SQL
     assert f"IF installed > {SCHEMA_VERSION} THEN" in SCHEMA_SQL
     assert f"this script is older (version {SCHEMA_VERSION})" in SCHEMA_SQL
     assert f"pg_notify('{LOG_CHANNEL}'" in SCHEMA_SQL
@@ -231,7 +238,8 @@ def test_objects_belong_to_the_owner_of_the_schema_whoever_applies(database: Dat
     database.execute(f'GRANT CREATE ON DATABASE {database.connect().info.dbname} TO "{other}"')
     with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=f"belongs to {owner}"):
         apply(database, other)
-    apply(database)
+    database.execute(f'GRANT "{owner}" TO "{other}"')
+    apply(database, other)
     owners = database.execute(
         """SELECT pg_get_userbyid(proowner) FROM pg_proc WHERE pronamespace = 'sse_relay'::regnamespace
         UNION SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relnamespace = 'sse_relay'::regnamespace"""
@@ -276,6 +284,7 @@ GRANT USAGE ON SCHEMA sse_relay TO {role};
 GRANT EXECUTE ON FUNCTION
     sse_relay.publish(text, text, text),
     sse_relay.publish(text, jsonb, text),
+    sse_relay.publish(text, json, text),
     sse_relay.position()
 TO {role};
 """
@@ -285,17 +294,22 @@ GRANT EXECUTE ON FUNCTION sse_relay.publish_row() TO {role};
 """
 RELAY_GRANTS = """
 GRANT USAGE ON SCHEMA sse_relay TO {role};
-GRANT SELECT ON sse_relay.settings, sse_relay.epoch, sse_relay.events TO {role};
+GRANT SELECT ON sse_relay.settings, sse_relay.epoch, sse_relay.events, sse_relay.revocations TO {role};
 GRANT EXECUTE ON FUNCTION
     sse_relay.attach(text, bigint),
-    sse_relay.waiting(pg_snapshot),
+    sse_relay.waiting(pg_snapshot, bigint),
     sse_relay.advance(xid8[], int[], boolean),
     sse_relay.prune()
 TO {role};
 """
+SIGN_OUT_GRANTS = """
+GRANT USAGE ON SCHEMA sse_relay TO {role};
+GRANT EXECUTE ON FUNCTION sse_relay.revoke(text) TO {role};
+"""
 OPERATOR_GRANTS = """
 GRANT USAGE ON SCHEMA sse_relay TO {role};
 GRANT SELECT, UPDATE (retention) ON sse_relay.settings TO {role};
+GRANT EXECUTE ON FUNCTION sse_relay.renew_epoch() TO {role};
 """
 
 
@@ -322,6 +336,7 @@ def use_as_application(database: Database, role: str) -> None:
     with Session(database, role) as session:
         publish(session)
         session.run("SELECT sse_relay.publish('orders', '{}'::jsonb)")
+        session.run("SELECT sse_relay.publish('orders', '{}'::json)")
         session.run("SELECT sse_relay.position()")
 
 
@@ -346,18 +361,26 @@ def use_as_relay(database: Database, role: str) -> None:
         assert session.value(LOG_REPLAY_SIZE_SQL, channels)
         assert session.value(LOG_REPLAY_SQL, channels)
         session.run(LOG_PRUNE_SQL)
+        session.run(LOG_REVOCATIONS_SQL, (0,))
+
+
+def use_to_sign_out(database: Database, role: str) -> None:
+    with Session(database, role) as session:
+        session.run("SELECT sse_relay.revoke('user-7')")
 
 
 def use_as_operator(database: Database, role: str) -> None:
     with Session(database, role) as session:
         session.run("UPDATE sse_relay.settings SET retention = retention * 1")
         session.run("SELECT retention FROM sse_relay.settings")
+        session.run("SELECT sse_relay.renew_epoch()")
 
 
 ROLES: dict[str, tuple[str, Callable[[Database, str], None]]] = {
     "application": (APPLICATION_GRANTS, use_as_application),
     "migrations": (TRIGGER_GRANTS, use_as_migration),
     "relay": (RELAY_GRANTS, use_as_relay),
+    "signing out": (SIGN_OUT_GRANTS, use_to_sign_out),
     "operator": (OPERATOR_GRANTS, use_as_operator),
 }
 
@@ -384,7 +407,6 @@ def test_the_grants_of_a_role_are_enough_and_none_is_superfluous(
 def test_a_role_can_do_nothing_beyond_its_grants(log: Session, database: Database, kind: str) -> None:
     role = granted(database, ROLES[kind][0], kind) if kind in ROLES else new_role(database, kind)
     attempts = [
-        "SELECT sse_relay.renew_epoch()",
         "SELECT * FROM sse_relay.pending",
         "INSERT INTO sse_relay.events (xid, channel, data) VALUES ('1', 'a', 'b')",
         "DELETE FROM sse_relay.events",
@@ -397,6 +419,10 @@ def test_a_role_can_do_nothing_beyond_its_grants(log: Session, database: Databas
     if kind != "relay":
         attempts += ["SELECT sse_relay.advance('{}', '{}')", "SELECT sse_relay.attach(NULL, NULL)"]
         attempts += ["SELECT sse_relay.prune()", "SELECT * FROM sse_relay.events"]
+    if kind != "operator":
+        attempts += ["SELECT sse_relay.renew_epoch()"]
+    if kind != "signing out":
+        attempts += ["SELECT sse_relay.revoke('user-7')"]
     if kind != "application":
         attempts += ["SELECT sse_relay.publish('a', 'b')", "SELECT sse_relay.position()"]
     with Session(database, role) as session:
@@ -665,7 +691,7 @@ def test_a_call_moves_and_a_page_shows_about_four_mebibytes(log: Session) -> Non
     _, xids, pids = log.waiting()
     calls = [log.run(LOG_ADVANCE_SQL, (xids, pids, False))[0] for _ in range(3)]
     assert calls == [(4, True), (4, True), (1, False)]
-    assert [len(log.run(LOG_READ_SQL, (after,))) for after in (0, 4, 8)] == [4, 4, 1]
+    assert [len(log.page(after)) for after in (0, 4, 8)] == [4, 4, 1]
     assert [row[6][-1] for row in log.read()] == list("012345678")
     replay = {"channels": ["orders"], "since": 0, "until": 100}
     assert len(log.run(LOG_REPLAY_SQL, replay)) == 4
@@ -777,7 +803,7 @@ def test_a_million_dead_rows_and_a_long_transaction_slow_nothing_down(
                 marks.append(time.perf_counter())
                 assert log.advance([xid], [pid]) == 1
                 marks.append(time.perf_counter())
-                assert len(log.run(LOG_READ_SQL, (after,))) == 1
+                assert len(log.page(after)) == 1
                 marks.append(time.perf_counter())
                 since = log.sweep(since)
                 marks.append(time.perf_counter())
@@ -793,8 +819,11 @@ def test_a_large_backlog_is_numbered_in_time_that_grows_with_its_size_only(log: 
         "INSERT INTO sse_relay.pending (xid, channel, data) SELECT ((i - 1) / 1000)::text::xid8, 'a', i::text"
         " FROM generate_series(1, 100000) AS i"
     )
-    _, xids, pids = log.waiting()
-    assert len(xids) == 100
+    windows = [log.run(LOG_WAITING_SQL, (None, None))[0]]
+    while windows[-1][3] is not None:
+        windows.append(log.run(LOG_WAITING_SQL, (windows[0][0], windows[-1][3]))[0])
+    assert [len(window[1]) for window in windows] == [50, 50, 0]
+    xids, pids = (list(itertools.chain(*(window[i] for window in windows))) for i in (1, 2))
     started = time.perf_counter()
     assert log.advance(xids[:10], pids[:10]) == 10_000
     few = time.perf_counter() - started
@@ -810,7 +839,7 @@ def test_a_large_backlog_is_numbered_in_time_that_grows_with_its_size_only(log: 
 
 def test_a_page_after_the_newest_event_is_one_row_without_an_event(log: Session) -> None:
     epoch = log.attach()[0]
-    assert log.run(LOG_READ_SQL, (0,)) == [(epoch, 0, *[None] * 6)]
+    assert log.page(0) == [(epoch, 0, *[None] * 6, 0, None, False)]
     assert log.run(LOG_REPLAY_SQL, {"channels": ["a"], "since": 0, "until": 9}) == [(epoch, 0, *[None] * 6)]
 
 
@@ -818,7 +847,9 @@ def test_rows_carry_what_the_relay_needs(log: Session) -> None:
     before = time.time()
     publish(log, "orders", "data", "name")
     log.sweep()
-    [(epoch, pruned, number, xid, channel, event, data, created)] = log.run(LOG_READ_SQL, (0,))
+    [(epoch, pruned, number, xid, channel, event, data, created, newest, xid_here, hidden)] = log.page(0)
+    assert (newest, xid_here, hidden) == (1, None, False)
+    assert log.page(1)[0][8:] == (1, xid, False)
     assert (epoch, pruned, number, channel, event, data) == (log.attach()[0], 0, 1, "orders", "name", "data")
     assert isinstance(xid, int)
     assert before - 1 < created < time.time() + 1
@@ -903,7 +934,7 @@ def test_deleting_the_newest_events_begins_an_epoch(log: Session, which: str, *,
     grow(log)
     epoch = log.attach()[0]
     log.run(f"DELETE FROM sse_relay.events WHERE {which}")
-    assert (log.run(LOG_READ_SQL, (5,))[0][0] != epoch) == begins
+    assert (log.page(5)[0][0] != epoch) == begins
 
 
 def test_a_sequence_behind_the_log_is_mended_and_begins_an_epoch(log: Session) -> None:
@@ -930,7 +961,7 @@ def test_throwing_the_log_away_begins_an_epoch(
     renewed, newest, pruned, _ = log.attach(epoch, 5)
     assert renewed != epoch
     assert pruned <= newest
-    assert log.run(LOG_READ_SQL, (5,))[0][0] == renewed
+    assert log.page(5)[0][0] == renewed
     start = int(POSITION.fullmatch(log.value("SELECT sse_relay.position()"))[2])  # type: ignore[index]
     grow(log, 2)
     assert [row[6] for row in log.read(start)] == ["0", "1"]
@@ -950,7 +981,7 @@ def test_rows_that_come_back_from_a_copy_begin_an_epoch(log: Session, tmp_path: 
             cursor.execute(f"DELETE FROM sse_relay.{table}")
             with file.open() as source:
                 cursor.copy_expert(f"COPY sse_relay.{table} FROM STDIN", source)
-    assert log.run(LOG_READ_SQL, (10,))[0][0] is None
+    assert log.page(10)[0][0] is None
     assert log.value("SELECT sse_relay.position()").startswith("unknown-5@")
     assert log.attach()[0] not in (epoch, None)
 
@@ -1203,7 +1234,7 @@ def test_pruning_takes_a_prefix_remembers_it_and_keeps_the_newest(log: Session) 
     assert log.value(LOG_PRUNE_SQL) == 4
     assert log.value(LOG_PRUNE_SQL) == 0
     assert [row[2] for row in log.read()] == [5, 6, 7, 8, 9, 10]
-    assert log.run(LOG_READ_SQL, (10,))[0][1] == 4
+    assert log.page(10)[0][1] == 4
     assert log.attach()[2] == 4
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
     assert log.value(LOG_PRUNE_SQL) == 5
@@ -1226,14 +1257,14 @@ def test_one_prunes_at_a_time_and_a_reader_sees_the_mark_with_the_rows(
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
     with Session(database) as other, Session(database) as reader:
         reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ")
-        before = reader.run(LOG_READ_SQL, (0,))
+        before = reader.page(0)
         other.run("BEGIN")
         assert other.value(LOG_PRUNE_SQL) == 4
         assert log.value(LOG_PRUNE_SQL) == 0
-        assert log.run(LOG_READ_SQL, (0,)) == before
+        assert log.page(0) == before
         other.run("COMMIT")
-        assert reader.run(LOG_READ_SQL, (0,)) == before
-    assert [(row[1], row[2]) for row in log.run(LOG_READ_SQL, (0,))] == [(4, 5)]
+        assert reader.page(0) == before
+    assert [(row[1], row[2]) for row in log.page(0)] == [(4, 5)]
 
 
 def test_pruning_an_empty_log_does_nothing(log: Session) -> None:
@@ -1458,10 +1489,7 @@ class Relay(threading.Thread):
         with Session(self._database) as session:
             session.run(f"LISTEN {LOG_CHANNEL}")
             session.attach()
-            swept: str | None = None
-            while (waiting := session.waiting(swept))[1]:
-                session.advance(waiting[1], waiting[2], sweep=True)
-            swept = waiting[0]
+            swept = session.sweep()
             next_sweep = time.monotonic() + 0.3
             while time.monotonic() < until and not self._stop_event.is_set():
                 self._read(session)
