@@ -25,9 +25,10 @@ from click.testing import CliRunner
 # As a program too: the relay as it stands here, not the copy that pip installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sse_relay
 from harness import PROGRAM, Database, Relay, Server, free_port, require
 from pages import FENCE, ROOT, anchors, block, blocks, pages, prose
-from sse_relay import apply_schema, cli, import_jwt, read_key, verify_token
+from sse_relay import KIB, MIB, apply_schema, cli, import_jwt, read_key, verify_token
 
 REFERENCE = "docs/reference.md"
 HELP_WIDTH = 100
@@ -323,6 +324,28 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
     metrics = httpx.get(f"http://{admin}/metrics").text
     given = set(re.findall(r"^# TYPE (sse_relay_\w+)", metrics, re.MULTILINE))
     assert given == set(re.findall(r"^\| `(sse_relay_\w+)", pages()[REFERENCE], re.MULTILINE))
+
+
+def in_words(value: float) -> str:
+    """Return a number as the reference writes it."""
+    for unit, size in (("MiB", MIB), ("KiB", KIB)):
+        if value >= size and value % size == 0:
+            return f"{value // size} {unit}"
+    return f"{value:,}"
+
+
+def test_each_limit_is_in_the_reference() -> None:
+    # What bounds the relay's own work, not what somebody may do.
+    internal = {"MAX_WOKEN"}
+    named = {name: value for name, value in vars(sse_relay).items() if name.startswith("MAX_")}
+    named["MAX_LIFETIME"] //= 366 * 86_400
+    table = pages()[REFERENCE].partition("\n## Limits\n")[2].replace("ten years", "10 years")
+    missing = {
+        name: in_words(value)
+        for name, value in named.items()
+        if not re.search(rf"(?<![\d,]){re.escape(in_words(value))}(?!\d|,\d)", table)
+    }
+    assert missing.keys() <= internal, missing
 
 
 def test_the_token_of_the_docs_opens_what_it_says() -> None:
