@@ -4972,15 +4972,16 @@ def read_keys(files: Iterable[Path]) -> list[Key]:
         click.UsageError: A file cannot be read or holds no such key.
     """
     keys = []
-    if files:
-        import_jwt()
     for file in files:
         try:
+            import_jwt()
             keys.append(read_key(file.read_bytes()))
         except OSError as error:
             raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
         except UnusableKeyError as error:
             raise click.UsageError(f"{file}: {error}") from None
+        except click.ClickException as error:
+            raise click.UsageError(error.message) from None
     return keys
 
 
@@ -5253,8 +5254,10 @@ class Relay:
                 authority, _ = split_target(request.raw_path)
                 hosts = request.headers.getall("Host", ()) if authority is None else (authority,)
                 if not all(is_local_host(host, self._bound_names) for host in hosts):
-                    reason = f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
-                    return self.streams.refuse(request, RefusedError(421, reason))
+                    refused = RefusedError(
+                        421, f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
+                    )
+                    return self.streams.refuse(request, refused)
             return await handler(request)
 
         return answer
