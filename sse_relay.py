@@ -581,11 +581,11 @@ class Snapshot(NamedTuple):
     running: frozenset[int]
 
     def shows(self, xid: int) -> bool:
-        """Tell whether a transaction that has committed by now was visible in it."""
+        """Return whether a transaction that has committed by now was visible in it."""
         return xid < self.xmin or (xid < self.xmax and xid not in self.running)
 
     def includes(self, other: Snapshot) -> bool:
-        """Tell whether every transaction that the other shows is visible in this one too."""
+        """Return whether every transaction that the other shows is visible in this one too."""
         return other.xmax <= self.xmax and not any(map(other.shows, self.running))
 
 
@@ -597,17 +597,13 @@ def parse_snapshot(text: str) -> Snapshot:
 
 
 class Position(NamedTuple):
-    """Where a client stands: every event up to ``number`` of this epoch is behind it.
+    """Where a client stands: every event up to ``number`` of this epoch is behind it."""
 
-    Attributes:
-        epoch: Tells histories apart whose numbers cannot be compared.
-        number: 0 or more.
-        snapshot: What the page that the client was born from could already see; None if
-            the position did not come from SQL.
-    """
-
+    # Names a history; numbers of different ones cannot be compared.
     epoch: str
+    # 0 or more.
     number: int
+    # What the page that the client was born from could already see; None if it did not come from SQL.
     snapshot: Snapshot | None = None
 
 
@@ -679,18 +675,7 @@ def parse_target(target: str, prefix: str) -> Target:
     Raises:
         RefusedError: 400, with what is wrong.
     """
-    path, _, query = target.partition("?")
-    if not TARGET.fullmatch(target):
-        raise RefusedError(400, "path and query must be percent-encoded: no blanks, # or bytes beyond ASCII")
-    try:
-        name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix.rstrip("/")).removeprefix("/")).decode()
-        fields = urllib.parse.parse_qsl(
-            query, keep_blank_values=True, errors="strict", max_num_fields=4 * MAX_STREAM_CHANNELS
-        )
-    except UnicodeError:
-        raise RefusedError(400, "path and query must be percent-encoded UTF-8") from None
-    except ValueError:
-        raise RefusedError(400, "the query has too many fields") from None
+    name, fields = _decode_target(target, prefix)
     names = [value for key, value in fields if key == "channel"]
     if name and names:
         raise RefusedError(400, "name the channels in the path or as ?channel=, not in both")
@@ -709,8 +694,7 @@ def parse_target(target: str, prefix: str) -> Target:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
     positions = [value for key, value in fields if value and key in POSITION_FIELDS]
     first = {key: value for key, value in reversed(fields) if value}
-    last = first.get("last")
-    if last is not None and not re.fullmatch(r"[1-9][0-9]{0,2}|1000", last):
+    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", first.get("last", "")):
         raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
     if first.get("heartbeat", "event") != "event":
         raise RefusedError(400, "?heartbeat= takes the word event")
@@ -720,8 +704,24 @@ def parse_target(target: str, prefix: str) -> Target:
         last_event_id=positions[-1] if positions else None,
         token=first.get("access_token"),
         heartbeat="heartbeat" in first,
-        last=int(last or 0),
+        last=int(first.get("last", 0)),
     )
+
+
+def _decode_target(target: str, prefix: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return what stands behind the prefix in a target's path, and the fields of its query."""
+    if not TARGET.fullmatch(target):
+        raise RefusedError(400, "path and query must be percent-encoded: no blanks, # or bytes beyond ASCII")
+    path, _, query = target.partition("?")
+    try:
+        name = urllib.parse.unquote_to_bytes(path.removeprefix(prefix.rstrip("/")).removeprefix("/")).decode()
+        return name, urllib.parse.parse_qsl(
+            query, keep_blank_values=True, errors="strict", max_num_fields=4 * MAX_STREAM_CHANNELS
+        )
+    except UnicodeError:
+        raise RefusedError(400, "path and query must be percent-encoded UTF-8") from None
+    except ValueError:
+        raise RefusedError(400, "the query has too many fields") from None
 
 
 # ==== Access ==================================================================
@@ -752,7 +752,7 @@ class UnusableKeyError(RelayError):
 
 
 def import_jwt() -> Any:
-    """Import PyJWT, or say which extra brings it."""
+    """Import PyJWT, or raise an error that says how to install it."""
     try:
         import cryptography  # noqa: F401  # PyJWT alone cannot verify RS256 and others
         import jwt
@@ -765,7 +765,7 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     """Read a key file's content: PEM, or the secret of HS256.
 
     RSA means RS256, P-256 means ES256, Ed25519 means EdDSA. A secret has at least 32 bytes;
-    a line end at the end of its file does not belong to it.
+    a line end at the end of its file and a byte order mark at the beginning do not belong to it.
 
     Args:
         private: Whether it is to sign rather than to verify.
@@ -773,33 +773,37 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     Raises:
         UnusableKeyError: With what is wrong and what to do.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
     content = content.removeprefix(codecs.BOM_UTF8)
+    if _is_pem(content):
+        return _read_pem(content, private)
+    if _is_public(content):
+        raise UnusableKeyError(
+            "this is a public key, but not in PEM form, which begins with -----BEGIN PUBLIC KEY-----"
+        )
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         with contextlib.suppress(UnicodeError):
             if content.decode("utf-16").isascii():
                 raise UnusableKeyError("this file is in UTF-16: write the key as ASCII")
-    if not _is_pem(content):
-        if _is_public(content):
-            raise UnusableKeyError(
-                "this is a public key, but not in PEM form, which begins with -----BEGIN PUBLIC KEY-----"
-            )
-        secret = content.removesuffix(b"\n").removesuffix(b"\r")
-        if len(secret) < MIN_SECRET_BYTES:
-            raise UnusableKeyError(
-                f"the secret has {len(secret)} bytes, at least {MIN_SECRET_BYTES} are needed: "
-                "openssl rand -hex 32"
-            )
-        return Key("HS256", secret)
-    if (b"PRIVATE KEY" in content) != private:
+    secret = content.removesuffix(b"\n").removesuffix(b"\r")
+    if len(secret) < MIN_SECRET_BYTES:
         raise UnusableKeyError(
-            "this is no private key, which signing needs"
-            if private
-            else "this is a private key, which only the signer should have: give the public one, "
-            "openssl pkey -in FILE -pubout"
+            f"the secret has {len(secret)} bytes, at least {MIN_SECRET_BYTES} are needed",
+            "openssl rand -hex 32",
+        )
+    return Key("HS256", secret)
+
+
+def _read_pem(content: bytes, private: bool) -> Key:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    if private and b"PRIVATE KEY" not in content:
+        raise UnusableKeyError("this is no private key, which signing needs")
+    if b"PRIVATE KEY" in content and not private:
+        raise UnusableKeyError(
+            "this is a private key, which only the signer should have: give the public one",
+            "openssl pkey -in FILE -pubout",
         )
     try:
         key = (
@@ -810,17 +814,17 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
     except TypeError:
         raise UnusableKeyError("the key is encrypted with a password") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UnusableKeyError(
-            "this is a certificate; its key alone is needed: openssl x509 -in FILE -noout -pubkey"
-            if b"BEGIN CERTIFICATE" in content
-            else "this is no key in PEM form"
-        ) from None
+        if b"BEGIN CERTIFICATE" in content:
+            way = "openssl x509 -in FILE -noout -pubkey"
+            raise UnusableKeyError("this is a certificate; its key alone is needed", way) from None
+        raise UnusableKeyError("this is no key in PEM form") from None
     if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
         return Key("RS256", key)
-    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)):
-        if key.curve.name == "secp256r1":
-            return Key("ES256", key)
-    elif isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
+    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)) and (
+        key.curve.name == "secp256r1"
+    ):
+        return Key("ES256", key)
+    if isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
         return Key("EdDSA", key)
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
 
@@ -831,7 +835,7 @@ def _is_pem(content: bytes) -> bool:
 
 
 def _is_public(content: bytes) -> bool:
-    """Tell whether what would be a secret is known to others: a public key, but not in PEM form.
+    """Return whether this is a public key, but not in PEM form.
 
     Taken as the secret of HS256 it would let everybody sign.
     """
@@ -913,7 +917,7 @@ def _compile_grant(globs: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _moment(value: object) -> float | None:
-    """Give a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
+    """Return a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if -(2.0**53) < value < 2.0**53 else None
