@@ -38,6 +38,7 @@ from sse_relay import (
     is_local,
     is_local_host,
     make_access,
+    read_cookie,
     resolve_dsn,
 )
 
@@ -160,6 +161,34 @@ def test_header_then_cookie_then_query_and_a_bad_one_is_not_passed_over(guarded:
     # What a proxy's own password protection adds is no token.
     basic = {"Authorization": "Basic YTpi", **cookie(good)}
     assert ask(guarded, "orders", basic).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("sse=a.b-c_d", "a.b-c_d"),
+        ("theme=dark; sse=a; last=1", "a"),
+        ("theme=dark;sse=a;last=1", "a"),
+        (' sse = "a" ; x="sse=b"', "a"),
+        ("sse=a; sse=b", "b"),
+        ("xsse=a; sse2=b; ssE=c; s=se", None),
+        ("x=sse=a", None),
+        ("sse=", ""),
+        ("sse", None),
+        ("s.e=a; s se=b", None),
+        ("", None),
+        ("sse=a==", "a=="),
+    ],
+)
+def test_one_cookie_is_read_from_what_browsers_send(header: str, value: str | None) -> None:
+    assert read_cookie(header, "sse") == value
+
+
+@pytest.mark.parametrize("piece", ["a=b;", "sse=a; ", '"\\', "; ", ";\t", "sse=", "sse ", '="', "\udcff"])
+def test_no_cookies_keep_the_loop_busy(piece: str) -> None:
+    start = time.process_time()
+    read_cookie(piece * (32_768 // len(piece)), "sse")
+    assert time.process_time() - start < 0.05
 
 
 def test_cookies_are_not_looked_at_without_the_option(
