@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from test_tokens import OTHER_GRANTS, SECRET, forge, forged_tokens, private_pem, public_pem
 
 import harness
+import pages
 from harness import Browser, Database, Page, RawStream, Relay, SseReader
 from sse_relay import (
     Access,
@@ -933,6 +934,52 @@ def test_a_foreign_page_gets_nothing_with_the_cookie_of_its_visitor(
     harness.wait_until(lambda: "open" in page.states, what="the stream to open")
     database.notify("orders", "for the page")
     page.wait_for(lambda event: event.data == "for the page")
+
+
+CONSOLE = re.compile(r"^[|] `([^`]+)` [|]", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_console_says_what_the_docs_say(
+    browser: Browser, page: Page, start_relay: StartRelay, database: Database
+) -> None:
+    """Chromium's words for what goes wrong before a page learns anything."""
+    foreign = start_relay("--allow-channel", "*", dsn=database.dsn)
+    null = start_relay("--allow-channel", "*", "--allow-origin", "null", dsn=database.dsn)
+    said: list[str] = []
+
+    async def listen() -> None:
+        page.playwright.on("console", lambda message: said.append(message.text))
+
+    browser.run(listen())
+    told = CONSOLE.findall(pages.pages()["docs/access.md"].partition("the console says")[2])
+    frame = """url => {
+        const frame = document.createElement("iframe");
+        frame.sandbox = "allow-scripts";
+        frame.srcdoc = `<script>new EventSource("${url}", {withCredentials: true})<` + "/script>";
+        document.body.append(frame);
+    }"""
+    secured = """url => {
+        const meta = document.createElement("meta");
+        [meta.httpEquiv, meta.content] = ["Content-Security-Policy", "connect-src 'self'"];
+        document.head.append(meta);
+        new EventSource(url);
+    }"""
+    for script, argument in (
+        ("url => void new EventSource(url)", foreign.url("orders")),
+        (frame, null.url("orders")),
+        ("url => void new EventSource(url)", page.evaluate("location.href")),
+        (secured, foreign.url("orders")),
+    ):
+        page.evaluate(script, argument)
+    # A page that speaks TLS is needed for the remaining one.
+    for words in [line for line in told if line != "Mixed Content"]:
+        parts = words.split(" … ")
+        found = functools.partial(
+            lambda parts: any(all(part in text for part in parts) for text in said), parts
+        )
+        harness.wait_until(found, what=f"{words} in {said}")
+    assert len(told) == 5
 
 
 # ==== What stays unsaid =======================================================
