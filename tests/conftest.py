@@ -37,6 +37,24 @@ def database(server: harness.Server) -> Iterator[harness.Database]:
         yield fresh
 
 
+@pytest.fixture(scope="session", params=harness.postgres_versions())
+def each_server(request: pytest.FixtureRequest) -> Iterator[harness.Server]:
+    """A PostgreSQL of each version that is here, for what they do differently."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGBIN", str(harness.postgres_versions()[request.param]))
+        running = harness.Server()
+        running.start()
+    with running:
+        yield running
+
+
+@pytest.fixture
+def each_database(each_server: harness.Server) -> Iterator[harness.Database]:
+    """A database of the test's own, on each version."""
+    with each_server.fresh_database() as fresh:
+        yield fresh
+
+
 @pytest.fixture
 def log_database(database: harness.Database) -> harness.Database:
     """The same, with the durable log."""

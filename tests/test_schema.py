@@ -27,91 +27,32 @@ import psycopg2.extensions
 import pytest
 
 from harness import Database, Server, missing, wait_until
+from log_session import (
+    Row,
+    Session,
+    apply,
+    datas,
+    new_role,
+    notifications,
+    pending,
+    publish,
+    refused,
+)
 from sse_relay import (
     LOG_ADVANCE_SQL,
-    LOG_ATTACH_SQL,
     LOG_CHANNEL,
     LOG_PRUNE_SQL,
     LOG_PUBLISH_SQL,
-    LOG_READ_SQL,
     LOG_REPLAY_SIZE_SQL,
     LOG_REPLAY_SQL,
     LOG_REVOCATIONS_SQL,
-    LOG_SESSION_SQL,
     LOG_VERSION_SQL,
     LOG_WAITING_SQL,
     SCHEMA_SQL,
     SCHEMA_VERSION,
 )
 
-Row = tuple[Any, ...]
-Connection = psycopg2.extensions.connection
-
-ROLE_NUMBERS = itertools.count(1)
 POSITION = re.compile(r"([0-9a-f]{12})-(\d+)(?:@(\d+):(\d+):((?:\d+(?:,\d+)*)?))?")
-
-
-class Session:
-    """One connection that runs the relay's statements."""
-
-    def __init__(self, database: Database, role: str | None = None) -> None:
-        self.connection = database.connect()
-        if role is not None:
-            self.run(f'SET SESSION AUTHORIZATION "{role}"')
-        self.run(LOG_SESSION_SQL)
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.connection.close()
-
-    def run(self, sql: str, parameters: object = None) -> list[Row]:
-        with self.connection.cursor() as cursor:
-            cursor.execute(sql, parameters)  # type: ignore[arg-type]  # any sequence or mapping
-            return cursor.fetchall() if cursor.description else []
-
-    def value(self, sql: str, parameters: object = None) -> Any:
-        return self.run(sql, parameters)[0][0]
-
-    def attach(self, epoch: str | None = None, newest: int | None = None) -> Row:
-        return self.run(LOG_ATTACH_SQL, (epoch, newest))[0]
-
-    def waiting(self, since: str | None = None) -> tuple[str, list[str], list[int]]:
-        snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (since, None))[0]
-        assert upto is None
-        return snapshot, xids, pids
-
-    def advance(self, xids: list[str], pids: list[int], sweep: bool = False) -> int:
-        """Number what is listed, to the end; return how many events that were."""
-        moved, more = 0, True
-        while more:
-            count, more = self.run(LOG_ADVANCE_SQL, (xids, pids, sweep))[0]
-            moved += count
-        return moved
-
-    def sweep(self, since: str | None = None) -> str:
-        snapshot, upto = since, None
-        while True:
-            snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (snapshot, upto))[0]
-            for start in range(0, len(xids), 1000):
-                self.advance(xids[start : start + 1000], pids[start : start + 1000], sweep=True)
-            if upto is None:
-                return str(snapshot)
-
-    def page(self, after: int = 0) -> list[Row]:
-        return self.run(LOG_READ_SQL, {"id": after, "limit": 1000})
-
-    def read(self, after: int = 0) -> list[Row]:
-        """All events after an id, page by page."""
-        events: list[Row] = []
-        while True:
-            page = self.page(after)
-            if page[0][2] is None:
-                return events
-            assert len(page) <= 1000
-            events += page
-            after = page[-1][2]
 
 
 @pytest.fixture
@@ -120,45 +61,6 @@ def log(database: Database) -> Iterator[Session]:
     apply(database)
     with Session(database) as session:
         yield session
-
-
-def apply(database: Database, role: str | None = None, script: str = SCHEMA_SQL) -> None:
-    """Apply the schema as `--apply` does: in one transaction."""
-    connection = psycopg2.connect(database.dsn)
-    try:
-        with connection, connection.cursor() as cursor:
-            if role is not None:
-                cursor.execute(f'SET SESSION AUTHORIZATION "{role}"')
-            cursor.execute(script)
-    finally:
-        connection.close()
-
-
-def new_role(database: Database, kind: str) -> str:
-    """Make a role; roles belong to the server, so each has a name of its own."""
-    role = f"{kind} {next(ROLE_NUMBERS)}"
-    database.execute(f'CREATE ROLE "{role}"')
-    return role
-
-
-def publish(session: Session, channel: str = "orders", data: str = "x", event: str | None = None) -> None:
-    session.run(LOG_PUBLISH_SQL, (channel, data, event))
-
-
-def pending(session: Session) -> list[Row]:
-    return session.run("SELECT channel, event, data FROM sse_relay.pending ORDER BY seq")
-
-
-def datas(session: Session) -> list[str]:
-    return [row[6] for row in session.read()]
-
-
-def refused(session: Session, code: str, sql: str, parameters: object = None) -> str:
-    """Assert that a statement fails with an SQLSTATE, and return the message."""
-    with pytest.raises(psycopg2.Error) as caught:
-        session.run(sql, parameters)
-    assert caught.value.pgcode == code, caught.value
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- the script
@@ -588,14 +490,6 @@ def test_a_transaction_sends_one_notification_with_its_id_and_equal_events_do_no
         assert [(note.channel, note.payload, note.pid) for note in notes] == [(LOG_CHANNEL, xid, pid)]
     assert log.advance([xid], [pid]) == 3
     assert datas(log) == ["same"] * 3
-
-
-def notifications(connection: Connection) -> list[Any]:
-    """What has arrived."""
-    connection.poll()
-    taken = list(connection.notifies)
-    connection.notifies.clear()
-    return taken
 
 
 def test_a_search_path_of_the_caller_changes_nothing(log: Session, database: Database) -> None:
