@@ -297,7 +297,7 @@ def postgres_versions() -> dict[str, Path]:
     found = {}
     for folder in folders:
         if all((folder / program).exists() for program in ("initdb", "postgres")):
-            version = [folder / "postgres", "--version"]
+            version = [str(folder / "postgres"), "--version"]
             words = subprocess.run(version, check=True, capture_output=True, text=True).stdout
             found[words.split()[2].partition(".")[0]] = folder
     return {

@@ -54,7 +54,7 @@ def make_login(database: Database, each_server: Server) -> Iterator[Callable[...
 
 
 def name_of(login: Database) -> str:
-    return '"' + psycopg2.extensions.parse_dsn(login.dsn)["user"] + '"'
+    return f'"{psycopg2.extensions.parse_dsn(login.dsn)["user"]}"'
 
 
 def give_create(database: Database, login: Database) -> None:

@@ -40,7 +40,10 @@ from log_session import (
 )
 from sse_relay import (
     LOG_ADVANCE_SQL,
+    LOG_ATTACH_SQL,
     LOG_CHANNEL,
+    LOG_GRANTS_SQL,
+    LOG_LIMITS_SQL,
     LOG_PRUNE_SQL,
     LOG_PUBLISH_SQL,
     LOG_REPLAY_SIZE_SQL,
@@ -50,6 +53,7 @@ from sse_relay import (
     LOG_WAITING_SQL,
     SCHEMA_SQL,
     SCHEMA_VERSION,
+    apply_schema,
 )
 
 POSITION = re.compile(r"([0-9a-f]{12})-(\d+)(?:@(\d+):(\d+):((?:\d+(?:,\d+)*)?))?")
@@ -1581,3 +1585,366 @@ def test_ids_survive_an_immediate_stop(own_server: Server) -> None:
         publish(session, data="later")
         session.sweep()
         assert session.read()[50][2] > before[-1][2]
+
+
+# ---------------------------------------------------------------- an older version
+
+VERSION_1 = Path(__file__).with_name("schema_1.sql")
+# What a relay of version 1 goes on with as long as its session lasts.
+READ_1 = """
+SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned, e.id, e.data
+FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h
+LEFT JOIN (SELECT * FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1000) AS e ON true
+"""
+
+
+def test_version_1_is_upgraded_beside_running_relays_and_keeps_its_grants(database: Database) -> None:
+    apply(database, script=VERSION_1.read_text())
+    relay, app = new_role(database, "relay"), new_role(database, "app")
+    for grants, role in ((RELAY_GRANTS, relay), (APPLICATION_GRANTS, app)):
+        old = grants.replace(", sse_relay.revocations", "").replace("pg_snapshot, bigint", "pg_snapshot")
+        old = old.replace("    sse_relay.publish(text, json, text),\n", "")
+        database.execute(old.format(role=f'"{role}"'))
+    database.execute("UPDATE sse_relay.settings SET retention = '7 days', pruned = 2")
+    with Session(database, relay) as old_relay, Session(database, app) as application:
+        for i in range(5):
+            publish(application, data=str(i))
+        snapshot, xids, pids = old_relay.run("SELECT * FROM sse_relay.waiting(NULL::pg_snapshot)")[0]
+        old_relay.run("SELECT * FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], false)", (xids, pids))
+        epoch = old_relay.attach()[0]
+        publish(application, data="unnumbered")
+        apply(database)
+        publish(application, data="after")
+        application.run("SELECT sse_relay.publish('orders', '{}'::json)")
+        _, xids, pids = old_relay.run(
+            "SELECT snapshot::text, xids::text[], pids FROM sse_relay.waiting(%s::pg_snapshot)", (snapshot,)
+        )[0]
+        assert old_relay.run(LOG_ADVANCE_SQL, (xids, pids, True)) == [(3, False)]
+        assert old_relay.attach(epoch, 5)[:3] == (epoch, 8, 2)
+        assert [row[3] for row in old_relay.run(READ_1, (5,))] == ["unnumbered", "after", "{}"]
+        assert old_relay.value(LOG_PRUNE_SQL) == 0
+    use_as_relay(database, relay)
+    assert database.execute("SELECT version, retention = '7 days', cleared FROM sse_relay.settings") == [
+        (SCHEMA_VERSION, True, 2)
+    ]
+
+
+def test_an_upgrade_gives_way_to_who_holds_a_lock_and_is_tried_again(database: Database) -> None:
+    apply(database, script=VERSION_1.read_text())
+    with Session(database) as publisher, ThreadPoolExecutor(1) as pool:
+        publisher.run("BEGIN")
+        publish(publisher)
+        upgrade = pool.submit(apply_schema, database.dsn)
+        wait_until(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        # It does not stand before others in the queue for long.
+        for _ in range(3):
+            database.execute("SELECT sse_relay.publish('orders', 'beside')")
+        assert not upgrade.done()
+        publisher.run("COMMIT")
+        upgrade.result(30)
+    assert database.execute("SELECT version FROM sse_relay.settings") == [(SCHEMA_VERSION,)]
+
+
+def test_applying_beside_relays_and_publishers_is_nobodys_deadlock(log: Session, database: Database) -> None:
+    stop = threading.Event()
+
+    def work() -> int:
+        turns = 0
+        with Session(database) as session:
+            while not stop.is_set():
+                publish(session)
+                session.sweep()
+                session.page(0)
+                session.attach()
+                session.run(LOG_PRUNE_SQL)
+                turns += 1
+        return turns
+
+    log.run("UPDATE sse_relay.settings SET retention = '1 ms'")
+    with ThreadPoolExecutor(6) as pool:
+        workers = [pool.submit(work) for _ in range(4)]
+        try:
+            for _ in range(15):
+                apply(database)
+        finally:
+            stop.set()
+        assert all(worker.result(30) > 10 for worker in workers)
+
+
+# ---------------------------------------------------------------- what is gone, or cannot be seen
+
+
+def test_deleted_events_are_told_to_clients_that_have_not_come_as_far(log: Session) -> None:
+    grow(log, 10)
+    epoch = log.attach()[0]
+    log.run("DELETE FROM sse_relay.events WHERE id IN (3, 5)")
+    assert [row[:3] for row in log.page(0)][:2] == [(epoch, 5, 1), (epoch, 5, 2)]
+    log.run("DELETE FROM sse_relay.events WHERE id = 4")
+    assert log.attach(epoch, 10)[:3] == (epoch, 10, 5)
+    log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
+    assert log.value(LOG_PRUNE_SQL) == 6
+    assert [row[2] for row in log.read()] == [10]
+
+
+def test_ids_that_restart_show_on_the_next_page(log: Session) -> None:
+    grow(log, 3)
+    (xid,) = [row[3] for row in log.page(2)]
+    log.run("SET session_replication_role = replica; DELETE FROM sse_relay.events")
+    log.run("RESET session_replication_role")
+    log.run("ALTER TABLE sse_relay.events ALTER COLUMN id RESTART")
+    assert log.page(3)[0][8] == 0
+    grow(log, 5)
+    assert log.page(3)[0][8:10] == (5, log.read(2)[0][3])
+    assert log.read(2)[0][3] != xid
+
+
+@pytest.mark.parametrize("table", ["settings", "epoch", "events", "revocations"])
+def test_row_level_security_shows_on_a_page_and_to_the_relays_check(
+    log: Session, database: Database, table: str
+) -> None:
+    grow(log)
+    relay = granted(database, RELAY_GRANTS, "relay")
+    with Session(database, relay) as session:
+        assert not session.page(0)[0][10]
+        log.run(f"ALTER TABLE sse_relay.{table} ENABLE ROW LEVEL SECURITY")
+        page = session.page(0)
+        assert (len(page), page[0][10]) == (5 if table == "revocations" else len(page), True)
+        remedies = [remedy for (remedy,) in session.run(LOG_GRANTS_SQL)]
+    assert remedies == [f"ALTER TABLE sse_relay.{table} DISABLE ROW LEVEL SECURITY"]
+    log.run(remedies[0])
+
+
+@pytest.mark.parametrize("table", ["settings", "epoch", "pending", "events", "revocations"])
+def test_row_level_security_that_holds_for_the_owner_stops_the_numbering(
+    database: Database, table: str
+) -> None:
+    owner = new_role(database, "owner")
+    database.execute(f'CREATE SCHEMA sse_relay AUTHORIZATION "{owner}"')
+    apply(database, owner)
+    database.execute(f"ALTER TABLE sse_relay.{table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    with Session(database, owner) as session:
+        for statement, values in ((LOG_WAITING_SQL, (None, None)), (LOG_ATTACH_SQL, (None, None))):
+            message = refused(session, "42501", statement, values)
+            assert f"row-level security hides rows of sse_relay.{table}" in message
+            assert f"ALTER TABLE sse_relay.{table} NO FORCE ROW LEVEL SECURITY" in message
+
+
+def test_emptying_every_table_as_test_cleaners_do_begins_an_epoch(log: Session) -> None:
+    grow(log)
+    epoch = log.attach()[0]
+    log.run("TRUNCATE sse_relay.settings, sse_relay.epoch, sse_relay.pending, sse_relay.events,"
+            " sse_relay.revocations")  # fmt: skip
+    assert log.value(LOG_VERSION_SQL) == SCHEMA_VERSION
+    renewed = log.page(5)[0][0]
+    assert renewed not in (epoch, None)
+    assert log.attach(epoch, 5)[0] == renewed
+    log.run("DELETE FROM sse_relay.settings; DELETE FROM sse_relay.epoch")
+    assert log.page(5) == [(None,) * 8 + (0, None, False)]
+    assert log.attach(renewed, 5)[0] not in (renewed, None)
+    grow(log, 1)
+    assert datas(log) == ["0"]
+
+
+def test_a_server_that_does_not_tell_its_history_is_used_without(database: Database) -> None:
+    owner = new_role(database, "owner")
+    database.execute(f'CREATE SCHEMA sse_relay AUTHORIZATION "{owner}"')
+    database.execute(
+        "REVOKE EXECUTE ON FUNCTION pg_control_system(), pg_current_wal_lsn(), pg_walfile_name(pg_lsn)"
+        " FROM PUBLIC"
+    )
+    apply(database, owner)
+    with Session(database, owner) as session:
+        assert len(session.run(LOG_LIMITS_SQL)) == 3
+        publish(session)
+        session.sweep()
+        epoch = session.attach()[0]
+        assert epoch
+        assert session.value("SELECT sse_relay.position()").startswith(epoch + "-1@")
+    for _, remedy in database.execute(LOG_LIMITS_SQL):
+        database.execute(remedy)
+    assert database.execute(LOG_LIMITS_SQL) == []
+
+
+def test_aurora_has_no_wal_to_ask_about(log: Session, database: Database) -> None:
+    epoch = log.attach()[0]
+    log.run(
+        "SET allow_system_table_mods = on; ALTER FUNCTION pg_catalog.pg_current_wal_lsn() RENAME TO was_lsn"
+    )
+    log.run(
+        "CREATE FUNCTION pg_catalog.pg_current_wal_lsn() RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE 'logical replication is off' USING ERRCODE = 'object_not_in_prerequisite_state'; END $$"
+    )
+    with Session(database) as session:
+        assert session.attach(epoch, 0)[0] == epoch
+        assert session.value("SELECT sse_relay.position()").startswith(epoch + "-0@")
+        session.run("SELECT sse_relay.renew_epoch()")
+        grow(session, 1)
+        renewed = session.attach()[0]
+        assert renewed not in (epoch, None)
+        apply(database)
+        assert session.attach(renewed, 1)[0] == renewed
+
+
+# ---------------------------------------------------------------- revocations
+
+
+def test_a_revocation_is_numbered_as_an_event_and_stays_in_its_table(
+    log: Session, database: Database
+) -> None:
+    with Session(database) as other:
+        other.run("BEGIN")
+        other.run("SELECT sse_relay.revoke('user-7')")
+        log.run("SELECT sse_relay.revoke('user-7')")  # nobody waits
+        publish(log)
+        other.run("COMMIT")
+    log.sweep()
+    assert [row[4:7] for row in log.read()] == [
+        *[("sse_relay_revoked", None, "user-7")] * 2, ("orders", None, "x"),
+    ]  # fmt: skip
+    rows = log.run(LOG_REVOCATIONS_SQL, (0,))
+    assert [row[:2] for row in rows] == [(1, "user-7"), (2, "user-7")]
+    assert [row[2] for row in rows] == [row[7] for row in log.read()[:2]]
+    assert log.run(LOG_REVOCATIONS_SQL, (1,)) == rows[1:]
+    log.run("UPDATE sse_relay.revocations SET stamp = stamp - interval '31 days' WHERE id = 1")
+    log.run(LOG_PRUNE_SQL)
+    assert log.run(LOG_REVOCATIONS_SQL, (0,)) == rows[1:]
+    refused(log, "22004", "SELECT sse_relay.revoke(NULL)")
+    for subject in ("", "x" * 1025):
+        refused(log, "22023", "SELECT sse_relay.revoke(%s)", (subject,))
+
+
+# ---------------------------------------------------------------- more of publish
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r", "\r\n"])
+def test_a_line_end_counts_as_seven_bytes(log: Session, ending: str) -> None:
+    most = 1024 * 1024 // 7
+    publish(log, data=ending * most)
+    message = refused(log, "22001", LOG_PUBLISH_SQL, ("orders", ending * (most + 1), None))
+    assert f"data has {7 * (most + 1)} bytes" in message
+    publish(log, data=ending * 100_000 + "x" * (1024 * 1024 - 700_000))
+    refused(log, "22001", LOG_PUBLISH_SQL, ("orders", ending * 100_000 + "x" * (1024 * 1024 - 699_999), None))
+    assert pending(log)[0][2] == ending * most
+
+
+def test_json_is_sent_as_its_text(log: Session) -> None:
+    log.run("SELECT sse_relay.publish('c', json_build_object('a', 1))")
+    log.run("SELECT sse_relay.publish('c', %s::json, 'name')", ('{"b":  1, "a": 2}',))
+    log.run("SELECT sse_relay.publish(channel => 'c', data => '[]'::json)")
+    log.run("SELECT sse_relay.publish('c', '{}')")
+    assert pending(log) == [
+        ("c", None, '{"a" : 1}'), ("c", "name", '{"b":  1, "a": 2}'), ("c", None, "[]"), ("c", None, "{}"),
+    ]  # fmt: skip
+    refused(log, "22004", "SELECT sse_relay.publish('c', NULL::json)")
+
+
+def test_a_collation_of_the_caller_changes_nothing(log: Session) -> None:
+    with contextlib.suppress(psycopg2.errors.FeatureNotSupported):
+        log.run("CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+        log.run("""SELECT sse_relay.publish('c' COLLATE ci, 'x' COLLATE ci, 'Relay.x' COLLATE ci)""")
+        log.run("""SELECT sse_relay.publish('c', 'x' || E'\\n' COLLATE ci)""")
+        log.run("""SELECT sse_relay.revoke('x' COLLATE ci)""")
+        refused(log, "22023", "SELECT sse_relay.publish('sse_relay' COLLATE ci, 'x')")
+        assert len(pending(log)) == 3
+
+
+# ---------------------------------------------------------------- more of publish_row
+
+
+def test_only_the_columns_that_are_named_are_touched(log: Session) -> None:
+    log.run("CREATE TABLE a (id int PRIMARY KEY, data json, big bytea, state text)")
+    watch(log, "a", "c-{state}", "id")
+    log.run("INSERT INTO a VALUES (1, %s, repeat('x', 10000000)::bytea, 'new')", ('{"a": "\\u0000"}',))
+    log.run("INSERT INTO a VALUES (2, '1e200000', NULL, 'new')")
+    log.run("UPDATE a SET state = 'old'")
+    log.run("DELETE FROM a")
+    assert [channel for channel, _ in rows_of(log)] == ["c-new"] * 2 + ["c-new", "c-old"] * 2 + ["c-old"] * 2
+
+
+def test_an_update_of_the_primary_key_tells_the_old_one(log: Session) -> None:
+    log.run("CREATE TABLE a (id int PRIMARY KEY, b text)")
+    watch(log, "a", "c-{b}", "b")
+    log.run("INSERT INTO a VALUES (1, 'x')")
+    log.run("UPDATE a SET id = 2")
+    log.run("UPDATE a SET id = 3, b = 'y'")
+    log.run("UPDATE a SET b = 'y'")
+    assert [(channel, message["key"], message.get("old_key")) for channel, message in rows_of(log)] == [
+        ("c-x", {"id": 1}, None), ("c-x", {"id": 2}, {"id": 1}), ("c-x", {"id": 2}, None),
+        ("c-y", {"id": 3}, {"id": 2}), ("c-y", {"id": 3}, None),
+    ]  # fmt: skip
+
+
+def test_a_virtual_column_cannot_be_named(each_database: Database) -> None:
+    if each_database.connect().info.server_version < 180000:
+        pytest.skip("PostgreSQL 18 is the first to have virtual columns")
+    apply(each_database)
+    with Session(each_database) as log:
+        log.run("CREATE TABLE a (id int PRIMARY KEY, b int GENERATED ALWAYS AS (id + 1) VIRTUAL,"
+                " c int GENERATED ALWAYS AS (id + 2) STORED)")  # fmt: skip
+        for arguments in (("c", "b"), ("c-{b}",)):
+            watch(log, "a", *arguments)
+            assert '"b"' in refused(log, "42703", "INSERT INTO a VALUES (1)")
+            log.run("DROP TRIGGER watch ON a")
+        watch(log, "a", "c", "*")
+        log.run("INSERT INTO a VALUES (1)")
+        assert rows_of(log)[0][1]["row"] == {"id": 1, "c": 3}
+
+
+def test_a_table_that_inherits_reports_itself(log: Session) -> None:
+    log.run("CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE c () INHERITS (p)")
+    watch(log, "c", "c")
+    log.run("INSERT INTO c VALUES (1); UPDATE p SET id = 2")
+    assert [message["table"] for _, message in rows_of(log)] == ["public.c"] * 2
+
+
+# ---------------------------------------------------------------- more of retention
+
+
+@pytest.mark.parametrize("retention", ["10000 years", "178000000 years", "999 years"])
+def test_a_retention_without_end_is_no_error(log: Session, retention: str) -> None:
+    grow(log)
+    log.run("UPDATE sse_relay.settings SET retention = %s", (retention,))
+    assert log.value(LOG_PRUNE_SQL) == 0
+
+
+def test_pruning_takes_no_more_than_some_mebibytes_at_once(log: Session) -> None:
+    log.run("INSERT INTO sse_relay.events (xid, channel, data)"
+            " SELECT '1', 'a', repeat('x', 1048576) FROM generate_series(1, 20)")  # fmt: skip
+    log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
+    assert [log.value(LOG_PRUNE_SQL) for _ in range(4)] == [8, 8, 3, 0]
+
+
+def test_a_clock_that_was_ahead_does_not_stop_the_pruning(log: Session) -> None:
+    grow(log, 10)
+    log.run("UPDATE sse_relay.settings SET retention = '1 hour'")
+    log.run("UPDATE sse_relay.events SET created = created + interval '10 years' WHERE id <= 5")
+    assert log.value(LOG_PRUNE_SQL) == 0
+    assert log.value("SELECT count(*) FROM sse_relay.events WHERE created > now() + interval '1 minute'") == 0
+    log.run("UPDATE sse_relay.events SET created = created + interval '10 years' WHERE id IN (2, 4)")
+    log.run("UPDATE sse_relay.events SET created = created - interval '2 hours' WHERE id IN (1, 3, 5)")
+    assert log.value(LOG_PRUNE_SQL) == 5
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_windows_keep_the_order_of_what_could_be_seen(log: Session, database: Database) -> None:
+    """A transaction counts to the window of its last row; what commits during the pass waits for the next."""
+    with Session(database) as early, Session(database) as unseen:
+        early.run("BEGIN")
+        publish(early, data="early")
+        unseen.run("BEGIN")
+        publish(unseen, data="unseen")
+        log.run("SELECT sse_relay.publish('a', i::text) FROM generate_series(1, 60000) AS i")
+        publish(early, data="early, after all")
+        early.run("COMMIT")
+        first = log.run(LOG_WAITING_SQL, (None, None))[0]
+        assert (first[1], first[3]) == ([], 50_001)
+        unseen.run("COMMIT")
+        second = log.run(LOG_WAITING_SQL, (first[0], first[3]))[0]
+        assert (len(second[1]), second[3]) == (2, None)
+        log.advance(*second[1:3])
+        assert datas(log)[60_000:] == ["early", "early, after all"]
+        since = log.sweep(first[0])
+        assert datas(log)[-1] == "unseen"
+        assert log.waiting(since)[1] == []
