@@ -42,8 +42,11 @@ Contents, in the order in which an event travels:
     systemd                     notifications and inherited sockets
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
-    Doctor                      looks at a deployment, one finding for each check
-    Command line
+    Doctor: PostgreSQL          one finding for each check, judged by tables
+    Doctor: streams             the same for what a browser gets through the proxy
+    Command line                options, the log, ``run``
+    Commands                    publish, schema, token, doctor
+    Demo                        what its page asks for
     Pages
 """
 
@@ -54,6 +57,7 @@ import base64
 import bisect
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -100,6 +104,7 @@ from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, Self
 import aiopg
 import click
 import psycopg2
+import psycopg2.errorcodes
 import psycopg2.extensions
 import psycopg2.extras
 from aiohttp import web
@@ -3493,19 +3498,14 @@ LOG_PRUNE_SQL: Final = "SELECT sse_relay.prune()"
 LOG_PUBLISH_SQL: Final = "SELECT sse_relay.publish(%s, %s, %s)"
 
 
-# For `doctor`: one row each. -> (lacking text | None): the GRANTs of what the relay can do without.
+# For `doctor`. -> (what text, remedy text), one a row: what this role may not look at.
 DOCTOR_RIGHTS_SQL: Final = """
-SELECT string_agg(statement, '; ') AS lacking FROM (
-    SELECT format('GRANT EXECUTE ON FUNCTION pg_catalog.%s TO %I', p.oid::regprocedure, r.rolname)
-    FROM pg_proc AS p, pg_roles AS r
-    WHERE p.pronamespace = 'pg_catalog'::regnamespace AND NOT has_function_privilege(r.oid, p.oid, 'EXECUTE')
-        AND CASE WHEN p.proname = 'pg_notification_queue_usage' THEN r.rolname = current_user
-            WHEN p.proname IN ('pg_control_system', 'pg_current_wal_lsn', 'pg_walfile_name')
-            THEN r.oid = (SELECT nspowner FROM pg_namespace WHERE nspname = 'sse_relay') END
-    UNION ALL
-    SELECT format('GRANT SELECT ON pg_catalog.pg_settings TO %I', current_user)
-    WHERE NOT has_table_privilege('pg_settings', 'SELECT')
-) AS grants (statement)
+SELECT 'this role may not call pg_notification_queue_usage()',
+    format('GRANT EXECUTE ON FUNCTION pg_catalog.pg_notification_queue_usage() TO %I', current_user)
+WHERE NOT has_function_privilege('pg_notification_queue_usage()', 'EXECUTE')
+UNION ALL
+SELECT 'this role may not read pg_settings', format('GRANT SELECT ON pg_catalog.pg_settings TO %I', current_user)
+WHERE NOT has_table_privilege('pg_settings', 'SELECT')
 """
 
 # -> (installed bool, lacking text | None, other bool): the GRANTs that a relay would need, and whether this
@@ -3520,12 +3520,9 @@ SELECT n.oid IS NOT NULL AS installed,
 FROM (SELECT) AS always LEFT JOIN pg_namespace AS n ON n.nspname = 'sse_relay'
 """  # noqa: S608  # of constants
 
-# -> (owner text, super bool, hidden text | None): what stops row-level security from hiding rows.
+# -> (owner text, super bool)
 DOCTOR_OWNER_SQL: Final = """
-SELECT r.rolname AS owner, r.rolsuper AS super, (
-    SELECT string_agg(format('ALTER TABLE sse_relay.%I DISABLE ROW LEVEL SECURITY', c.relname), '; ')
-    FROM pg_class AS c WHERE c.relnamespace = n.oid AND c.relkind = 'r' AND row_security_active(c.oid)
-) AS hidden
+SELECT r.rolname AS owner, r.rolsuper AS super
 FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'sse_relay'
 """
 
@@ -5576,20 +5573,10 @@ def _embedded_failure(output: str) -> click.ClickException:
     return click.ClickException("\n".join(["PostgreSQL did not start:", *output.strip().splitlines()[-6:]]))
 
 
-# ==== Doctor ==================================================================
+# ==== Doctor: PostgreSQL ======================================================
 #
-# Looks at a deployment and changes nothing in it; with an address it publishes a few events. What is
-# looked at and what it means stand in tables, which know nothing of how it was seen.
-
-# Seconds.
-DOCTOR_ANSWER_WAIT: Final = 5.0
-DOCTOR_EVENT_WAIT: Final = 10.0
-# Twice the default --heartbeat, and some.
-DOCTOR_HEARTBEAT_WAIT: Final = 40.0
-# Nobody notices less. Proxies that hold small writes back do so for 200 ms.
-DOCTOR_SLOW: Final = 0.1
-# Pages have no listener for this name, so they do not notice the event.
-DOCTOR_EVENT: Final = "sse-relay-doctor"
+# Looks at a database and changes nothing in it. What is looked at and what it means stand in tables, which
+# know nothing of how it was seen.
 
 Level = Literal["ok", "unknown", "warning", "problem"]
 
@@ -5654,11 +5641,6 @@ NOTIFICATIONS_TABLE: Final[Table] = (
 )  # fmt: skip
 # Statements that return one row, each with what that means.
 SERVER_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
-    (DOCTOR_RIGHTS_SQL, (
-        ("rights", "ok", lambda s: not s.lacking, "PostgreSQL's own figures can be read", ""),
-        ("rights", "warning", always,
-            "some of PostgreSQL's own figures are withheld; the relay works without them", "{s.lacking}"),
-    )),
     ("SELECT pg_notification_queue_usage() AS usage", (
         ("queue", "ok", lambda s: s.usage < 0.1, QUEUE, ""),
         ("queue", "warning", lambda s: s.usage < 0.5, QUEUE, EMPTY_QUEUE),
@@ -5679,9 +5661,6 @@ LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
             "the durable log belongs to a superuser ({s.owner}), whose rights its functions have",
             "let a role own it that has no other rights and cannot log in"),
         ("owner", "ok", always, "the durable log belongs to {s.owner}", ""),
-        ("rows", "problem", lambda s: s.hidden,
-            "row-level security hides rows from this role: events are missing without a gap", "{s.hidden}"),
-        ("rows", "ok", always, "this role sees all rows of the durable log", ""),
     )),
     (DOCTOR_EPOCH_SQL, (
         ("epoch", "ok", lambda s: s and s.valid, "the log's epoch is {s.epoch}", ""),
@@ -5697,6 +5676,22 @@ LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
         ("retention", "ok", always, KEPT, ""),
     )),
 )  # fmt: skip
+
+
+# Statements whose rows (what, remedy) are each a warning, and what is so without any.
+WITHHELD: Final = ("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures")
+LOG_WARNINGS: Final = (
+    ("limits", LOG_LIMITS_SQL, "the log's owner may call what tells a restored database from another"),
+    ("privileges", LOG_EXCESS_SQL, "nobody has rights on the durable log that the documentation does not give"),
+)
+
+
+def warn(cursor: psycopg2.extensions.cursor, check: str, statement: str, fine: str) -> Finding:
+    """Run a statement whose rows are warnings and return them as one finding."""
+    cursor.execute(statement)
+    if rows := cursor.fetchall():
+        return Finding("warning", check, "; ".join(what for what, _ in rows), "; ".join(fix for _, fix in rows))
+    return Finding("ok", check, fine)
 
 
 def look(cursor: psycopg2.extensions.cursor, statement: str, table: Table) -> Iterator[Finding]:
@@ -5744,6 +5739,12 @@ def check_backlog(cursor: psycopg2.extensions.cursor) -> Finding:
     return Finding("warning", "backlog", f"{what}, for more than {SWEEP_INTERVAL:g} s", fix)
 
 
+def source_of(cursor: psycopg2.extensions.cursor) -> str:
+    """Return the source that a database is made for: ``log`` if the durable log is installed."""
+    cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
+    return "log" if cursor.fetchone() is not None else "notify"
+
+
 def examine_machine() -> Iterator[Finding]:
     """Check how many clients the limit of open files leaves room for."""
     limit = raise_file_limit()
@@ -5766,6 +5767,7 @@ def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
             return
         named = psycopg2.extras.NamedTupleCursor
         with visit(pinned, 60) as connection, connection.cursor(cursor_factory=named) as cursor:
+            yield warn(cursor, *WITHHELD)
             for statement, table in SERVER_LOOKS:
                 yield from look(cursor, statement, table)
             source = source or source_of(cursor)
@@ -5777,9 +5779,26 @@ def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
             yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
             for statement, table in LOG_LOOKS:
                 yield from look(cursor, statement, table)
+            for check, statement, fine in LOG_WARNINGS:
+                yield warn(cursor, check, statement, fine)
             yield check_backlog(cursor)
     except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
         yield as_finding("schema" if "cursor" in locals() else "connection", error, dsn)
+
+
+# ==== Doctor: streams =========================================================
+#
+# Opens a stream as a browser does, through whatever stands in between, and publishes a few events to it.
+
+# Seconds.
+DOCTOR_ANSWER_WAIT: Final = 5.0
+DOCTOR_EVENT_WAIT: Final = 10.0
+# Twice the default --heartbeat, and some.
+DOCTOR_HEARTBEAT_WAIT: Final = 40.0
+# Nobody notices less. Proxies that hold small writes back do so for 200 ms.
+DOCTOR_SLOW: Final = 0.1
+# Pages have no listener for this name, so they do not notice the event.
+DOCTOR_EVENT: Final = "sse-relay-doctor"
 
 
 class Exchange:
@@ -6111,12 +6130,6 @@ def publish_event(
         cursor.execute("SELECT pg_notify(%s, %s)", (channel, encode_payload(data, event)))
 
 
-def source_of(cursor: psycopg2.extensions.cursor) -> str:
-    """Return the source that a database is made for: ``log`` if the durable log is installed."""
-    cursor.execute("SELECT FROM pg_namespace WHERE nspname = 'sse_relay'")
-    return "log" if cursor.fetchone() is not None else "notify"
-
-
 def channels_of(url: str) -> tuple[str, ...]:
     """Return the channels of a stream's address, wherever the relay's --path is.
 
@@ -6129,6 +6142,12 @@ def channels_of(url: str) -> tuple[str, ...]:
 
 
 # ==== Command line ============================================================
+#
+# What the commands take, and how they log. Options of `run` have the defaults of `Settings`.
+
+HELP_NAMES: Final = ["-h", "--help"]
+COMMAND_SETTINGS: Final = {"auto_envvar_prefix": "SSE_RELAY", "show_default": True}
+YEAR: Final = 365 * 86400
 
 
 def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -6149,7 +6168,7 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-class RunByDefault(click.Group):
+class Commands(click.Group):
     """A group whose command is ``run`` if the arguments begin with an option, or are none."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -6160,39 +6179,41 @@ class RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-def source_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --source."""
-    return click.option(
-        "--source",
-        envvar="SSE_RELAY_SOURCE",
-        type=click.Choice(["notify", "log"]),
-        default="notify",
-        show_default=True,
-        help="notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept "
-        "in the database; needs the command schema.",
-    )(command)
+def setting(flag: str, **attributes: Any) -> Callable[..., Any]:
+    """Return an option with the default that `Settings` has for it."""
+    default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
+    if isinstance(default, float):
+        default = f"{default:g}"
+    if isinstance(attributes.get("type"), Seconds):
+        attributes["metavar"] = "SECONDS"
+    if attributes.get("callback") is read_size:
+        default = f"{default // MIB}MiB" if default % MIB == 0 else f"{default // KIB}KiB"
+    return click.option(flag, default=default, **attributes)
 
 
 def dsn_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --dsn and --dsn-file."""
-    for option in (
-        click.option(
-            "--dsn-file",
-            envvar="SSE_RELAY_DSN_FILE",
-            type=click.Path(dir_okay=False, path_type=Path),
-            metavar="FILE",
-            help="Read the DSN from a file, a systemd credential for instance.",
-        ),
-        click.option(
-            "--dsn",
-            envvar="SSE_RELAY_DSN",
-            metavar="DSN",
-            help="PostgreSQL, as a URL or libpq's 'host=... dbname=...'. Also read from DATABASE_URL, else "
-            "libpq's PG* variables count. Other users of the machine can see what stands on a command line.",
-        ),
-    ):
-        command = option(command)
-    return command
+    dsn_file = click.option(
+        "--dsn-file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Read the DSN from a file, a systemd credential for instance.",
+    )
+    dsn = click.option(
+        "--dsn",
+        metavar="DSN",
+        help="PostgreSQL, as a URL or libpq's 'host=... dbname=...'. Also read from DATABASE_URL; without it "
+        "libpq's PG* variables count. Other users of the machine can see what stands on a command line.",
+    )
+    return dsn(dsn_file(command))
+
+
+source_option = setting(
+    "--source",
+    type=click.Choice(["notify", "log"]),
+    help="notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept "
+    "in the database; needs the command schema.",
+)
 
 
 def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
@@ -6205,14 +6226,14 @@ def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
         raise click.UsageError("give --dsn or --dsn-file, not both")
     if dsn_file is not None:
         try:
-            dsn = dsn_file.read_text("utf-8-sig").strip()
+            dsn = dsn_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise click.UsageError(f"cannot read {dsn_file}: {reason}") from None
         if not dsn:
             raise click.UsageError(f"{dsn_file} is empty: write the DSN into it")
-    if dsn is None:
-        dsn = os.environ.get("DATABASE_URL", "")
+    # Editors on Windows write a byte order mark.
+    dsn = (os.environ.get("DATABASE_URL", "") if dsn is None else dsn).removeprefix("\ufeff")
     try:
         parse_dsn(dsn)
     except UnreadableDsnError as error:
@@ -6220,9 +6241,9 @@ def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
     return dsn
 
 
-def check_bind(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse an address that cannot be read."""
-    for bind in value:
+def check_bind(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Refuse addresses that cannot be read; one, several or none."""
+    for bind in [value] if isinstance(value, str) else value or ():
         try:
             split_address(bind)
         except ValueError as error:
@@ -6248,6 +6269,17 @@ def check_origins(ctx: click.Context, param: click.Parameter, value: tuple[str, 
                 "without a default port, or null"
             )
     return value
+
+
+def unknown_variables() -> Iterator[str]:
+    """Yield a warning for each variable SSE_RELAY_* that no option reads."""
+    known = {(option.name or "").upper() for command in cli.commands.values() for option in command.params}
+    for variable in sorted(os.environ):
+        name = variable.removeprefix("SSE_RELAY_")
+        if name not in {variable, *known}:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean SSE_RELAY_{near[0]}?" if near else ""
+            yield f"the environment variable {variable} is unknown and does nothing{hint}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -6299,8 +6331,12 @@ def run_relay(
     pages: Pages | None = None,
     on_ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run a relay in an event loop of its own; turn what a user can mend into one line."""
+    """Run a relay in an event loop of its own, and another after it if it was asked to restart.
 
+    Raises:
+        click.UsageError: It cannot work with these settings.
+        click.ClickException: It cannot work, for a reason outside.
+    """
     selector = FairSelector()
 
     def new_loop() -> asyncio.AbstractEventLoop:
@@ -6309,7 +6345,7 @@ def run_relay(
         try:
             import uvloop
         except ImportError:
-            raise click.ClickException("--loop uvloop: pip install uvloop") from None
+            raise click.UsageError("--loop uvloop: pip install uvloop") from None
         return uvloop.new_event_loop()
 
     async def serve() -> None:
@@ -6329,9 +6365,10 @@ def run_relay(
         raise click.ClickException(f"PostgreSQL cannot be used: {error}") from None
 
 
-@click.group(cls=RunByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": HELP_NAMES})
 @click.version_option(__version__, prog_name="sse-relay")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Relay PostgreSQL's NOTIFY to browsers as Server-Sent Events.
 
     Arguments that begin with an option mean the command "run".
@@ -6342,159 +6379,119 @@ def cli() -> None:
         curl -N http://127.0.0.1:8008/events/orders
         psql -c "SELECT pg_notify('orders', 'hello')"
     """
+    if ctx.invoked_subcommand != "run":
+        for message in unknown_variables():
+            click.echo(f"Warning: {message}", err=True)
 
 
-@cli.command()
+def command() -> Callable[[Callable[..., Any]], click.Command]:
+    """Add a command. A prefix for variables that it inherited would contain its name."""
+    return cli.command(context_settings=COMMAND_SETTINGS)
+
+
+@command()
 @dsn_options
 @source_option
-@click.option(
+@setting(
     "--bind",
-    envvar="SSE_RELAY_BIND",
     multiple=True,
     metavar="HOST:PORT|unix:PATH",
     callback=check_bind,
-    help="Where to serve streams. Repeatable.  [default: systemd's sockets, else 127.0.0.1:8008]",
+    show_default="systemd's sockets, else 127.0.0.1:8008",
+    help="Where to serve streams. Repeatable.",
 )
-@click.option(
+@setting(
     "--admin",
-    envvar="SSE_RELAY_ADMIN",
     metavar="HOST:PORT|unix:PATH",
-    callback=lambda ctx, param, value: value and check_bind(ctx, param, (value,))[0],
-    help="Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it. "
-    " [default: nowhere]",
+    callback=check_bind,
+    show_default="nowhere",
+    help="Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it.",
 )
-@click.option(
-    "--path",
-    envvar="SSE_RELAY_PATH",
-    default="/events",
-    show_default=True,
-    callback=check_path,
-    help="Where the streams are; / serves /CHANNEL, right at the root.",
-)
-@click.option(
-    "--heartbeat",
-    envvar="SSE_RELAY_HEARTBEAT",
-    type=Seconds(0.1, 3600),
-    default=15,
-    show_default=True,
-    metavar="SECONDS",
-    help="Write to a stream that has been idle for so long.",
-)
-@click.option(
+@setting("--path", callback=check_path, help="Where the streams are; / serves /CHANNEL, right at the root.")
+@setting("--heartbeat", type=Seconds(0.1, 3600), help="Write to a stream that has been idle for so long.")
+@setting(
     "--retry",
-    envvar="SSE_RELAY_RETRY",
     type=click.IntRange(1, NEVER_MS),
-    default=2000,
-    show_default=True,
     metavar="MILLISECONDS",
     help="Least wait of a client before it comes back; grows with the number of clients.",
 )
-@click.option(
-    "--memory",
-    envvar="SSE_RELAY_MEMORY",
-    callback=read_size,
-    metavar="SIZE",
-    default="64MiB",
-    show_default=True,
-    help="Recent events kept, for clients that come back.",
+@setting(
+    "--memory", callback=read_size, metavar="SIZE", help="Recent events kept, for clients that come back."
 )
-@click.option(
-    "--linger",
-    envvar="SSE_RELAY_LINGER",
-    type=Seconds(0, 86400),
-    default=60,
-    show_default=True,
-    metavar="SECONDS",
-    help="Listen to a channel for so long after its last client left.",
+@setting(
+    "--linger", type=Seconds(0, 86400), help="Listen to a channel for so long after its last client left."
 )
-@click.option(
+@setting(
     "--max-clients",
-    envvar="SSE_RELAY_MAX_CLIENTS",
     type=click.IntRange(1),
     metavar="COUNT",
-    help="Streams open at once.  [default: what the limit of open files allows]",
+    show_default="what the limit of open files allows",
+    help="Streams open at once.",
 )
-@click.option(
-    "--max-channels",
-    envvar="SSE_RELAY_MAX_CHANNELS",
-    type=click.IntRange(1),
-    default=10_000,
-    show_default=True,
-    metavar="COUNT",
-    help="Channels listened to at once.",
-)
-@click.option(
+@setting("--max-channels", type=click.IntRange(1), metavar="COUNT", help="Channels listened to at once.")
+@setting(
     "--max-backlog",
-    envvar="SSE_RELAY_MAX_BACKLOG",
     callback=read_size,
     metavar="SIZE",
-    default="256KiB",
-    show_default=True,
-    help="What may wait for one slow client before it is cut.",
+    help="What may wait for one client before it is written to again.",
 )
-@click.option(
+@setting(
     "--max-age",
-    envvar="SSE_RELAY_MAX_AGE",
-    type=Seconds(1, 86400 * 365),
-    metavar="SECONDS",
+    type=Seconds(1, YEAR),
+    show_default="never",
     help="End a stream after so long, give or take 10 %; clients come back by their position, and so spread "
-    "over relays that were added.  [default: never]",
+    "over relays that were added.",
 )
-@click.option(
+@setting(
     "--allow-channel",
-    envvar="SSE_RELAY_ALLOW_CHANNEL",
     multiple=True,
     metavar="GLOB",
     help="Let everybody read channels of these names; * stands for any characters. Repeatable.",
 )
-@click.option(
+@setting(
     "--allow-origin",
-    envvar="SSE_RELAY_ALLOW_ORIGIN",
     multiple=True,
     metavar="ORIGIN",
     callback=check_origins,
     help="Let pages of another origin read, such as https://app.example. Repeatable.",
 )
-@click.option(
+@setting(
     "--jwt-key-file",
-    envvar="SSE_RELAY_JWT_KEY_FILE",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Let tokens (JWT) open channels that are signed with this key: a public key in PEM form, or a "
+    help="Let tokens (JWT) that are signed with this key open channels: a public key in PEM form, or a "
     "secret of at least 32 bytes. Repeatable; read again on SIGHUP.",
 )
-@click.option(
+@setting(
     "--jwt-cookie",
-    envvar="SSE_RELAY_JWT_COOKIE",
     metavar="NAME",
     help="Look for a token in this cookie too, beside the Authorization header and ?access_token=.",
 )
-@click.option(
+@setting(
     "--loop",
-    envvar="SSE_RELAY_LOOP",
     type=click.Choice(["asyncio", "uvloop"]),
-    default="asyncio",
-    show_default=True,
     help="Event loop. uvloop takes less CPU for each event, and more for each new client.",
 )
 @click.option(
-    "--log-format",
-    envvar="SSE_RELAY_LOG_FORMAT",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="How a line of the log looks.",
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="How a line of the log looks."
 )
 @click.option(
     "--log-level",
-    envvar="SSE_RELAY_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    show_default=True,
     help="Least severity that is logged.",
 )
-def run(dsn: str | None, dsn_file: Path | None, log_level: str, log_format: str, **options: Any) -> None:
+@click.pass_context
+def run(
+    ctx: click.Context,
+    /,
+    dsn: str | None,
+    dsn_file: Path | None,
+    log_level: str,
+    log_format: str,
+    **options: Any,
+) -> None:
     """Run the relay until SIGTERM.
 
     Every option can also be given as an environment variable: --max-clients as
@@ -6504,25 +6501,57 @@ def run(dsn: str | None, dsn_file: Path | None, log_level: str, log_format: str,
     Example:
         sse_relay.py run --dsn postgresql://app@localhost/app --bind unix:/run/sse-relay/http.sock
     """
+    settings = Settings(dsn=resolve_dsn(dsn, dsn_file), **options)
     start_log(log_level, log_format)
-    run_relay(Settings(dsn=resolve_dsn(dsn, dsn_file), **options))
+    for message in unknown_variables():
+        log.warning(message)
+    try:
+        run_relay(settings)
+    except click.ClickException as error:
+        log.error(error.message)
+        ctx.exit(error.exit_code)
+
+
+# ==== Commands ================================================================
+#
+# The tools beside `run`. They open short sessions of their own, and know nothing of a running relay.
+
+# What an error of PostgreSQL asks for, by SQLSTATE.
+REMEDIES: Final = {
+    psycopg2.errorcodes.READ_ONLY_SQL_TRANSACTION: "name the primary server in the DSN, or, where "
+    "default_transaction_read_only is on, add options='-c default_transaction_read_only=off' to the DSN",
+    psycopg2.errorcodes.UNDEFINED_FUNCTION: NOT_INSTALLED[1],
+    psycopg2.errorcodes.INVALID_SCHEMA_NAME: NOT_INSTALLED[1],
+}
 
 
 class UnsendableError(RelayError):
     """An event that no stream could carry, or that PostgreSQL did not take."""
 
 
-def send_event(dsn: str, source: str, channel: str, data: str, event: str | None) -> None:
+def explain(error: UnusableDatabaseError | psycopg2.Error, dsn: str) -> str:
+    """Return in one line what PostgreSQL says, and what helps."""
+    if isinstance(error, UnusableDatabaseError):
+        return str(error)
+    hint = REMEDIES.get(error.pgcode or "", error.diag.message_hint)
+    text = error.diag.message_primary or str(error)
+    return one_line(psycopg2.Error(f"{text}: {hint}" if hint else text), dsn)
+
+
+def send_event(dsn: str, source: str, channel: str, data: str, event: str | None) -> str:
     """Publish one event as an application would; blocks until it is committed.
+
+    Returns:
+        The source that the database is made for.
 
     Raises:
         UnsendableError: With what is wrong.
-        psycopg2.Error: PostgreSQL cannot be reached, or refuses.
+        UnusableDatabaseError, psycopg2.Error: PostgreSQL cannot be reached, or refuses.
     """
     try:
         check_channel(channel)
     except RefusedError as refused:
-        raise UnsendableError(refused.reason) from None
+        raise UnsendableError(refused.what) from None
     if event and sendable_name(event) is None:
         raise UnsendableError(f"an event cannot be named {event!r}")
     if "\0" in data:
@@ -6544,9 +6573,10 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
             raise UnsendableError(*NOT_INSTALLED) from None
         except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
             raise UnsendableError(error.diag.message_primary or str(error)) from None
+        return source_of(cursor)
 
 
-@cli.command()
+@command()
 @dsn_options
 @source_option
 @click.option(
@@ -6571,14 +6601,20 @@ def publish(
         data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = data.removesuffix("\n").removesuffix("\r")
     try:
-        send_event(dsn, source, channel, data, event)
+        made_for = send_event(dsn, source, channel, data, event)
     except UnsendableError as error:
         raise click.ClickException(str(error)) from None
     except (UnusableDatabaseError, psycopg2.Error) as error:
-        raise click.ClickException(f"PostgreSQL did not take the event: {one_line(error, dsn)}") from None
+        raise click.ClickException(f"PostgreSQL did not take the event: {explain(error, dsn)}") from None
+    if made_for != source:
+        click.echo(
+            "Warning: this database has the durable log, and a relay with --source log does not hear this "
+            "event: publish with --source log",
+            err=True,
+        )
 
 
-# Seconds. An upgrade may move a large log.
+# Seconds. An upgrade may rewrite a large log.
 SCHEMA_TIMEOUT: Final = 3600.0
 
 
@@ -6589,7 +6625,7 @@ def apply_schema(dsn: str) -> list[str]:
         Warnings: rights that nobody needs, with what takes them away.
 
     Raises:
-        psycopg2.Error: PostgreSQL cannot be reached, or refuses.
+        UnusableDatabaseError, psycopg2.Error: PostgreSQL cannot be reached, or refuses.
     """
     deadline = time.monotonic() + 60
     with visit(dsn, SCHEMA_TIMEOUT) as connection, connection.cursor() as cursor:
@@ -6607,10 +6643,17 @@ def apply_schema(dsn: str) -> list[str]:
         return warnings + [f"{what}: {remedy}" for what, remedy in cursor.fetchall()]
 
 
-@cli.command()
+@command()
 @dsn_options
-@click.option("--apply", is_flag=True, help="Run the SQL instead of printing it.")
-def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
+@click.option("--apply", is_flag=True, allow_from_autoenv=False, help="Run the SQL instead of printing it.")
+@click.option(
+    "--renew-epoch",
+    is_flag=True,
+    allow_from_autoenv=False,
+    help="After a volume or a cold copy of the database was put back: let every client know by relay.gap "
+    "that events may be missing.",
+)
+def schema(dsn: str | None, dsn_file: Path | None, apply: bool, renew_epoch: bool) -> None:
     """Print the SQL of the durable log, or install or upgrade it.
 
     It is safe to repeat: events, settings and grants stay. The role needs CREATE on the
@@ -6621,26 +6664,27 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
         sse_relay.py schema | less
         sse_relay.py schema --apply --dsn postgresql://owner@localhost/app
     """
-    if not apply:
+    if not (apply or renew_epoch):
         click.echo(f"BEGIN READ WRITE;\n{SCHEMA_SQL}\nCOMMIT;")
         return
     dsn = resolve_dsn(dsn, dsn_file)
     try:
-        warnings = apply_schema(dsn)
-    except UnusableDatabaseError as error:
-        raise click.ClickException(f"the schema was not applied: {error}") from None
-    except psycopg2.Error as error:
-        reason = error.diag.message_primary or str(error)
-        hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
-        raise click.ClickException(
-            f"the schema was not applied: {one_line(psycopg2.Error(reason + hint), dsn)}"
-        ) from None
-    for warning in warnings:
-        click.echo(warning, err=True)
-    click.echo(f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log.")
+        if apply:
+            for warning in apply_schema(dsn):
+                click.echo(warning, err=True)
+            click.echo(
+                f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log."
+            )
+        if renew_epoch:
+            with visit(dsn) as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT sse_relay.renew_epoch()")
+            click.echo("The log has a new epoch: clients that come back to an older position get relay.gap.")
+    except (UnusableDatabaseError, psycopg2.Error) as error:
+        what = "the schema was not applied" if apply else "the epoch was not renewed"
+        raise click.ClickException(f"{what}: {explain(error, dsn)}") from None
 
 
-@cli.command()
+@command()
 @click.option(
     "--key-file",
     required=True,
@@ -6650,14 +6694,14 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool) -> None:
 )
 @click.option(
     "--lifetime",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10 * YEAR),
     default=3600,
-    show_default=True,
     metavar="SECONDS",
     help="When the token ends; the stream ends with it.",
 )
+@click.option("--subject", metavar="NAME", help="Whose token it is, for sse_relay.revoke(NAME).")
 @click.argument("channels", nargs=-1, required=True, metavar="GLOB...")
-def token(key_file: Path, lifetime: int, channels: tuple[str, ...]) -> None:
+def token(key_file: Path, lifetime: int, subject: str | None, channels: tuple[str, ...]) -> None:
     """Sign a token that opens channels, and print it alone.
 
     For trying things out; an application signs with its own JWT library.
@@ -6676,124 +6720,8 @@ def token(key_file: Path, lifetime: int, channels: tuple[str, ...]) -> None:
         raise click.ClickException(f"cannot read {key_file}: {error.strerror}") from None
     except UnusableKeyError as error:
         raise click.ClickException(f"{key_file}: {error}") from None
-    click.echo(sign_token(key, channels, int(time.time()) + lifetime))
-
-
-def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
-    """Serve the demo's page, and do what it asks for."""
-    restarting = threading.Lock()
-
-    def restart() -> None:
-        with restarting:
-            postgres.restart()
-
-    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-        return answer_page("demo")
-
-    async def status(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-        return answer_status(relay)
-
-    async def publish(relay: Relay, body: bytes) -> None:
-        detail = "the request is no JSON object with channel, data and event"
-        try:
-            fields = json.loads(body)
-            channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UnsendableError(detail) from None
-        if not all(isinstance(text, str) for text in (channel, data, event or "")):
-            raise UnsendableError(detail)
-        await in_thread(lambda: send_event(postgres.dsn, source, channel, data, event) or "")  # type: ignore[func-returns-value]  # for its effect
-
-    async def restart_relay(relay: Relay, body: bytes) -> None:
-        relay.restart()
-
-    async def restart_postgres(relay: Relay, body: bytes) -> None:
-        await asyncio.to_thread(restart)
-
-    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> PageHandler:
-        async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-            try:
-                if foreign_origin(request.headers) is not None:
-                    raise UnsendableError("only the demo's own page may do this")
-                await act(relay, await request.read())
-                return web.Response(status=204)
-            except UnsendableError as error:
-                detail = str(error)
-            except click.ClickException as error:
-                detail = error.message
-            except (UnusableDatabaseError, psycopg2.Error) as error:
-                detail = one_line(error, postgres.dsn)
-            return web.json_response(
-                {"title": "not done", "status": 400, "detail": detail},
-                status=400,
-                content_type="application/problem+json",
-            )
-
-        return answer
-
-    return {
-        ("GET", "/"): show,
-        ("HEAD", "/"): show,
-        ("GET", "/status"): status,
-        ("POST", "/publish"): only_here(publish),
-        ("POST", "/restart-relay"): only_here(restart_relay),
-        ("POST", "/restart-postgresql"): only_here(restart_postgres),
-    }
-
-
-@cli.command()
-@source_option
-@click.option(
-    "--bind",
-    envvar="SSE_RELAY_BIND",
-    default="127.0.0.1:8008",
-    show_default=True,
-    metavar="HOST:PORT",
-    callback=lambda ctx, param, value: check_bind(ctx, param, (value,))[0],
-    help="Where to listen.",
-)
-def demo(source: str, bind: str) -> None:
-    """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
-
-    \b
-    Example:
-        sse_relay.py demo
-        sse_relay.py demo --source log --bind 127.0.0.1:9000
-    """
-    start_log("warning")
-    address = split_address(bind)
-    if isinstance(address, Path) or not address[1]:
-        raise click.UsageError(f"--bind {bind}: the demo is for a browser, so give HOST:PORT")
-    if not is_local(bind):
-        raise click.UsageError(
-            f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
-        )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
-    with EmbeddedPostgres() as postgres:
-        if source == "log":
-            apply_schema(postgres.dsn)
-        settings = Settings(
-            postgres.dsn,
-            source=source,
-            bind=(bind,),
-            allow_channel=("*",),
-            allow_origin=DEVELOPMENT_ORIGINS,
-        )
-        notify = "pg_notify" if source == "notify" else "sse_relay.publish"
-        program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
-
-        def show() -> None:
-            click.echo(
-                f"PostgreSQL is running:\n    {postgres.dsn}\n\n"
-                f"Open in a browser:\n    http://{bind}/\n\n"
-                f"Or in two other terminals:\n"
-                f"    curl -N http://{bind}/events/orders\n"
-                f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
-                f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
-                "Ctrl-C ends it."
-            )
-
-        run_relay(settings, demo_pages(postgres, source), show)
+    now = time.time()
+    click.echo(sign_token(key, channels, int(now) + lifetime, now, subject))
 
 
 def check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -6821,17 +6749,16 @@ def check_authority(ctx: click.Context, param: click.Parameter, value: Path | No
     return value
 
 
-@cli.command()
+@command()
 @dsn_options
 @click.option(
     "--source",
-    envvar="SSE_RELAY_SOURCE",
     type=click.Choice(["notify", "log"]),
-    help="What the relay uses.  [default: log if the durable log is installed in the database]",
+    show_default="log if it is installed in the database",
+    help="What the relay uses.",
 )
 @click.option(
     "--url",
-    envvar="SSE_RELAY_URL",
     metavar="URL",
     callback=check_url,
     help="Open this stream, through the proxy, and measure what a browser gets. Publishes up to three "
@@ -6839,13 +6766,12 @@ def check_authority(ctx: click.Context, param: click.Parameter, value: Path | No
 )
 @click.option(
     "--ca-file",
-    envvar="SSE_RELAY_CA_FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     callback=check_authority,
     help="Trust this authority's certificate, in PEM form, for --url, instead of those of the system.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print the findings as JSON.")
 @click.pass_context
 def doctor(
     ctx: click.Context,
@@ -6885,6 +6811,128 @@ def doctor(
     if as_json:
         click.echo(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}, indent=2))
     ctx.exit(0 if healthy else 1)
+
+
+# ==== Demo ====================================================================
+#
+# A PostgreSQL, a relay and a page to try them. What the page asks for is done here.
+
+
+def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
+    """Serve the demo's page, and do what it asks for."""
+    restarting = threading.Lock()
+
+    def restart() -> None:
+        with restarting:
+            postgres.restart()
+
+    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        return answer_page("demo")
+
+    async def status(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        return answer_status(relay)
+
+    async def publish(relay: Relay, body: bytes) -> None:
+        detail = "the request is no JSON object with channel, data and event"
+        try:
+            fields = json.loads(body)
+            channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UnsendableError(detail) from None
+        if not all(isinstance(text, str) for text in (channel, data, event or "")):
+            raise UnsendableError(detail)
+        await asyncio.to_thread(send_event, postgres.dsn, source, channel, data, event)
+
+    async def restart_relay(relay: Relay, body: bytes) -> None:
+        relay.restart()
+
+    async def restart_postgres(relay: Relay, body: bytes) -> None:
+        await asyncio.to_thread(restart)
+
+    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> PageHandler:
+        async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                if foreign_origin(request.headers) is not None:
+                    raise UnsendableError("only the demo's own page may do this")
+                await act(relay, await request.read())
+                return web.Response(status=204)
+            except UnsendableError as error:
+                detail = str(error)
+            except click.ClickException as error:
+                detail = error.message
+            except (UnusableDatabaseError, psycopg2.Error) as error:
+                detail = one_line(error, postgres.dsn)
+            return web.json_response(
+                {"title": "not done", "status": 400, "detail": detail},
+                status=400,
+                content_type="application/problem+json",
+            )
+
+        return answer
+
+    return {
+        ("GET", "/"): show,
+        ("HEAD", "/"): show,
+        ("GET", "/status"): status,
+        ("POST", "/publish"): only_here(publish),
+        ("POST", "/restart-relay"): only_here(restart_relay),
+        ("POST", "/restart-postgresql"): only_here(restart_postgres),
+    }
+
+
+@command()
+@source_option
+@click.option(
+    "--bind",
+    default="127.0.0.1:8008",
+    metavar="HOST:PORT",
+    callback=check_bind,
+    help="Where to listen.",
+)
+@setting("--max-age", type=Seconds(1, YEAR), show_default="never", help="End a stream after so long.")
+def demo(source: str, bind: str, max_age: float | None) -> None:
+    """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
+
+    \b
+    Example:
+        sse_relay.py demo
+        sse_relay.py demo --source log --bind 127.0.0.1:9000
+    """
+    start_log("warning")
+    address = split_address(bind)
+    if isinstance(address, Path) or not address[1]:
+        raise click.UsageError(f"--bind {bind}: the demo is for a browser, so give HOST:PORT")
+    if not is_local(bind):
+        raise click.UsageError(
+            f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
+    with EmbeddedPostgres() as postgres:
+        if source == "log":
+            apply_schema(postgres.dsn)
+        settings = Settings(
+            postgres.dsn,
+            source=source,
+            bind=(bind,),
+            max_age=max_age,
+            allow_channel=("*",),
+            allow_origin=DEVELOPMENT_ORIGINS,
+        )
+        notify = "pg_notify" if source == "notify" else "sse_relay.publish"
+        program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
+
+        def show() -> None:
+            click.echo(
+                f"PostgreSQL is running:\n    {postgres.dsn}\n\n"
+                f"Open in a browser:\n    http://{bind}/\n\n"
+                f"Or in two other terminals:\n"
+                f"    curl -N http://{bind}/events/orders\n"
+                f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
+                f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
+                "Ctrl-C ends it."
+            )
+
+        run_relay(settings, demo_pages(postgres, source), show)
 
 
 def main() -> None:

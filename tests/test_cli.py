@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from click.testing import CliRunner
 
 import harness
 from harness import PROGRAM, Database, Relay, SseReader
-from sse_relay import __version__, cli, open_sockets
+from sse_relay import Settings, __version__, apply_schema, cli, open_sockets, read_key, verify_token
 
 StartRelay = Callable[..., Relay]
 
@@ -35,11 +38,11 @@ class Done(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The error, which is the last line, and the only one of its kind."""
-        lines = self.output.rstrip("\n").split("\n")
-        assert lines[-1].startswith("Error: "), self.output
-        assert sum(line.startswith("Error: ") for line in lines) == 1
-        return lines[-1].removeprefix("Error: ")
+        """The error, which is the last line, and the only one of its kind; `run` writes it to the log."""
+        errors = re.findall(r"^(?:Error:|[-0-9]+ [:,0-9]+ ERROR) (.*)$", self.output, re.MULTILINE)
+        assert self.output.rstrip("\n").endswith(errors[-1]), self.output
+        assert len(errors) == 1
+        return str(errors[0])
 
 
 def checked(status: int, output: str) -> Done:
@@ -118,22 +121,48 @@ def test_no_command_means_run(arguments: tuple[str, ...]) -> None:
     assert "'nowhere' is neither HOST:PORT nor unix:PATH" in done.error
 
 
-def test_every_option_of_run_has_its_environment_variable() -> None:
-    for name, option in options_of("run").items():
-        assert option.envvar == "SSE_RELAY_" + name.removeprefix("--").replace("-", "_").upper()
-
-
 def test_an_option_has_the_same_variable_in_all_commands() -> None:
-    for command in cli.commands:
-        for name in options_of(command).keys() & options_of("run").keys():
-            assert options_of(command)[name].envvar == options_of("run")[name].envvar, (command, name)
+    for name, command in cli.commands.items():
+        context = command.make_context(name, ["x"] * len(command.params), resilient_parsing=True)
+        for flag, option in options_of(name).items():
+            variable = "SSE_RELAY_" + flag.removeprefix("--").replace("-", "_").upper()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(variable, "given")
+                # Nothing in the environment may change a database, or the form of an answer.
+                heard = None if flag in ("--apply", "--renew-epoch", "--json") else "given"
+                assert option.resolve_envvar_value(context) == heard, (name, flag)
+
+
+def test_options_have_the_defaults_of_the_settings() -> None:
+    context = cli.commands["run"].make_context("run", ["--dsn", ""])
+    given = {name: context.params[name] for name in Settings.__dataclass_fields__}
+    assert Settings(**given) == Settings("")
+
+
+@pytest.mark.parametrize("command", [("publish", "orders", "x"), ("run",)])
+def test_an_unknown_variable_is_named_with_the_nearest(command: tuple[str, ...]) -> None:
+    variables = {"SSE_RELAY_ALLOW_CHANNELS": "*", "SSE_RELAY_QQQQ": "1", "SSE_RELAY_BIND": "unix:/sys/x"}
+    output = run_program(*command, env={**variables, "PGPORT": "1", "PGHOST": "127.0.0.1"}).output
+    unknown = [line.partition("variable ")[2] for line in output.splitlines() if "unknown" in line]
+    assert unknown == [
+        "SSE_RELAY_ALLOW_CHANNELS is unknown and does nothing; did you mean SSE_RELAY_ALLOW_CHANNEL?",
+        "SSE_RELAY_QQQQ is unknown and does nothing",
+    ], output
+
+
+def test_a_failed_start_is_told_in_the_form_of_the_log(tmp_path: Path) -> None:
+    done = run_program("--bind", "unix:/sys/relay.sock", "--log-format", "json")
+    (line,) = done.output.splitlines()[-1:]
+    entry = json.loads(line)
+    assert entry["level"] == "error"
+    assert entry["message"].startswith("cannot listen on unix:/sys/relay.sock: ")
 
 
 def test_variables_configure_and_the_command_line_wins(database: Database, start_relay: StartRelay) -> None:
     relay = start_relay(
         "--retry", "3000",
         env={
-            "SSE_RELAY_DSN": database.dsn,
+            "DATABASE_URL": url_of(database),
             "SSE_RELAY_RETRY": "1",
             "SSE_RELAY_PATH": "/",
             "SSE_RELAY_HEARTBEAT": "0.1",
@@ -239,14 +268,6 @@ def test_the_dsn_is_found_wherever_it_may_stand(
     for place, (options, env) in places.items():
         assert invoke("publish", *options, "orders", f"by {place}", env=env) == (0, "")
         assert heard() == [f"by {place}"]
-
-
-def test_the_relay_takes_its_dsn_from_the_environment(database: Database, start_relay: StartRelay) -> None:
-    relay = start_relay(env={"DATABASE_URL": url_of(database)})
-    with SseReader(relay.url("orders")) as reader:
-        reader.wait_for_id()
-        database.notify("orders", "x")
-        reader.wait_for_data("x")
 
 
 MALFORMED = [
@@ -560,7 +581,7 @@ def test_without_its_extra_uvloop_names_it(
     # Found before the package, and like a package that is not there.
     (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError('uvloop')")
     relay = start_relay("--loop", "uvloop", dsn=database.dsn, env={"PYTHONPATH": str(tmp_path)}, wait=False)
-    assert relay.wait() == 1
+    assert relay.wait() == 2
     assert "pip install uvloop" in relay.log
 
 
@@ -652,3 +673,73 @@ def test_publish_does_not_wait_for_a_terminal_that_is_closed(
         )  # fmt: skip
     assert done.returncode == 0
     assert heard() == [""]
+
+
+def test_publish_warns_where_only_the_log_is_heard(log_database: Database) -> None:
+    quiet = invoke("publish", "--dsn", log_database.dsn, "--source", "log", "orders", "x")
+    assert quiet == (0, "")
+    loud = invoke("publish", "--dsn", log_database.dsn, "orders", "x")
+    assert loud.status == 0
+    assert "does not hear this event: publish with --source log" in loud.output
+
+
+# ==== schema and token ========================================================
+
+
+@pytest.mark.parametrize("command", [("schema", "--apply"), ("publish", "--source", "log", "orders", "x")])
+def test_a_read_only_default_is_named_with_what_helps(database: Database, command: tuple[str, ...]) -> None:
+    if command[0] == "publish":
+        apply_schema(database.dsn)
+    name = psycopg2.extensions.parse_dsn(database.dsn)["dbname"]
+    database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    done = invoke(*command, "--dsn", database.dsn)
+    assert done.status == 1
+    assert "read-only transaction" in done.error
+    dsn = psycopg2.extensions.make_dsn(database.dsn, options="-c default_transaction_read_only=off")
+    assert dsn.partition("options=")[2].strip("'") in done.error
+    assert invoke(*command, "--dsn", dsn).status == 0
+
+
+def test_a_superuser_that_owns_the_log_is_told(database: Database) -> None:
+    done = invoke("schema", "--apply", "--dsn", database.dsn)
+    assert done.status == 0
+    assert "WARNING: the log belongs to the superuser postgres" in done.output
+
+
+def test_the_epoch_is_renewed_by_a_command(log_database: Database) -> None:
+    (before,) = log_database.execute("SELECT epoch FROM sse_relay.epoch")
+    assert invoke("schema", "--renew-epoch", "--dsn", log_database.dsn).status == 0
+    assert log_database.execute("SELECT epoch FROM sse_relay.epoch") != [before]
+    log_database.execute("DROP SCHEMA sse_relay CASCADE")
+    done = invoke("schema", "--renew-epoch", "--dsn", log_database.dsn)
+    assert done.status == 1
+    assert "run sse_relay.py schema --apply" in done.error
+
+
+def test_names_are_looked_up_where_strangers_cannot_write(log_database: Database) -> None:
+    log_database.execute(
+        "CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'the function of a stranger'; END $$;"
+        "CREATE FUNCTION public.pg_is_in_recovery() RETURNS boolean LANGUAGE sql AS 'SELECT true'"
+    )
+    name = psycopg2.extensions.parse_dsn(log_database.dsn)["dbname"]
+    log_database.execute(f"ALTER DATABASE {name} SET search_path = public, pg_catalog")
+    for command in (
+        ("publish", "orders", "x"),
+        ("publish", "--source", "log", "orders", "x"),
+        ("schema", "--apply"),
+        ("schema", "--renew-epoch"),
+        ("doctor",),
+    ):
+        done = invoke(*command, "--dsn", log_database.dsn)
+        assert done.status == 0, (command, done.output)
+
+
+def test_a_token_says_whose_it_is_and_when_it_was_issued(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("k" * 32)
+    done = invoke("token", "--key-file", str(file), "--subject", "user-7", "--lifetime", "60", "orders")
+    grant = verify_token(done.output.strip(), [read_key(file.read_bytes())], time.time())
+    assert grant.subject == "user-7"
+    assert abs(grant.issued - time.time()) < 30
+    assert invoke("token", "--key-file", str(file), "--lifetime", "1764000000000", "orders").status == 2

@@ -13,10 +13,11 @@ from typing import Any
 
 import psycopg2.extensions
 import pytest
+from click.testing import CliRunner
 
 import harness
 from harness import Database, Nginx, Relay
-from sse_relay import STREAM_TABLE, Finding, Seen, judge
+from sse_relay import STREAM_TABLE, Finding, Seen, cli, judge
 
 StartRelay = Callable[..., Relay]
 
@@ -37,24 +38,27 @@ backend relay
 """
 
 
-def run_doctor(*options: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*prefix, sys.executable, str(harness.PROGRAM), "doctor", *options],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=90,
-        env=harness.clean_environment(),
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+def run_doctor(*options: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Return the exit status and all that was written; with a prefix the program is a process of its own."""
+    if prefix:
+        command = [*prefix, sys.executable, str(harness.PROGRAM), "doctor", *options]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60, env=harness.clean_environment()
+        )
+        return done.returncode, done.stdout
+    result = CliRunner().invoke(cli, ["doctor", *options])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.output
 
 
 def diagnose(dsn: str, *options: str, prefix: tuple[str, ...] = ()) -> dict[str, Finding]:
     """Return what the command printed as JSON, by check; each but an "ok" says what to do."""
-    done = run_doctor("--json", "--dsn", dsn, *options, prefix=prefix)
-    assert done.returncode in (0, 1), done.stderr
-    answer = json.loads(done.stdout)
+    status, output = run_doctor("--json", "--dsn", dsn, *options, prefix=prefix)
+    assert status in (0, 1), output
+    answer = json.loads(output)
     findings = {finding["check"]: Finding(**finding) for finding in answer["findings"]}
     assert len(findings) == len(answer["findings"])
-    assert answer["healthy"] is (done.returncode == 0) is (not named(findings, "problem"))
+    assert answer["healthy"] is (status == 0) is (not named(findings, "problem"))
     for finding in findings.values():
         assert finding.fix or finding.level == "ok", finding
         assert "\n" not in finding.what + finding.fix
@@ -115,15 +119,15 @@ def test_the_log_is_checked_where_it_is_installed(
     log_database: Database, make_role: Callable[..., str]
 ) -> None:
     found = diagnose(log_database.dsn)
-    assert list(found)[5:] == ["grants", "schema", "owner", "rows", "epoch", "retention", "backlog"]
+    assert list(found)[5:] == ["grants", "schema", "owner", "epoch", "retention", "limits", "privileges", "backlog"]
     assert named(found, "warning", "problem", "unknown") == {"owner"}, "it belongs to the tests' superuser"
     assert "grants" not in diagnose(log_database.dsn, "--source", "notify")
 
 
 def test_people_read_a_line_for_each_finding_and_one_for_what_fixes_it(database: Database) -> None:
-    done = run_doctor("--dsn", database.dsn, "--source", "log")
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
+    status, output = run_doctor("--dsn", database.dsn, "--source", "log")
+    assert status == 1
+    lines = output.splitlines()
     assert lines[1].startswith("ok       connection: PostgreSQL answers at 127.0.0.1 port ")
     assert lines[-2:] == [
         "problem  schema: the durable log is not installed in this database",
@@ -280,6 +284,7 @@ def test_what_a_hardened_server_withholds_is_named_with_its_grant(
     assert named(found, "problem") == set()
     assert (found["rights"].level, found["queue"].level) == ("warning", "unknown")
     assert f"GRANT SELECT ON pg_catalog.pg_settings TO {role}" in found["rights"].fix
+    assert "GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system()" in found["limits"].fix
     log_database.execute(found["rights"].fix)
     found = diagnose(dsn)
     assert (found["rights"].level, found["queue"].level) == ("ok", "ok")
@@ -289,9 +294,18 @@ def test_it_names_row_level_security(log_database: Database, make_role: Callable
     dsn = as_relay(log_database, make_role)
     log_database.execute("ALTER TABLE sse_relay.events ENABLE ROW LEVEL SECURITY")
     found = diagnose(dsn)
-    assert "problem" in {found[check].level for check in ("rows", "schema") if check in found}
-    fix = " ".join(finding.fix for finding in found.values() if finding.level == "problem")
-    assert "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY" in fix
+    assert named(found, "problem") == {"grants"}
+    assert found["grants"].fix == "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY"
+
+
+def test_it_names_rights_that_nobody_needs(log_database: Database, make_role: Callable[..., str]) -> None:
+    dsn = make_role("GRANT INSERT ON sse_relay.events TO {}")
+    role = psycopg2.extensions.parse_dsn(dsn)["user"]
+    found = diagnose(log_database.dsn)
+    assert found["privileges"].level == "warning"
+    assert found["privileges"].fix == f"REVOKE INSERT ON sse_relay.events FROM {role}"
+    log_database.execute(found["privileges"].fix)
+    assert diagnose(log_database.dsn)["privileges"].level == "ok"
 
 
 # ==== Through a proxy =========================================================
@@ -301,12 +315,12 @@ def test_it_names_row_level_security(log_database: Database, make_role: Callable
     "url", ["nonsense", "ftp://127.0.0.1/events/orders", "http://127.0.0.1/", "http://127.0.0.1/events/%00"]
 )
 def test_what_is_no_stream_is_a_usage_error(database: Database, url: str) -> None:
-    assert run_doctor("--dsn", database.dsn, "--url", url).returncode == 2
+    assert run_doctor("--dsn", database.dsn, "--url", url)[0] == 2
 
 
 def test_a_file_without_a_certificate_is_a_usage_error(database: Database, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    assert run_doctor("--dsn", database.dsn, "--ca-file", str(tmp_path / "empty")).returncode == 2
+    assert run_doctor("--dsn", database.dsn, "--ca-file", str(tmp_path / "empty"))[0] == 2
 
 
 def seen(body: bytes = b":\nretry: 1\n\nid: a-1\n\n", **how: Any) -> dict[str, Finding]:
@@ -425,11 +439,13 @@ def test_with_a_token_it_looks_what_opens_without(
     token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with Nginx(tmp_path, address) as nginx:
         found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders?access_token={token}")
-        refused = run_doctor("--dsn", database.dsn, "--url", f"{nginx.url}/events/other?access_token={token}")
+        _, refused = run_doctor(
+            "--dsn", database.dsn, "--url", f"{nginx.url}/events/other?access_token={token}"
+        )
     assert named(found, "problem") == set()
     assert "nobody" in found["access"].what
-    assert "the relay refuses this stream with 403" in refused.stdout
-    assert token not in refused.stdout + refused.stderr + str(found)
+    assert "the relay refuses this stream with 403" in refused
+    assert token not in refused + str(found)
 
 
 def location(relay: str, *lines: str) -> str:

@@ -929,7 +929,7 @@ def refused(relay: Relay) -> str:
     """The one line that says why a relay ended at once, with status 1."""
     assert relay.wait() == 1
     *lines, error = relay.lines
-    assert error.startswith("Error: PostgreSQL cannot be used: "), relay.log
+    assert " ERROR PostgreSQL cannot be used: " in error, relay.log
     assert not [line for line in lines if "INFO" not in line and "WARNING" not in line], relay.log
     return error
 
