@@ -3504,7 +3504,8 @@ SELECT 'this role may not call pg_notification_queue_usage()',
     format('GRANT EXECUTE ON FUNCTION pg_catalog.pg_notification_queue_usage() TO %I', current_user)
 WHERE NOT has_function_privilege('pg_notification_queue_usage()', 'EXECUTE')
 UNION ALL
-SELECT 'this role may not read pg_settings', format('GRANT SELECT ON pg_catalog.pg_settings TO %I', current_user)
+SELECT 'this role may not read pg_settings',
+    format('GRANT SELECT ON pg_catalog.pg_settings TO %I', current_user)
 WHERE NOT has_table_privilege('pg_settings', 'SELECT')
 """
 
@@ -5682,16 +5683,16 @@ LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
 WITHHELD: Final = ("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures")
 LOG_WARNINGS: Final = (
     ("limits", LOG_LIMITS_SQL, "the log's owner may call what tells a restored database from another"),
-    ("privileges", LOG_EXCESS_SQL, "nobody has rights on the durable log that the documentation does not give"),
+    ("privileges", LOG_EXCESS_SQL, "nobody has rights on the log beyond the documented ones"),
 )
 
 
 def warn(cursor: psycopg2.extensions.cursor, check: str, statement: str, fine: str) -> Finding:
     """Run a statement whose rows are warnings and return them as one finding."""
-    cursor.execute(statement)
-    if rows := cursor.fetchall():
-        return Finding("warning", check, "; ".join(what for what, _ in rows), "; ".join(fix for _, fix in rows))
-    return Finding("ok", check, fine)
+    with cursor.connection.cursor() as plain:
+        plain.execute(statement)
+        whats, fixes = zip(*plain.fetchall() or [(fine, "")], strict=True)
+    return Finding("warning" if any(fixes) else "ok", check, "; ".join(whats), "; ".join(fixes))
 
 
 def look(cursor: psycopg2.extensions.cursor, statement: str, table: Table) -> Iterator[Finding]:
@@ -5729,7 +5730,7 @@ def check_backlog(cursor: psycopg2.extensions.cursor) -> Finding:
     """Check whether committed events wait for longer than a sweep to be numbered."""
     seen: list[set[str]] = []
     for wait in (SWEEP_INTERVAL + 1, 0):
-        cursor.execute(LOG_WAITING_SQL, (None,))
+        cursor.execute(LOG_WAITING_SQL, (None, None))
         seen.append(set((cursor.fetchone() or ("", [], []))[1]))
         if not set.intersection(*seen):
             return Finding("ok", "backlog", "no committed event waits to be numbered")
