@@ -86,7 +86,7 @@ def make_role(database: Database) -> Iterator[Callable[..., str]]:
     yield make
     database.terminate_backends()
     for name in made:
-        database.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+        database.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
 APPLICATION = (
@@ -278,7 +278,8 @@ def test_what_a_hardened_server_withholds_is_named_with_its_grant(
     role = psycopg2.extensions.parse_dsn(dsn)["user"]
     log_database.execute(
         "REVOKE EXECUTE ON FUNCTION pg_notification_queue_usage() FROM PUBLIC;"
-        "REVOKE SELECT ON pg_settings FROM PUBLIC; REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC;"
+        "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC;"
+        "REVOKE SELECT ON pg_settings FROM PUBLIC;"
         f"ALTER SCHEMA sse_relay OWNER TO {role}"
     )
     found = diagnose(dsn)
