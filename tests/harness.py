@@ -16,6 +16,7 @@ import json
 import os
 import pwd
 import random
+import re
 import selectors
 import shutil
 import signal
@@ -507,9 +508,24 @@ location /events {
 """
 
 
+# Where the docs' blocks for nginx go. Those for several relays take the place of the one.
+NGINX_BLOCKS = {
+    "http { }": "# /etc/nginx/conf.d/sse-relay.conf",
+    "server { }": "# /etc/nginx/snippets/sse-relay.conf",
+    "location /events { }": "# Inside location ~ ^/events { }",
+    "server { }, to ask the application": "# Inside server { }, to ask the application",
+}
+
+
 def nginx_recipe(place: str) -> str:
-    """Return the docs' block for nginx that begins with the comment ``# Inside {place}``."""
-    return pages.block("nginx", f"# Inside {place}")
+    """Return the docs' block for nginx that goes to a place; ``http { }, several relays`` is one, too."""
+    if place != "http { }, several relays":
+        return pages.block("nginx", NGINX_BLOCKS[place])
+    several = pages.block("nginx", "# In /etc/nginx/conf.d/sse-relay.conf, for several relays")
+    one = pages.block("nginx", NGINX_BLOCKS["http { }"])
+    return re.sub(
+        r"^upstream sse_relay \{.*?^\}\n", lambda match: several, one, flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import httpx
 import psycopg2.extensions
 import pytest
 
@@ -29,7 +30,7 @@ from harness import Database, RawStream, Server, wait_until
 from sse_relay import SCHEMA_SQL
 
 # A boot, an installation from the package index, and limits of the watchdog that must pass.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 # Arguments: a folder to work in; pairs FROM:TO of folders that the new system sees, too.
 BOOT = """
@@ -69,6 +70,9 @@ exec env -i container=sse-relay PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
 NAMESPACES = ("--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--uts", "--ipc", "--net", "--cgroup")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 DATABASE_FOLDER = "/run/test-postgresql"
+OPTIONS = "/etc/sse-relay/options"
+KEYS = "/etc/sse-relay/keys"
+TEST_OPTIONS = ("SSE_RELAY_SOURCE=log", "SSE_RELAY_RETRY=100", "SSE_RELAY_ALLOW_CHANNEL=public-* news orders")
 
 
 class Machine:
@@ -174,10 +178,9 @@ def remove_groups(group: Path) -> bool:
     return True
 
 
-def printed_installation() -> str:
-    """Return the docs' shell block that installs the service."""
-    (block,) = [found for found in pages.blocks("sh") if "systemd/sse-relay.service" in found.text]
-    return block.text
+def docs_block(language: str, first: str, page: str = "docs/deploy.md") -> str:
+    """Return the docs' only block that begins so."""
+    return pages.block(language, first, page)
 
 
 @dataclass
@@ -190,9 +193,27 @@ class Site:
     address: str
     """Of the streams, in the form of --bind, for this machine."""
 
-    def publish(self, *events: object) -> None:
+    def publish(self, *events: object, channel: str = "orders") -> None:
         for event in events:
-            self.database.execute("SELECT sse_relay.publish('orders', %s::text)", (str(event),))
+            self.database.execute("SELECT sse_relay.publish(%s, %s::text)", (channel, str(event)))
+
+    def set_options(self, *lines: str) -> None:
+        """Write the file of options: what the docs print, what the tests need, and these lines."""
+        printed = docs_block("ini", "# /etc/sse-relay/options")
+        text = "\n".join([*printed.splitlines(), *TEST_OPTIONS, *lines, ""])
+        self.machine.path(OPTIONS).write_text(text)
+
+    def token(self, *globs: str, key: str = f"{KEYS}/first") -> str:
+        """Sign a token with a key file of the new system."""
+        command = "cd /opt/sse-relay && venv/bin/python sse_relay.py token --key-file"
+        return self.machine.run("sh", "-c", f"{command} {key} {' '.join(globs)}").strip()
+
+    def opens(self, token: str) -> bool:
+        """Return whether a token opens a closed channel."""
+        headers = {"Accept": "*/*", "Authorization": f"Bearer {token}"}
+        with RawStream(self.address, "/events/closed", headers=headers) as client:
+            wait_until(lambda: b"\r\n\r\n" in client.raw, 10, "an answer")
+            return client.status == 200
 
     def wait_active(self, timeout: float = 30.0) -> None:
         wait_until(lambda: self.machine.show("ActiveState") == "active", timeout, "the service")
@@ -210,21 +231,21 @@ def site() -> Iterator[Site]:
         folders = {str(harness.ROOT): harness.ROOT, DATABASE_FOLDER: sockets}
         machine = stack.enter_context(Machine(folders))
         dsn = psycopg2.extensions.make_dsn(server.dsn, host=DATABASE_FOLDER)
-        block = printed_installation()
-        assert "postgresql://relay:password@localhost/app" in block
+        block = docs_block("sh", "python3 -m venv /opt/sse-relay/venv")
+        assert "'postgresql://relay:password@localhost/app'" in block
         block = block.replace("'postgresql://relay:password@localhost/app'", f'"{dsn}"')
         network, _, here = block.partition("install -m 644 sse_relay.py")
         machine.run("bash", "-ec", network, network=True)
-        machine.drop_in(
-            "test",
-            "[Unit]\nAfter=\n[Service]\nEnvironment=SSE_RELAY_SOURCE=log SSE_RELAY_RETRY=100\n"
-            "WatchdogSec=3\nTimeoutAbortSec=1\n",
-        )
         machine.run("bash", "-ec", "install -m 644 sse_relay.py" + here)
-        yield Site(machine, server, server.database, f"unix:{machine.path('/run/sse-relay/http.sock')}")
+        machine.drop_in("test", "[Unit]\nAfter=\n[Service]\nWatchdogSec=3\nTimeoutAbortSec=1\n")
+        address = f"unix:{machine.path('/run/sse-relay/http.sock')}"
+        site = Site(machine, server, server.database, address)
+        site.set_options()
+        machine.run("bash", "-ec", docs_block("sh", "systemctl daemon-reload"))
+        yield site
 
 
-def test_it_is_installed_by_the_readme_and_tells_its_status(site: Site) -> None:
+def test_it_is_installed_by_the_docs_and_tells_its_status(site: Site) -> None:
     site.wait_active()
     status = site.machine.run("systemctl", "status", "--no-pager", "sse-relay")
     assert "Active: active (running)" in status
@@ -245,17 +266,11 @@ def test_it_runs_as_a_user_of_its_own_that_can_read_the_secret_alone(site: Site)
     assert "password" not in site.machine.run("ps", "-ef")
 
 
-def test_a_reload_reads_the_keys_again(site: Site) -> None:
-    before = site.machine.show("MainPID")
-    site.machine.run("systemctl", "reload", "sse-relay")
-    wait_until(lambda: "are unchanged" in site.machine.journal(), 10, "the reload")
-    assert site.machine.show("MainPID") == before
-
-
 def test_the_journal_knows_severities(site: Site) -> None:
-    warnings = site.machine.journal("--priority=warning")
-    assert "every channel can be read" in warnings
-    assert "connected to PostgreSQL" not in warnings
+    site.wait_active()
+    site.database.terminate_backends()
+    wait_until(lambda: "lost PostgreSQL" in site.machine.journal("--priority=warning"), 10, "a warning")
+    assert "connected to PostgreSQL" not in site.machine.journal("--priority=warning")
     assert "connected to PostgreSQL" in site.machine.journal("--priority=info")
 
 
@@ -267,6 +282,8 @@ class Native:
     """A client that comes back as a browser's EventSource does, until it is told to stop."""
 
     path: str
+    channel: str = "orders"
+    token: str = ""
     data: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     last_id: str = ""
@@ -283,11 +300,10 @@ class Native:
                 await asyncio.sleep(self.retry)
                 continue
             with contextlib.closing(writer):
-                last = f"Last-Event-ID: {self.last_id}\r\n" if self.last_id else ""
-                head = (
-                    f"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n{last}\r\n"
-                )
-                writer.write(head.encode())
+                head = f"GET /events/{self.channel} HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n"
+                head += f"Last-Event-ID: {self.last_id}\r\n" if self.last_id else ""
+                head += f"Authorization: Bearer {self.token}\r\n" if self.token else ""
+                writer.write(f"{head}\r\n".encode())
                 with contextlib.suppress(OSError):
                     await self._read(reader)
             await asyncio.sleep(self.retry)
@@ -319,8 +335,8 @@ class Native:
 class Natives:
     """Many of them, in a thread."""
 
-    def __init__(self, path: str, count: int) -> None:
-        self.all = [Native(path) for _ in range(count)]
+    def __init__(self, path: str, count: int, channel: str = "orders", token: str = "") -> None:
+        self.all = [Native(path, channel, token) for _ in range(count)]
         self._loop = asyncio.new_event_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -392,7 +408,7 @@ def test_a_relay_whose_postgresql_is_away_is_left_alone(site: Site) -> None:
         assert (site.machine.show("MainPID"), site.machine.show("NRestarts")) == (before, restarts)
         assert not client.ended
         site.server.start()
-        wait_until(lambda: "clients" in site.machine.show("StatusText"), 20, "PostgreSQL")
+        wait_until(lambda: " channel" in site.machine.show("StatusText"), 20, "PostgreSQL")
         site.publish("back")
         client.wait_for(b"data: back")
     assert site.machine.show("MainPID") == before
@@ -414,10 +430,189 @@ def test_a_database_that_comes_late_is_no_failed_start(site: Site) -> None:
     assert site.machine.show("NRestarts") == restarts
 
 
-def test_it_works_without_any_network_but_unix_sockets(site: Site) -> None:
-    drop_in = (harness.ROOT / "systemd" / "unix-only.conf").read_text()
-    site.machine.drop_in("unix-only", drop_in)
+# ==== Keys ====================================================================
+
+
+def test_a_secret_is_changed_by_restarts_that_cost_no_client_an_error(site: Site) -> None:
+    site.set_options()
     site.machine.run("systemctl", "restart", "sse-relay")
+    site.wait_active()
+    assert site.machine.run("stat", "-c", "%a %U", f"{KEYS}/first").strip() == "600 root"
+    first = site.token("closed")
+    assert site.opens(first)
+    assert not site.opens("")
+    add = docs_block("sh", "# A second secret beside the first", "docs/operate.md")
+    remove = docs_block("sh", "# The second secret alone", "docs/operate.md")
+    path = site.address.removeprefix("unix:")
+    with contextlib.closing(Natives(path, 50, "closed", first)) as natives:
+        wait_until(lambda: all(native.last_id for native in natives.all), 20, "50 clients")
+        site.publish(1, channel="closed")
+        site.machine.run("bash", "-ec", add)
+        site.publish(2, channel="closed")
+        wait_until(lambda: all(native.data == ["1", "2"] for native in natives.all), 20, "both events")
+        assert all(native.opened >= 2 and not native.refused for native in natives.all)
+        second = site.token("closed", key=f"{KEYS}/second")
+        assert site.opens(first)
+        assert site.opens(second)
+        site.machine.run("bash", "-ec", remove)
+        assert site.opens(second)
+        assert not site.opens(first)
+        # They have had their hour: they are told so, and that is no error of the connection.
+        wait_until(
+            lambda: all(native.names[-1:] == ["relay.refused"] for native in natives.all), 20, "a word"
+        )
+        assert not any(native.refused for native in natives.all)
+    site.machine.run("bash", "-ec", f"mv {KEYS}/second {KEYS}/first")
+    site.set_options()
+    site.machine.run("systemctl", "restart", "sse-relay")
+
+
+def test_a_reload_claims_no_new_secret(site: Site) -> None:
+    site.wait_active()
+    old, before = site.token("closed"), site.machine.show("MainPID")
+    site.machine.run("bash", "-ec", f"openssl rand -hex 32 > {KEYS}/first; systemctl reload sse-relay")
+    wait_until(lambda: "keys are unchanged" in site.machine.journal(), 10, "the reload")
+    assert site.opens(old)
+    assert not site.opens(site.token("closed"))
+    site.machine.run("systemctl", "restart", "sse-relay")
+    assert not site.opens(old)
+    assert site.opens(site.token("closed"))
+    assert site.machine.show("MainPID") != before
+
+
+def test_public_keys_are_changed_by_a_reload(site: Site) -> None:
+    site.wait_active()
+    make = "cd /etc/sse-relay; openssl ecparam -name prime256v1 -genkey -noout -out {0}.key;"
+    make += "openssl pkey -in {0}.key -pubout -out {0}.pem"
+    for name in ("app", "app-2027"):
+        site.machine.run("bash", "-ec", make.format(name))
+    site.machine.run("bash", "-ec", "cd /etc/sse-relay; cp app.pem next.pem; chmod 644 *.pem")
+    site.set_options(*docs_block("ini", "# In /etc/sse-relay/options", "docs/operate.md").splitlines()[1:])
+    site.machine.run("systemctl", "restart", "sse-relay")
+    old, new = (site.token("closed", key=f"/etc/sse-relay/{name}.key") for name in ("app", "app-2027"))
+    assert site.opens(old)
+    assert not site.opens(new)
+    before = site.machine.show("MainPID")
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+        change = docs_block("sh", "# A second public key beside the first", "docs/operate.md")
+        site.machine.run("bash", "-ec", f"cd /etc/sse-relay; {change}")
+        wait_until(lambda: site.opens(new), 10, "the new key")
+        assert site.opens(old)
+        assert not client.ended
+    assert site.machine.show("MainPID") == before
+    assert "1 of 2 keys are new" in site.machine.journal()
+    site.set_options()
+    site.machine.run("systemctl", "restart", "sse-relay")
+
+
+# ==== What cannot work ========================================================
+
+# What makes it so; what fixes it.
+MISTAKES = {
+    "an option": (f"echo SSE_RELAY_HEARTBEAT=soon >> {OPTIONS}", f"sed -i /HEARTBEAT/d {OPTIONS}"),
+    "a key": (f"mv {KEYS}/first {KEYS}/other", f"mv {KEYS}/other {KEYS}/first"),
+    "no keys": (f"mv {KEYS} {KEYS}.away", f"mv {KEYS}.away {KEYS}"),
+    "no options": (f"mv {OPTIONS} {OPTIONS}.away", f"mv {OPTIONS}.away {OPTIONS}"),
+    "no DSN": (
+        "mv /etc/sse-relay/dsn /etc/sse-relay/dsn.away",
+        "mv /etc/sse-relay/dsn.away /etc/sse-relay/dsn",
+    ),
+    "no program": ("mv /opt/sse-relay/venv /opt/sse-relay/v", "mv /opt/sse-relay/v /opt/sse-relay/venv"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_work_closes_the_socket_and_nginx_answers(
+    site: Site, mistake: str, tmp_path: Path
+) -> None:
+    site.wait_active()
+    site.set_options()
+    spoil, fix = MISTAKES[mistake]
+
+    def asked() -> str:
+        return httpx.get(f"{nginx.url}/events/orders", headers={"Accept": "text/event-stream"}).text
+
+    with harness.Nginx(tmp_path, site.address) as nginx:
+        site.machine.run("bash", "-ec", f"{spoil}; systemctl restart sse-relay || true")
+        wait_until(lambda: asked() == "retry: 2000\n\n", 20, "nginx's answer")
+        wait_until(
+            lambda: site.machine.show("ActiveState", "sse-relay.socket") in ("inactive", "failed"),
+            20, "the end of the socket",
+        )  # fmt: skip
+        assert site.machine.show("ActiveState") in ("failed", "inactive")
+        assert asked() == "retry: 2000\n\n"
+        site.machine.run("bash", "-ec", f"{fix}; systemctl start sse-relay")
+        with RawStream(nginx.address, "/events/orders") as client:
+            client.wait_for(b"id: ")
+
+
+def test_a_database_that_refuses_is_tried_every_few_seconds(site: Site) -> None:
+    site.wait_active()
+    dsn = site.machine.path("/etc/sse-relay/dsn")
+    good = dsn.read_text()
+    dsn.write_text(good.replace("user=postgres", "user=nobody"))
+    restarts = int(site.machine.show("NRestarts"))
+    site.machine.run("systemctl", "--no-block", "restart", "sse-relay")
+    wait_until(lambda: int(site.machine.show("NRestarts")) in (0, 1), 20, "the first start")
+    began = time.monotonic()
+    told = 0
+    while told < 3:
+        with RawStream(site.address, "/events/orders") as client:
+            client.wait_for(b"retry: ", 15)
+            client.wait_for_end(15)
+            told += 1
+    wait_until(lambda: int(site.machine.show("NRestarts")) >= 3, 20, "three restarts")
+    assert time.monotonic() - began > 4, restarts
+    dsn.write_text(good)
+    site.wait_active()
+    with RawStream(site.address, "/events/orders") as client:
+        client.wait_for(b"id: ")
+
+
+# ==== Several relays, one network less ========================================
+
+
+def test_relays_by_number_have_the_options_too(site: Site) -> None:
+    site.set_options()
+    site.machine.run(
+        "bash", "-ec", docs_block("sh", "systemctl disable --now sse-relay.socket sse-relay.service")
+    )
+    token = site.token("closed")
+    for number in (1, 2):
+        unit = f"sse-relay@{number}"
+        wait_until(lambda unit=unit: site.machine.show("ActiveState", unit) == "active", 20, unit)  # type: ignore[misc]  # a default
+        instance = Site(
+            site.machine,
+            site.server,
+            site.database,
+            f"unix:{site.machine.path(f'/run/sse-relay/{number}.sock')}",
+        )
+        assert instance.opens(token)
+        assert not instance.opens("")
+        with RawStream(instance.address, "/events/orders") as client:
+            client.wait_for(b"id: ")
+            site.publish(f"to {number}")
+            client.wait_for(f"data: to {number}".encode())
+        ready = f"curl -sS http://127.0.0.1:801{number}/ready"
+        wait_until(lambda ready=ready: '"ready": true' in site.machine.run("sh", "-c", ready), 10, ready)  # type: ignore[misc]  # a default
+    site.machine.run("rm", OPTIONS)
+    broken = site.machine.run("sh", "-c", "systemctl restart sse-relay@1 2>&1; true")
+    assert "Assertion failed" in broken
+    site.set_options()
+    site.machine.run(
+        "bash", "-ec",
+        "systemctl disable --now sse-relay@{1,2}.socket sse-relay@{1,2}.service;"
+        "systemctl enable --now sse-relay.socket sse-relay.service",
+    )  # fmt: skip
+
+
+def test_it_works_without_any_network_but_unix_sockets(site: Site) -> None:
+    site.set_options("SSE_RELAY_ADMIN=unix:/run/sse-relay-admin/http.sock")
+    site.machine.run("bash", "-ec", docs_block("sh", "install -D -m 644 systemd/unix-only.conf"))
+    admin = f"unix:{site.machine.path('/run/sse-relay-admin/http.sock')}"
+    with RawStream(admin, "/ready") as ready:
+        wait_until(lambda: ready.raw.startswith(b"HTTP/1.1 200"), 10, "the admin listener")
     assert site.machine.show("PrivateNetwork") == "yes"
     assert site.machine.show("RestrictAddressFamilies") == "AF_UNIX"
     with RawStream(site.address, "/events/orders") as client:

@@ -6,7 +6,6 @@ Run as a program with ``--write``, this brings the help texts and refusals in do
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import re
 import shlex
@@ -191,34 +190,6 @@ def check(*command: str | Path, source: str = "") -> None:
     assert done.returncode == 0, done.stdout + done.stderr + source
 
 
-def check_nginx(tmp_path: Path) -> None:
-    """Let nginx read the blocks, each in the context that its first line names.
-
-    Those for ``http`` take each other's place. What asks the application is tried apart: its line
-    ``error_page`` for the relay's absence takes the place of the other one.
-    """
-    contexts: dict[str, list[str]] = {"http": [], "location /events": [], "server": []}
-    for found in blocks("nginx"):
-        match = re.match(r"# Inside ([^{]+) \{ \}.*\n", found.text)
-        assert match, found.text
-        contexts[match[1]].append(found.text.replace("/var/log/nginx", str(tmp_path)))
-    (more,) = contexts["location /events"]
-    to_ask, plain = contexts["server"]
-    asking, replaced = re.subn(r" *error_page .*@sse_retry;\n", more, plain)
-    assert replaced == 1
-    servers = [plain, asking + to_ask]
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
-    config = tmp_path / "nginx.conf"
-    for http, server in itertools.product(contexts["http"], servers):
-        config.write_text(
-            f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
-            f"http {{\n{folders}access_log off;\n{http}"
-            f"server {{\nlisten unix:{tmp_path}/listen;\n{server}}}\n}}\n"
-        )
-        check(require("nginx"), "-t", "-c", config)
-
-
 def check_javascript(tmp_path: Path) -> None:
     for found in blocks("js"):
         module = tmp_path / "block.mjs"
@@ -288,15 +259,15 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "ini": check_ini,
     "js": check_javascript,
     "json": check_json,
-    "nginx": check_nginx,
     "php": check_php,
     "python": check_python,
     "ruby": check_ruby,
     "sh": check_shell,
     "yaml": check_yaml,
 }
-# SQL is run below, output is compared with the program's, and the image is built in test_container.py.
-UNCHECKED = {"text", "sql", "dockerfile"}
+# SQL is run below, output is compared with the program's, the image is built in test_container.py, and what
+# proxies read is read by them in test_proxies.py.
+UNCHECKED = {"text", "sql", "dockerfile", "nginx", "caddy", "haproxy", "apache", "http"}
 
 
 @pytest.mark.parametrize("language", CHECKS)
