@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import quote
 
 import click
 import httpx
@@ -690,81 +688,6 @@ def test_a_port_of_all_addresses_answers_every_host(start_relay: StartRelay, dat
         for address in (f"127.0.0.1:{port}", on_loopback.bind):
             assert true_status(address, "/events/orders", "app.example", method="HEAD") == 200
     assert relay.process.poll() is None
-
-
-# ==== A proxy that asks =======================================================
-
-# As they are written on the wire; nginx resolves them before it looks for a location, and sends
-# them on as they came.
-AROUND = [
-    "/events/secret",
-    "/events.js/../events/secret",
-    "/events/secret/../../events.js",
-    "/events/x/..%2f..%2fevents.js",
-    "/events/%2e%2e/events.js",
-    "/events.js%2f..%2fevents%2fsecret",
-    "/events//secret",
-    "//events/secret",
-    "/./events/secret",
-    "/events/./secret",
-    "/events/secret/",
-    "/events/public/../secret",
-    "/events/public/%2e%2e/secret",
-    "/events/public%2f..%2fsecret",
-    "/events.js#/../events/secret",
-    "/events/secret#/../../events.js",
-    "/events.js?channel=secret",
-    "/events.js/secret",
-    "/events.js%3fchannel=secret",
-    "/events.js%00/../events/secret",
-    "/events.js\\..\\events\\secret",
-    "/%65vents/secret",
-    "/events/s\u00e9cret",
-    "/eventssecret",
-    "http://relay/events/secret",
-    "http://relay/events.js/../events/secret",
-    "http://relay/events.js#/events/secret",
-]
-
-
-class Refuser(http.server.BaseHTTPRequestHandler):
-    """An application that lets nobody read anything but the channel public."""
-
-    def do_GET(self) -> None:
-        path, _, query = self.headers["X-Original-URI"].partition("?")
-        asked = [*parse_qs(query).get("channel", []), unquote(path.removeprefix("/events").removeprefix("/"))]
-        self.send_response(204 if all(name in ("", "public") for name in asked) and any(asked) else 403)
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.mark.slow
-def test_no_way_to_write_a_path_leads_around_an_application_that_is_asked(
-    start_relay: StartRelay, database: Database, tmp_path: Path
-) -> None:
-    socket = f"unix:{tmp_path}/http.sock"
-    start_relay("--allow-channel", "*", bind=socket, dsn=database.dsn)
-    asking = harness.nginx_recipe("location /events { }")
-    server, replaced = re.subn(r" *error_page .*@sse_retry;\n", asking, harness.nginx_recipe("server { }"))
-    assert replaced == 1
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuser) as application:
-        threading.Thread(target=application.serve_forever, daemon=True).start()
-        to_ask = harness.nginx_recipe("server { }, to ask the application")
-        to_ask = to_ask.replace("127.0.0.1:8000", f"127.0.0.1:{application.server_port}")
-        with harness.Nginx(tmp_path, socket, server=server + to_ask) as nginx:
-            for target in [*AROUND, "/events/public"]:
-                lines = f"GET {target} HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n\r\n"
-                with RawStream(nginx.address, request=lines.encode()) as client:
-                    harness.wait_until(lambda client=client: b"\r\n\r\n" in client.raw, what=target)  # type: ignore[misc]
-                    if target == "/events/public":
-                        client.wait_for(b"id: ")
-                    # A stream has its position soon; a refusal, a script or an error has none.
-                    elif client.status == 200 and b"text/event-stream" in client.raw:
-                        client.wait_for(b"relay.refused")
-                    assert (b"\nid: " in client.raw) is (target == "/events/public"), target
-        application.shutdown()
 
 
 # ==== Refusals ================================================================
