@@ -34,6 +34,7 @@ Contents, in the order in which an event travels:
     Counts                      pure: what the metrics say
     Hub                         subscribers, one write for each and burst
     Listener                    the connections to PostgreSQL
+    Sources                     what streams and the listener may ask of one
     Source notify               numbers what the listener hears
     SQL                         schema and statements of the durable log
     Source log                  numbers what was published, reads it back
@@ -56,6 +57,7 @@ import asyncio
 import base64
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import difflib
 import errno
@@ -160,6 +162,16 @@ FRAME_OVERHEAD_BYTES: Final = 250
 BURST_EVENTS: Final = 1_000
 # Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
 WRITES_PER_TURN: Final = 2_000
+# What was read from the log for one stream is at hand for others for so many seconds; each is at
+# most one piece of a resume.
+SHARE_TIME: Final = 1.0
+MAX_SHARED: Final = 16
+# Joining so many events for one stream, or looking at so many streams, costs what a write does.
+EVENTS_PER_WRITE: Final = 20
+# Catching-up streams that go on in one turn of the loop, when all could.
+RESUMES_PER_TURN: Final = 200
+# Seconds. A client that takes no byte for so long, though some wait for it, is cut.
+STALL_TIMEOUT: Final = 30.0
 # The kernel otherwise takes 4 MB for a client that has stopped reading, before the
 # backlog in this process shows anything.
 SEND_BUFFER_BYTES: Final = 64 * KIB
@@ -206,7 +218,7 @@ STOP_TIMEOUT: Final = 1.5
 LATE_REQUESTS: Final = 0.2
 # A client that is cut again within this time waits longer before it comes back.
 CUT_MEMORY: Final = 600.0
-CUT_FACTOR_MOST: Final = 16
+MAX_CUT_FACTOR: Final = 16
 
 # Rows and bytes of one page of the log, and transactions numbered in one call; the SQL
 # spells them out too.
@@ -220,6 +232,8 @@ SWEEP_INTERVAL: Final = 5.0
 NUMBERING_PAUSE: Final = 0.002
 PRUNE_INTERVAL: Final = 60.0
 
+# Seconds between two looks at the channels that linger.
+LINGER_CHECK: Final = 1.0
 # LISTENs in one round trip: bounds the length of a statement.
 LISTENS_PER_STATEMENT: Final = 500
 
@@ -458,14 +472,16 @@ def encode_event(event: Event, position: bytes) -> bytes:
 
 
 def named_block(frame: Frame) -> bytes:
-    """Give a frame's block for a stream of several channels.
+    """Return a frame's block for a stream of several channels, where each event names its channel.
 
-    An event without a name carries its channel's, so that a page can tell them apart.
+    The name is ``CHANNEL``, or ``CHANNEL:NAME`` if the event has a name of its own. In the
+    channel's part ``%`` and ``:`` are escaped, so that no publisher can pass for another channel.
     """
+    channel = frame.channel.replace("%", "%25").replace(":", "%3A").encode()
     if frame.named:
-        return frame.block
-    name = f"channel:{frame.channel}" if is_reserved_name(frame.channel) else frame.channel
-    return b"event: %b\n%b" % (name.encode(), frame.block)
+        return b"event: %b:%b" % (channel, frame.block.removeprefix(b"event: "))
+    mark = b":" if is_reserved_name(frame.channel) else b""
+    return b"event: %b%b\n%b" % (channel, mark, frame.block)
 
 
 def join_blocks(frames: Iterable[Frame], several: bool) -> bytes:
@@ -482,24 +498,28 @@ def encode_control(name: str, data: Mapping[str, object], position: bytes | None
     return b"event: relay.%b\n%bdata: %b\n\n" % (name.encode(), mark, text)
 
 
-def encode_gap(channel: str, reason: str, since: str | None, position: bytes | None) -> bytes:
-    """Encode ``relay.gap``: events of this channel may be missing here.
+def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | None) -> bytes:
+    """Encode one ``relay.gap`` for each reason: events of these channels may be missing here.
 
     Args:
+        gaps: The reason by channel.
         since: The position as the client sent it; cut at 100 characters.
-        position: The present position, in the last gap of a stream.
+        position: The present position, for the last of them; None if older events follow.
     """
+    by_reason: dict[str, list[str]] = {}
+    for channel, reason in gaps.items():
+        by_reason.setdefault(reason, []).append(channel)
     shown = None if since is None else since[:100]
-    return encode_control("gap", {"channel": channel, "reason": reason, "since": shown}, position)
+    blocks = []
+    for left, (reason, channels) in zip(reversed(range(len(by_reason))), by_reason.items(), strict=True):
+        data = {"channels": channels, "reason": reason, "since": shown}
+        blocks.append(encode_control("gap", data, None if left else position))
+    return b"".join(blocks)
 
 
-def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | None) -> bytes:
-    """Encode one ``relay.gap`` per channel, the position in the last."""
-    last = len(gaps)
-    return b"".join(
-        encode_gap(channel, reason, since, position if index == last else None)
-        for index, (channel, reason) in enumerate(gaps.items(), 1)
-    )
+def encode_refused(status: int, reason: str) -> bytes:
+    """Encode the last block of a client that is not to come back: ``relay.refused`` and a long wait."""
+    return b"retry: %d\n" % NEVER_MS + encode_control("refused", {"status": status, "reason": reason})
 
 
 def encode_position(position: bytes) -> bytes:
@@ -628,6 +648,11 @@ def parse_position(text: str) -> Position | None:
     if match is None or int(match[2]) >= 2**63:
         return None
     return Position(match[1], int(match[2]), parse_snapshot(match[3]) if match[3] else None)
+
+
+def format_position(epoch: str, number: int) -> bytes:
+    """Return a position as it goes out: ``<epoch>-<number>``."""
+    return b"%b-%d" % (epoch.encode(), number)
 
 
 class Target(NamedTuple):
@@ -1099,14 +1124,8 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 
 
 # ==== Replay memory ===========================================================
-
-
-class NotCoveredError(RelayError):
-    """Memory no longer holds all that this channel's client has missed."""
-
-    def __init__(self, channel: str) -> None:
-        super().__init__(channel)
-        self.channel = channel
+#
+# Pure: recent frames, for clients that come back.
 
 
 @dataclass(slots=True)
@@ -1131,7 +1150,7 @@ class _Shelf:
 class Memory:
     """Recent frames of all channels, bounded in bytes, for clients that come back.
 
-    A channel is *covered* from a number on: `page` gives every frame of the channel
+    A channel is *covered* from a number on: `page` returns every frame of the channel
     above it. It is covered from its `begin` until its `end`, and less from each frame
     that had to go. When the bound is reached, the oldest frame of a channel that holds
     more than an eighth of it goes first, then the oldest of all: one loud channel does
@@ -1180,8 +1199,12 @@ class Memory:
         self._heads.clear()
         self._loud.clear()
 
+    def floor(self, channel: str) -> int | None:
+        """Return the number from which a channel is covered, None if it is not."""
+        return self._floors.get(channel, self._base)
+
     def covers(self, channel: str, number: int) -> bool:
-        """Tell whether every frame of the channel above the number is kept."""
+        """Return whether every frame of the channel above the number is kept."""
         floor = self._floors.get(channel, self._base)
         return floor is not None and floor <= number
 
@@ -1244,7 +1267,7 @@ class Memory:
         return shelf.numbers[shelf.start]
 
     def missed(self, channel: str, number: int) -> tuple[int, int]:
-        """Count the frames of a covered channel above a number, and their bytes."""
+        """Count the frames of a channel above a number that are kept, and their bytes."""
         shelf = self._shelves.get(channel)
         if shelf is None:
             return 0, 0
@@ -1252,28 +1275,32 @@ class Memory:
         before = shelf.ends[index - 1] if index > shelf.start else shelf.before
         return len(shelf.frames) - index, shelf.ends[-1] - before
 
-    def page(self, channels: Iterable[str], number: int, most: int) -> tuple[list[Frame], bool]:
-        """Take the next frames of these channels above a number, in order.
+    def before_newest(self, channel: str, count: int) -> tuple[int, int]:
+        """Return the number just before a channel's newest frames, and how many of these are kept."""
+        shelf = self._shelves.get(channel)
+        if shelf is None:
+            return self.floor(channel) or 0, 0
+        first = max(shelf.start, len(shelf.numbers) - count)
+        return shelf.numbers[first] - 1, len(shelf.numbers) - first
+
+    def page(self, since: Mapping[str, int], limit: int) -> tuple[list[Frame], bool]:
+        """Return the next frames of covered channels, in order.
 
         Args:
-            most: Bytes; the frame that reaches them is the last.
+            since: For each channel, the number above which its frames are wanted.
+            limit: Bytes; the frame that reaches them is the last.
 
         Returns:
-            The frames, and whether they are all that there is.
-
-        Raises:
-            NotCoveredError: A channel is not covered from this number on.
+            The frames, and whether they are all that there are.
         """
         found: list[Frame] = []
-        for channel in channels:
-            if not self.covers(channel, number):
-                raise NotCoveredError(channel)
+        for channel, number in since.items():
             shelf = self._shelves.get(channel)
             if shelf is None:
                 continue
             first = bisect.bisect_right(shelf.numbers, number, shelf.start)
             before = shelf.ends[first - 1] if first > shelf.start else shelf.before
-            last = bisect.bisect_left(shelf.ends, before + most, first)
+            last = bisect.bisect_left(shelf.ends, before + limit, first)
             # Up to and with the frame that reaches the limit: a channel whose slice is
             # cut short has then used up the page, so none of the others passes it.
             found.extend(shelf.frames[first : last + 1])  # type: ignore[arg-type]  # None only below start
@@ -1281,7 +1308,7 @@ class Memory:
         size = 0
         for index, frame in enumerate(found, 1):
             size += len(frame.block) + FRAME_OVERHEAD_BYTES
-            if size >= most:
+            if size >= limit:
                 return found[:index], False
         return found, True
 
@@ -1334,81 +1361,72 @@ class Counts:
 
 
 # ==== Hub =====================================================================
+#
+# Holds every open stream and writes to it. Knows transports and HTTP's chunks; no request, no
+# position but as bytes, no PostgreSQL.
 
-
-class Resume:
-    """What a stream still waits for before it is live.
-
-    Attributes:
-        since: The position as the client sent it, None if it sent none.
-        position: The same, read; None if there was none or it cannot be read.
-        after: Every event up to this number is out, or needs not be sent.
-        gaps: Channels whose events cannot all be had, with the reason.
-        told: How many of these gaps are out.
-        verdict: The reason why nothing more can be had for any channel.
-        counted: It was checked that what was missed is not too much for one resume.
-        swept: All that was pending when the stream opened has been read.
-    """
-
-    __slots__ = ("after", "counted", "gaps", "position", "since", "swept", "told", "verdict")
-
-    def __init__(self, since: str | None, position: Position | None) -> None:
-        self.since = since
-        self.position = position
-        self.after = position.number if position else 0
-        self.gaps: dict[str, str] = {}
-        self.told = 0
-        self.verdict: str | None = None
-        self.counted = False
-        # Only what a snapshot shows may be older than the position and not yet numbered.
-        self.swept = position is None or position.snapshot is None
+# `Subscriber.live_from` of a stream that is not live.
+NOT_LIVE: Final = 2**64
 
 
 class Subscriber(asyncio.Protocol):
-    """One open stream, and the protocol of its connection once aiohttp has let go of it.
-
-    Attributes:
-        channels: The names it asked for, each once.
-        resume: What it has missed and not yet got; None once it is live. Only live
-            subscribers are written to by `Hub.broadcast`.
-        key: Whom it seems to come from, to know a client that is cut again and again.
-    """
+    """One open stream, and the protocol of its connection once aiohttp has let go of it."""
 
     __slots__ = (
-        "beat",
         "channels",
         "chunked",
         "expires",
+        "heartbeats",
         "hub",
+        "issued",
         "key",
-        "marked",
-        "on_drain",
-        "paused",
-        "resume",
+        "last_event_at",
+        "last_heartbeat_at",
+        "last_position_at",
+        "live_from",
+        "room",
+        "sent",
+        "subject",
+        "taken",
+        "taken_at",
         "task",
         "transport",
-        "written",
     )
 
-    def __init__(self, hub: Hub, channels: tuple[str, ...], resume: Resume, key: int, now: float) -> None:
+    def __init__(self, hub: Hub, channels: tuple[str, ...], key: int, now: float) -> None:
         self.hub = hub
+        # The names it asked for, each once.
         self.channels = channels
-        self.resume: Resume | None = resume
+        # Whom it seems to come from, to know a client that is cut again and again.
         self.key = key
-        self.chunked = True
+        # None until aiohttp has let go of the connection.
         self.transport: asyncio.Transport | None = None
-        self.expires: int | None = None
-        self.paused = False
+        self.chunked = True
+        # Everything up to this number had been written when it became live; the hub writes what
+        # comes after. `NOT_LIVE` while it is opening or catching up.
+        self.live_from = NOT_LIVE
+        # What catches up; only while the stream is not live.
         self.task: asyncio.Task[None] | None = None
-        self.on_drain: Callable[[Subscriber], object] | None = None
-        # Loop time of the last events, of the last heartbeat, of the last position.
-        self.written = self.beat = self.marked = now
+        # Done when the socket takes more; None while it does.
+        self.room: asyncio.Future[None] | None = None
+        # The second since 1970 in which it ends.
+        self.expires: int | None = None
+        # Whose token opened it, and when that was issued, in seconds since 1970.
+        self.subject: str | None = None
+        self.issued = 0.0
+        # Whether it asked for relay.heartbeat events.
+        self.heartbeats = False
+        # Loop times.
+        self.last_event_at = self.last_heartbeat_at = self.last_position_at = self.taken_at = now
+        # Bytes given to the transport, and how many of these the socket had taken at `taken_at`.
+        self.sent = self.taken = 0
 
     def write(self, block: bytes, head: bytes = b"") -> None:
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
         if self.transport is not None and not self.transport.is_closing():
             data = head + (as_chunk(block) if self.chunked else block)
             self.transport.write(data)
+            self.sent += len(data)
             self.hub.counts.sent_bytes += len(data)
 
     def end(self, final: bytes) -> None:
@@ -1416,187 +1434,283 @@ class Subscriber(asyncio.Protocol):
 
         After a clean end some clients do not come back at all.
         """
-        if self.transport is not None:
+        self.live_from = NOT_LIVE
+        if self.task is not None:
+            self.task.cancel()
+        if self.transport is None:
+            self.hub.leave(self)  # which the request finds out that is still opening it
+        else:
             self.write(final)
             self.transport.close()
 
+    def abort(self) -> None:
+        """Close the connection at once, whatever waits for it."""
+        self.live_from = NOT_LIVE
+        if self.transport is not None:
+            with contextlib.suppress(Exception):  # of a transport that is broken already
+                self.transport.abort()
+
     def pause_writing(self) -> None:
         """Note that the socket takes no more for now."""
-        self.paused = True
+        self.room = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
-        """Go on with a resume that waited for the socket."""
-        self.paused = False
-        if self.on_drain is not None:
-            self.on_drain(self)
+        """Note that the socket takes more again."""
+        if self.room is not None and not self.room.done():
+            self.room.set_result(None)
+        self.room = None
 
     async def drained(self) -> None:
         """Wait until the socket takes more. Ends with `connection_lost`, by cancellation."""
-        if self.paused:
-            room = asyncio.Event()
-            self.on_drain = lambda subscriber: room.set()
-            await room.wait()
-            self.on_drain = None
+        while self.room is not None:
+            await self.room
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Leave the hub: the client is gone or was cut."""
         self.hub.leave(self)
 
 
+class Piece(NamedTuple):
+    """What one write takes of a burst."""
+
+    block: bytes
+    chunk: bytes
+    events: int
+    # Everything up to this number was in earlier pieces or bursts.
+    after: int
+
+
+# What some subscribers get of a burst, and how many writes it took to work that out.
+Share = tuple[list[Piece], list[Subscriber], int]
+
+
 class Hub:
-    """Who watches what, and the one place that writes events to them.
+    """All open streams, and the one place that writes events to them.
 
-    There is no task, queue or timer per subscriber. `channels` is the count of
-    references too: a channel without subscribers has no entry.
-
-    Attributes:
-        channels: Each channel's subscribers, those included that are still resuming.
-        subscribers: All of them.
-        waiting: Those whose channels are not listened to yet.
-        expiring: Those whose token ends, by the second since 1970 in which they end.
-        on_abandoned: Called with a channel when its last subscriber has left.
-        counts: What has happened.
+    There is no queue or timer per subscriber, and no task per live one. `channels` is the count
+    of references too: a channel without subscribers has no entry.
     """
 
     def __init__(self, max_backlog: int, heartbeat: float) -> None:
         """Args:
-        max_backlog: Bytes that may wait for one slow client.
+        max_backlog: Bytes that may wait for one slow client, apart from one event.
         heartbeat: Seconds after which an idle stream is written to.
         """
+        # Each channel's subscribers, live or not, and all of them.
         self.channels: dict[str, set[Subscriber]] = {}
         self.subscribers: set[Subscriber] = set()
-        self.waiting: set[Subscriber] = set()
+        # Those whose token ends, by the second since 1970; those whose token names a subject.
         self.expiring: dict[int, set[Subscriber]] = {}
+        self.subjects: dict[str, set[Subscriber]] = {}
+        # Called with a channel when its first subscriber comes, which may raise RefusedError, and
+        # when its last has left.
+        self.on_watched: Callable[[str], object] = lambda channel: None
         self.on_abandoned: Callable[[str], object] = lambda channel: None
+        # Called with a live stream that is too far behind, and the epoch and number up to which it
+        # has all events.
+        self.on_behind: Callable[[Subscriber, str, int], object] = lambda subscriber, epoch, number: None
         self.counts = Counts()
         self._max_backlog = max_backlog
         self._heartbeat = heartbeat
-        # A position may go out only between two bursts: in the midst of one, some
-        # subscribers have not got its events yet.
+        # Where every live subscriber stands when no burst is under way: during one, some do not
+        # have its events yet, and no position may go out.
+        self._epoch, self._number = "", 0
+        self._bursts = 0
         self._writing = asyncio.Lock()
         # The seconds of `expiring`, as a heap; some may be gone from there.
         self._ends: list[int] = []
         self._cuts: dict[int, tuple[float, int]] = {}
 
-    def enter(self, subscriber: Subscriber) -> list[str]:
-        """Take a subscriber in; return the channels that nobody watched before."""
+    def enter(self, subscriber: Subscriber) -> None:
+        """Take a subscriber in.
+
+        Raises:
+            RefusedError: From `on_watched`; the subscriber is not in the hub then.
+        """
         self.subscribers.add(subscriber)
-        fresh = []
-        for channel in subscriber.channels:
-            watchers = self.channels.get(channel)
-            if watchers is None:
-                watchers = self.channels[channel] = set()
-                fresh.append(channel)
-            watchers.add(subscriber)
-        return fresh
+        try:
+            for channel in subscriber.channels:
+                if channel not in self.channels:
+                    self.on_watched(channel)
+                self.channels.setdefault(channel, set()).add(subscriber)
+        except BaseException:
+            self.leave(subscriber)
+            raise
 
     def leave(self, subscriber: Subscriber) -> None:
         """Forget a subscriber. Safe to repeat."""
         if subscriber not in self.subscribers:
             return
         self.subscribers.discard(subscriber)
-        self.waiting.discard(subscriber)
-        subscriber.on_drain = None
+        subscriber.live_from = NOT_LIVE
         if subscriber.task is not None:
             subscriber.task.cancel()
         if subscriber.expires is not None:
-            ending = self.expiring[subscriber.expires]
-            ending.discard(subscriber)
-            if not ending:
-                del self.expiring[subscriber.expires]
+            _discard(self.expiring, subscriber.expires, subscriber)
+        if subscriber.subject is not None:
+            _discard(self.subjects, subscriber.subject, subscriber)
         for channel in subscriber.channels:
-            watchers = self.channels[channel]
-            watchers.discard(subscriber)
-            if not watchers:
-                del self.channels[channel]
+            if _discard(self.channels, channel, subscriber):
                 self.on_abandoned(channel)
 
-    def broadcast(self, frames: Sequence[Frame]) -> Coroutine[Any, Any, None]:
+    def stand(self, epoch: str, number: int) -> None:
+        """Note the present position: every event up to it has been broadcast."""
+        self._epoch, self._number = epoch, number
+
+    def broadcast(self, frames: Sequence[Frame], epoch: str) -> Coroutine[Any, Any, None]:
         """Write a burst of frames, in one write to each live subscriber of their channels.
 
-        The recipients are those of the moment of the call, before it waits for anything:
-        who joins later has found the frames in memory, where they must stand already.
+        A stream that becomes live after this call has found the frames in memory, where they must
+        stand already; its `live_from` says so.
+
+        Args:
+            frames: At least one, in the order of their numbers.
+            epoch: Of these numbers.
+        """
+        self.stand(epoch, frames[-1].number)
+        self._bursts += 1
+        return self._burst(self._plan(frames), epoch, frames[-1].number)
+
+    def send_gaps(
+        self, reason: str, epoch: str, number: int, lost: Collection[str] | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """Tell every live subscriber that its channels may have lost events.
+
+        Args:
+            epoch, number: The present position, from which every live subscriber goes on.
+            lost: These channels alone.
+        """
+        self.stand(epoch, number)
+        self._bursts += 1
+        by_channels: dict[tuple[str, ...], list[Subscriber]] = {}
+        for subscriber in self.subscribers:
+            if subscriber.live_from < NOT_LIVE:
+                subscriber.live_from = number
+                channels = tuple(name for name in subscriber.channels if lost is None or name in lost)
+                if channels:
+                    by_channels.setdefault(channels, []).append(subscriber)
+                    self.counts.gaps[reason] += 1
+        plan: list[Share] = []
+        for channels, subscribers in by_channels.items():
+            block = encode_gaps(dict.fromkeys(channels, reason), None, format_position(epoch, number))
+            plan.append(([Piece(block, as_chunk(block), 0, number)], subscribers, 0))
+        return self._burst(plan, epoch, NOT_LIVE)
+
+    def _plan(self, frames: Sequence[Frame]) -> Iterator[Share]:
+        """Share a burst out: first to streams of one channel, then to those of several.
+
+        A generator: each part of the plan is made when its turn has come.
         """
         by_channel: dict[str, list[Frame]] = {}
         for frame in frames:
             if frame.channel in self.channels:
                 by_channel.setdefault(frame.channel, []).append(frame)
-        plan: list[tuple[bytes, int, list[Subscriber]]] = []
         several: dict[Subscriber, list[str]] = {}
         for channel, its_frames in by_channel.items():
             alone = []
-            for subscriber in self.channels[channel]:
-                if subscriber.resume is None:
-                    if len(subscriber.channels) == 1:
-                        alone.append(subscriber)
-                    else:
-                        several.setdefault(subscriber, []).append(channel)
-            if alone:
-                plan.append((join_blocks(its_frames, several=False), len(its_frames), alone))
+            watchers = self.channels.get(channel, ())
+            for subscriber in watchers:
+                if len(subscriber.channels) == 1:
+                    alone.append(subscriber)
+                else:
+                    several.setdefault(subscriber, []).append(channel)
+            pieces = self._cut([(frame.number, frame.block) for frame in its_frames]) if alone else []
+            yield pieces, alone, (len(watchers) - len(alone)) // EVENTS_PER_WRITE
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
+        blocks: dict[str, list[tuple[int, bytes]]] = {
+            channel: [(frame.number, named_block(frame)) for frame in by_channel[channel]]
+            for channel in {channel for hit in together for channel in hit}
+        }
         for hit, subscribers in together.items():
-            mixed = [frame for frame in frames if frame.channel in hit]
-            plan.append((join_blocks(mixed, several=True), len(mixed), subscribers))
-        return self._carry_out(plan)
+            # Sorting merges what is sorted already.
+            merged = sorted(itertools.chain.from_iterable(blocks[channel] for channel in hit))
+            yield self._cut(merged), subscribers, len(merged) // EVENTS_PER_WRITE
 
-    def send_gaps(self, reason: str, position: bytes) -> Coroutine[Any, Any, None]:
-        """Tell every live subscriber that each of its channels may have lost events."""
-        by_channels: dict[tuple[str, ...], list[Subscriber]] = {}
-        for subscriber in self.subscribers:
-            if subscriber.resume is None:
-                by_channels.setdefault(subscriber.channels, []).append(subscriber)
-                self.counts.gaps[reason] += len(subscriber.channels)
-        return self._carry_out(
-            [
-                (encode_gaps(dict.fromkeys(channels, reason), None, position), 0, subscribers)
-                for channels, subscribers in by_channels.items()
-            ]
-        )
+    def _cut(self, blocks: Sequence[tuple[int, bytes]]) -> list[Piece]:
+        """Cut numbered blocks into pieces of at most ``--max-backlog``, or of one block."""
+        pieces = []
+        start = size = 0
+        for index, (_, block) in enumerate(blocks):
+            if size + len(block) > self._max_backlog and index > start:
+                pieces.append(_join_piece(blocks[start:index]))
+                start, size = index, 0
+            size += len(block)
+        pieces.append(_join_piece(blocks[start:]))
+        return pieces
 
-    async def _carry_out(self, plan: Sequence[tuple[bytes, int, Sequence[Subscriber]]]) -> None:
-        """Write blocks, each of so many events, each to its subscribers."""
-        async with self._writing:
-            now = asyncio.get_running_loop().time()
-            left = WRITES_PER_TURN
-            for block, events, subscribers in plan:
-                chunk = as_chunk(block)
-                writes = 0
-                for subscriber in subscribers:
-                    transport = subscriber.transport
-                    if transport is None or transport.is_closing():
+    async def _burst(self, plan: Iterable[Share], epoch: str, number: int) -> None:
+        try:
+            async with self._writing:
+                await self._carry_out(plan, epoch, number)
+        finally:
+            self._bursts -= 1
+
+    async def _carry_out(self, plan: Iterable[Share], epoch: str, number: int) -> None:
+        """Write pieces to the live ones among their subscribers.
+
+        Args:
+            epoch: Of the pieces' numbers.
+            number: A stream that was live from here on, or later, has had these pieces.
+        """
+        most = self._max_backlog
+        now = asyncio.get_running_loop().time()
+        left = WRITES_PER_TURN
+        for pieces, subscribers, work in plan:
+            left -= work
+            deliveries = sent = 0
+            for subscriber in subscribers:
+                transport = subscriber.transport
+                if subscriber.live_from >= number or transport is None:
+                    continue
+                try:
+                    if transport.is_closing():
                         continue
-                    # Before the write: one large burst may exceed the limit by itself.
-                    if transport.get_write_buffer_size() > self._max_backlog:
-                        self._cut(subscriber, transport)
-                        continue
-                    transport.write(chunk if subscriber.chunked else block)
-                    subscriber.written = now
-                    writes += 1
-                    left -= 1
-                    if not left:
-                        await asyncio.sleep(0)
-                        left = WRITES_PER_TURN
-                self.counts.deliveries += writes * events
-                self.counts.sent_bytes += writes * len(chunk)
+                    for block, chunk, events, after in pieces:
+                        # Before the write: one large event may exceed the limit by itself.
+                        # A gap is told whatever waits.
+                        if events and transport.get_write_buffer_size() > most:
+                            subscriber.live_from = NOT_LIVE
+                            self.on_behind(subscriber, epoch, after)
+                            break
+                        data = chunk if subscriber.chunked else block
+                        transport.write(data)
+                        size = len(data)
+                        subscriber.sent += size
+                        sent += size
+                        deliveries += events
+                        left -= 1
+                    subscriber.last_event_at = now
+                except Exception as error:
+                    # Whatever a transport raises concerns this stream alone.
+                    self._drop(subscriber, error)
+                if left <= 0:
+                    await asyncio.sleep(0)
+                    left = WRITES_PER_TURN
+            self.counts.deliveries += deliveries
+            self.counts.sent_bytes += sent
+            if left <= 0:
+                await asyncio.sleep(0)
+                left = WRITES_PER_TURN
 
-    def _cut(self, subscriber: Subscriber, transport: asyncio.Transport) -> None:
+    def _drop(self, subscriber: Subscriber, error: Exception) -> None:
+        """Abort a connection that could not be written to."""
+        log.warning("a stream could not be written to and is cut: %s", type(error).__name__)
+        subscriber.abort()
+
+    def cut(self, subscriber: Subscriber) -> None:
+        """Abort a client's connection, and remember that it was too slow."""
         now = asyncio.get_running_loop().time()
         count = self.cut_count(subscriber.key, now) + 1
         if len(self._cuts) >= 10_000:
             self._cuts.clear()
         self._cuts[subscriber.key] = now, count
         self.counts.cut_clients += 1
-        log.info(
-            "cut a slow client: %d bytes waited for it, --max-backlog is %d",
-            transport.get_write_buffer_size(),
-            self._max_backlog,
-        )
-        transport.abort()
+        subscriber.abort()
 
     def cut_count(self, key: int, now: float) -> int:
-        """Tell how often a client was cut within the last ten minutes."""
+        """Return how often a client was cut within the last ten minutes."""
         when, count = self._cuts.get(key, (now, 0))
         return count if now - when < CUT_MEMORY else 0
 
@@ -1612,11 +1726,11 @@ class Hub:
         self.expiring[second].add(subscriber)
 
     async def end_expired(self, clock: Callable[[], float], final: Callable[[], bytes]) -> None:
-        """End each stream when its token does, for ever, from one timer.
+        """End each stream when its time is up, from one timer. Never returns.
 
         Args:
-            clock: Gives seconds since 1970.
-            final: Gives a stream's last block.
+            clock: Returns seconds since 1970.
+            final: Returns a stream's last block.
         """
         while True:
             await asyncio.sleep(1.0 - clock() % 1.0)
@@ -1634,54 +1748,106 @@ class Hub:
                 if second in self.expiring:
                     heappush(self._ends, second)
 
-    async def beat(self, position: Callable[[], bytes | None]) -> None:
-        """Write to the idle streams, for ever, from one timer.
+    def own(self, subscriber: Subscriber, subject: str, issued: float) -> None:
+        """Note whose token opened a stream, and when it was issued, in seconds since 1970."""
+        subscriber.subject, subscriber.issued = subject, issued
+        self.subjects.setdefault(subject, set()).add(subscriber)
 
-        Args:
-            position: Gives the present position; None while there is none, or while
-                some subscribers have not got all the events up to it.
-        """
-        period = min(self._heartbeat, POSITION_INTERVAL) / 4
+    def revoke(self, subject: str, stamp: float, final: bytes) -> None:
+        """End a subject's streams whose tokens were issued at this time, in seconds since 1970, or before."""
+        for subscriber in tuple(self.subjects.get(subject, ())):
+            if subscriber.issued <= stamp:
+                subscriber.end(final)
+
+    async def beat(self) -> None:
+        """Write to idle streams and cut stalled ones, from one timer. Never returns."""
+        period = min(self._heartbeat, POSITION_INTERVAL, STALL_TIMEOUT) / 4
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(period)
             async with self._writing:
+                forms = self._heartbeat_forms()
                 now = loop.time()
-                present = position()
-                mark = b"" if present is None else encode_position(present)
-                # By whether the position is due, and whether the stream is chunked.
-                forms = ((b":\n", as_chunk(b":\n")), (mark, as_chunk(mark)))
-                late = now - self._heartbeat + period
-                old = now - POSITION_INTERVAL + period
                 left = WRITES_PER_TURN
                 for subscriber in tuple(self.subscribers):
-                    written = subscriber.written
-                    # A stream that became live in the midst of this has its position.
-                    due = (
-                        bool(mark)
-                        and written <= old
-                        and subscriber.marked <= old
-                        and subscriber.resume is None
-                    )
-                    if not due and (written > late or subscriber.beat > late):
-                        continue
-                    transport = subscriber.transport
-                    # Where bytes wait already, a heartbeat would only add to them.
-                    if transport is None or transport.is_closing() or transport.get_write_buffer_size():
-                        continue
-                    subscriber.beat = now
-                    if due:
-                        subscriber.marked = now
-                    form = forms[due][subscriber.chunked]
-                    transport.write(form)
-                    self.counts.sent_bytes += len(form)
-                    left -= 1
-                    if not left:
+                    try:
+                        left -= self._tend(subscriber, now, period, forms)
+                    except Exception as error:
+                        self._drop(subscriber, error)
+                    if left <= 0:
                         await asyncio.sleep(0)
                         left = WRITES_PER_TURN
 
+    def _heartbeat_forms(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """Return the blocks of a heartbeat: comment, position, event, event with position."""
+        interval = {"interval": self._heartbeat if self._heartbeat % 1 else int(self._heartbeat)}
+        event = encode_control("heartbeat", interval)
+        if self._bursts or not self._epoch:
+            return b":\n", b"", event, event
+        position = format_position(self._epoch, self._number)
+        return b":\n", encode_position(position), event, encode_control("heartbeat", interval, position)
+
+    def _tend(
+        self, subscriber: Subscriber, now: float, period: float, forms: tuple[bytes, bytes, bytes, bytes]
+    ) -> bool:
+        """Send a stream the heartbeat that is due, or cut it; return whether anything was written."""
+        transport = subscriber.transport
+        if transport is None:
+            return False
+        waiting = transport.get_write_buffer_size()
+        taken = subscriber.sent - waiting
+        if not waiting or taken != subscriber.taken:
+            subscriber.taken, subscriber.taken_at = taken, now
+        elif now - subscriber.taken_at >= STALL_TIMEOUT:
+            log.info("cut a client that took nothing for %d s: %d bytes waited", STALL_TIMEOUT, waiting)
+            self.cut(subscriber)
+        # Where bytes wait already, a heartbeat would only add to them.
+        if waiting or transport.is_closing():
+            return False
+        comment, position, event, event_with_position = forms
+        live = subscriber.live_from <= self._number
+        if subscriber.heartbeats:
+            if now - subscriber.last_heartbeat_at < self._heartbeat - period / 2:
+                return False
+            subscriber.write(event_with_position if live else event)
+        else:
+            old = now - POSITION_INTERVAL + period
+            late = now - self._heartbeat + period
+            due = (
+                live
+                and bool(position)
+                and subscriber.last_event_at <= old
+                and subscriber.last_position_at <= old
+            )
+            if not due and (subscriber.last_event_at > late or subscriber.last_heartbeat_at > late):
+                return False
+            if due:
+                subscriber.last_position_at = now
+            subscriber.write(position if due else comment)
+        subscriber.last_heartbeat_at = now
+        return True
+
+
+def _join_piece(blocks: Sequence[tuple[int, bytes]]) -> Piece:
+    block = b"".join([block for _, block in blocks])
+    return Piece(block, as_chunk(block), len(blocks), blocks[0][0] - 1)
+
+
+def _discard(groups: dict[Any, set[Subscriber]], key: int | str, subscriber: Subscriber) -> bool:
+    """Take a subscriber out of one of several groups; return whether that group is gone."""
+    group = groups.get(key)
+    if group is None or subscriber not in group:
+        return False
+    group.discard(subscriber)
+    if not group:
+        del groups[key]
+    return not group
+
 
 # ==== Listener ================================================================
+#
+# Connections to PostgreSQL: finding the server, one statement at a time, LISTEN, the canary, and
+# making all of it anew when it is lost. Knows no subscriber and no event.
 
 DSN_FORM: Final = (
     "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'; in a URL, "
@@ -1938,8 +2104,15 @@ LINUX_SESSION_SQL: Final = (
 )
 
 
+def _look_at(descriptors: Sequence[int], *_: object) -> None:
+    os.fstat(descriptors[0])
+
+
 async def open_connection(dsn: str) -> aiopg.Connection:
     """Open a session whose settings no default of the role or the server can change."""
+    # aiopg asks select() whether libpq has closed the socket of a broken connection. select() knows
+    # no descriptor above 1023: with so many clients the loss would go unnoticed.
+    vars(aiopg.connection)["select"] = types.SimpleNamespace(select=_look_at)
     connection = await aiopg.connect(
         dsn, timeout=CONNECT_TIMEOUT, enable_json=False, enable_hstore=False, enable_uuid=False
     )
@@ -2000,29 +2173,18 @@ async def execute(
 
 async def in_thread(function: Callable[[], str]) -> str:
     """Run a blocking function in a thread that does not hold up the end of the process."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[str] = loop.create_future()
-
-    def settle(error: BaseException | None, result: str) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(result)
-        else:
-            done.set_exception(error)
+    done: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     def work() -> None:
-        error: BaseException | None = None
-        result = ""
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, error, result)
+        # From here on, a cancelled waiter leaves the future to this thread.
+        if done.set_running_or_notify_cancel():
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)
 
 
 async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
@@ -2038,129 +2200,56 @@ async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
         task.result()
 
 
-class Source(Protocol):
-    """Where events come from. It knows no HTTP, and no connection but through a `Listener`.
-
-    Attributes:
-        listener: Set by whoever wires the two.
-        on_listening: Called when streams that waited for PostgreSQL can go on.
-    """
-
-    listener: Listener | None
-    on_listening: Callable[[], object]
-
-    # What streams ask.
-
-    def want(self, channels: Iterable[str]) -> None:
-        """Listen to these channels, which have a client now.
-
-        Raises:
-            RefusedError: 503, so many channels are listened to already.
-        """
-
-    def listens(self, channels: Iterable[str]) -> bool:
-        """Tell whether every event of these channels arrives."""
-
-    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
-        """Wait until these channels are listened to, at most for so many seconds."""
-
-    def release(self) -> None:
-        """End all waiting in `wait_listening`: the relay is stopping."""
-
-    def position(self) -> bytes:
-        """Give the present position: every event up to it was given to memory."""
-
-    def sent_position(self) -> bytes | None:
-        """Give the position up to which every live subscriber has all events, if there is one."""
-
-    def hold(self, resume: Resume) -> None:
-        """Note that a stream waits while its channels are not listened to."""
-
-    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str] | None:
-        """Tell for which channels, and why, not all that was missed can be had.
-
-        Returns:
-            None if memory cannot tell: `read_back` comes first.
-        """
-
-    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
-        """Fetch some of what memory does not hold for a stream that resumes.
-
-        Raises:
-            LostConnectionError, psycopg2.Error: Go on when the connection is back.
-        """
-
-    # What the listener tells.
-
-    def check(self, cursor: psycopg2.extensions.cursor) -> None:
-        """Raise `UnusableDatabaseError` if the database lacks what this source needs."""
-
-    def wanted(self) -> Collection[str]:
-        """Give the channels to LISTEN on: the truth, whatever the connection does."""
-
-    def confirmed(self, channels: Collection[str]) -> None:
-        """These channels are listened to from now on."""
-
-    def retracted(self, channels: Collection[str]) -> None:
-        """These will not be listened to any longer."""
-
-    async def connected(self) -> None:
-        """All that was wanted is confirmed and the canary is back; deliveries follow."""
-
-    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
-        """Take notifications, in the order of their commits.
-
-        Args:
-            since: Loop time at which the oldest arrived.
-        """
-
-    async def serve(self) -> None:
-        """Do the source's own work while there is a connection. Never returns."""
-
-    def lost(self) -> None:
-        """Nothing is listened to any longer."""
+QUEUE_USAGE_RIGHT_SQL: Final = "SELECT has_function_privilege('pg_notification_queue_usage()', 'EXECUTE')"
+CANARY_SQL: Final = (
+    "SELECT 0.0, pg_notify(%s, %s)",
+    "SELECT pg_notification_queue_usage(), pg_notify(%s, %s)",
+)
 
 
 class Listener:
-    """Two connections to PostgreSQL, one that listens and one for queries, kept alive.
+    """The connections to PostgreSQL, kept alive: one that listens, one for the relay's own queries.
 
-    The connections are disposable: each new one LISTENs to all that the source wants. A
-    canary, a notification from the second connection to a channel of this process's
-    own, tells whether notifications really arrive: it finds a frozen connection, and a
-    transaction pooler in the way, through which LISTEN succeeds and nothing ever comes.
+    They are disposable: each new pair LISTENs to all that the source is interested in. A canary, a
+    notification from the second connection to a channel of this process's own, tells whether
+    notifications really arrive: it finds a frozen connection, and a transaction pooler in the
+    way, through which LISTEN succeeds and nothing ever comes.
 
-    Attributes:
-        source: Whom it works for.
-        ready: Whether the last canary came back.
-        trouble: Why it is not ready, in one line.
-        round_trip: Seconds that the last canary took.
-        queue_usage: How full PostgreSQL's notification queue is, 0 to 1.
-        reconnects: Sessions that were lost.
-        listened: Channels with a confirmed LISTEN, the canary's apart.
-        descriptors: Of its connections' sockets.
+    What clients cause runs on a third connection, opened when it is first needed: an error or a
+    delay there is nobody else's.
     """
 
     def __init__(self, dsn: str, source: Source) -> None:
         self.source = source
+        # Whether the last canary came back, and if not, why, in one line.
         self.ready = asyncio.Event()
         self.trouble = "not connected yet"
+        # Seconds that the last canary took.
         self.round_trip = 0.0
+        # How full PostgreSQL's notification queue is, 0 to 1.
         self.queue_usage = 0.0
+        # Sessions that were lost.
         self.reconnects = 0
-        self.listened: set[str] = set()
+        # Of the sockets of the first two connections.
         self.descriptors: set[int] = set()
         self._dsn = dsn
+        # The same, pinned to the server that was found.
+        self._pinned_dsn = dsn
         self._changed = asyncio.Event()
         self._canary = f"{RESERVED_CHANNEL_PREFIX}_canary_{secrets.token_hex(8)}"
         self._canaries = itertools.count(1)
         self._echo: tuple[str, asyncio.Future[None]] | None = None
+        # Whether this role may ask how full the queue is, which hardened servers forbid.
+        self._sees_usage = True
         self._inbox = Inbox(self._canary, self._hear_canary)
         self._listening: aiopg.Connection | None = None
         self._querying: aiopg.Connection | None = None
         self._query_lock = asyncio.Lock()
+        self._client: aiopg.Connection | None = None
+        self._client_lock = asyncio.Lock()
 
     def interest_changed(self) -> None:
-        """Look at `Source.wanted` again; all changes of one turn go in one round trip."""
+        """Look at the source's interest again; all changes of one turn go in one round trip."""
         self._changed.set()
 
     async def query(
@@ -2172,8 +2261,22 @@ class Listener:
                 raise LostConnectionError("not connected")
             return await execute(self._querying, statement, values, timeout)
 
+    async def client_query(self, statement: str, values: Values = ()) -> list[tuple[Any, ...]]:
+        """Run one statement that clients cause, on a connection of its own. Raises what `execute` does.
+
+        A statement that has begun belongs to the connection: run this in a task that is not
+        cancelled when a client leaves.
+        """
+        async with self._client_lock:
+            if not self.ready.is_set():
+                raise LostConnectionError("not connected")
+            if self._client is None or self._client.closed:
+                self._client = await open_connection(self._pinned_dsn)
+                await execute(self._client, self.source.session_sql)
+            return await execute(self._client, statement, values)
+
     async def run(self) -> None:
-        """Connect, listen, reconnect, for ever.
+        """Connect, listen, reconnect. Never returns.
 
         Raises:
             UnusableDatabaseError: The very first connection showed that trying again
@@ -2182,7 +2285,7 @@ class Listener:
         failures = 0
         first = True
         # Each trouble is logged once until the connection stands again: the last is the
-        # one to mend.
+        # one to fix.
         told: set[str] = set()
         loop = asyncio.get_running_loop()
         while True:
@@ -2218,10 +2321,12 @@ class Listener:
 
     async def _session(self) -> None:
         dsn = await in_thread(functools.partial(check_server, self._dsn, self.source.check))
+        self._pinned_dsn = dsn
         self._inbox = Inbox(self._canary, self._hear_canary)
         self._listening = await open_connection(dsn)
         self._listening.raw.notifies = self._inbox
         self._querying = await open_connection(dsn)
+        await execute(self._querying, self.source.session_sql)
         self.descriptors.update((self._listening.raw.fileno(), self._querying.raw.fileno()))
         await first_of(self._watch(self._listening), self._watch(self._querying), self._work(dsn))
 
@@ -2236,6 +2341,7 @@ class Listener:
         await execute(self._listening, f"LISTEN {quote_name(self._canary)}")
         while await self._listen():
             pass
+        ((self._sees_usage,),) = await self.query(QUEUE_USAGE_RIGHT_SQL)
         await self._send_canary(first=True)
         await self.source.connected()
         self.ready.set()
@@ -2250,12 +2356,12 @@ class Listener:
         await first_of(self._pump(), self._follow_interest(), self._send_canaries(), self.source.serve())
 
     def _disconnect(self) -> None:
-        self.listened.clear()
         self.descriptors.clear()
         self.source.lost()
-        for connection in (self._listening, self._querying):
+        self.source.interest.confirmed.clear()
+        for connection in (self._listening, self._querying, self._client):
             close_connection(connection)
-        self._listening = self._querying = None
+        self._listening = self._querying = self._client = None
 
     async def _pump(self) -> None:
         while True:
@@ -2273,19 +2379,20 @@ class Listener:
                 pass
 
     async def _listen(self) -> bool:
-        """Bring LISTEN in line with what is wanted; tell whether there was anything to do."""
+        """Bring LISTEN in line with what is wanted; return whether there was anything to do."""
         assert self._listening is not None
-        wanted = set(self.source.wanted())
-        fresh = list(itertools.islice(wanted - self.listened, LISTENS_PER_STATEMENT))
-        stale = list(itertools.islice(self.listened - wanted, LISTENS_PER_STATEMENT))
+        interest = self.source.interest
+        wanted = interest.wanted()
+        fresh = list(itertools.islice(wanted - interest.confirmed, LISTENS_PER_STATEMENT))
+        stale = list(itertools.islice(interest.confirmed - wanted, LISTENS_PER_STATEMENT))
         if not fresh and not stale:
             return False
-        self.listened.difference_update(stale)
+        interest.confirmed.difference_update(stale)
         self.source.retracted(stale)
         statements = [f"LISTEN {quote_name(name)}" for name in fresh]
         statements += [f"UNLISTEN {quote_name(name)}" for name in stale]
         await execute(self._listening, "; ".join(statements))
-        self.listened.update(fresh)
+        interest.confirmed.update(fresh)
         self.source.confirmed(fresh)
         return True
 
@@ -2301,9 +2408,7 @@ class Listener:
         echo: asyncio.Future[None] = loop.create_future()
         self._echo = token, echo
         ((self.queue_usage, _),) = await self.query(
-            "SELECT pg_notification_queue_usage(), pg_notify(%s, %s)",
-            (self._canary, token),
-            timeout=CANARY_TIMEOUT,
+            CANARY_SQL[self._sees_usage], (self._canary, token), timeout=CANARY_TIMEOUT
         )
         heard = self._inbox.heard
         while not (await asyncio.wait([echo], timeout=CANARY_TIMEOUT))[0]:
@@ -2325,7 +2430,203 @@ class Listener:
             self._echo[1].set_result(None)
 
 
+# ==== Sources =================================================================
+#
+# What streams ask of a source, and what the listener tells it. Pure, but for events that are waited for.
+
+
+class Cursor(NamedTuple):
+    """Where a stream stands that is catching up: all that it is owed up to `number` is out."""
+
+    epoch: str
+    number: int
+    # Channels that are owed nothing up to a later number: where their gap was told, or where
+    # their newest events begin that `?last=` asks for.
+    floors: Mapping[str, int] = {}
+    # What the client's page could already see.
+    snapshot: Snapshot | None = None
+    # Whether it was checked that what was missed is not too much for one resume.
+    counted: bool = False
+    # The newest events of each channel that are to be sent, before `floors` say where they begin.
+    last: int = 0
+
+    def after(self, channel: str) -> int:
+        """Return the number above which the channel's events are owed."""
+        return max(self.number, self.floors.get(channel, 0))
+
+    def rewound(self, before: Mapping[str, int]) -> Cursor:
+        """Return the cursor from which exactly the channels' newest events are owed.
+
+        Args:
+            before: The number just before the newest events of each channel.
+        """
+        return self._replace(number=min(before.values()), floors=before, last=0)
+
+
+class Page(NamedTuple):
+    """What a source has next for a stream: gaps, then frames."""
+
+    cursor: Cursor
+    # Channels whose events up to their floor cannot all be had, with the reason.
+    gaps: Mapping[str, str] = {}
+    frames: Sequence[Frame] = ()
+    # Whether this is all: the stream is live if this goes out in the same step of the loop.
+    complete: bool = False
+
+
+class Wish(NamedTuple):
+    """Where a client says that it stands."""
+
+    # The position as it came, None if there was none; and read, None if it cannot be.
+    since: str | None = None
+    position: Position | None = None
+    # Whether all that was pending when the stream opened has been numbered and read since: only
+    # then is it known what a snapshot shows, and whether a position is ahead of the log.
+    settled: bool = False
+    # How many of the newest events it wants if it gets a gap.
+    last: int = 0
+
+
+class Interest:
+    """Which channels are to be listened to, and which are. Pure.
+
+    Those that are watched, and for a while those whose last client has left.
+    """
+
+    def __init__(self, watched: Collection[str], linger: float, max_channels: int) -> None:
+        """Args:
+        watched: The channels with clients, kept by somebody else.
+        linger: Seconds for which a channel is listened to after its last client left.
+        max_channels: Listened to at once.
+        """
+        # Those with a confirmed LISTEN.
+        self.confirmed: set[str] = set()
+        self._watched = watched
+        self._linger = linger
+        self._max_channels = max_channels
+        # Channels without a client, with the loop time at which they may go, the oldest first.
+        self._lingering: dict[str, float] = {}
+
+    def wanted(self) -> set[str]:
+        """Return the channels to listen to: the truth, whatever the connection does."""
+        return {*self._watched, *self._lingering}
+
+    def watch(self, channel: str) -> None:
+        """Make room for a channel that gets its first client.
+
+        Raises:
+            RefusedError: 503, so many channels are watched already.
+        """
+        if self._lingering.pop(channel, None) is not None:
+            return
+        if len(self._watched) + len(self._lingering) >= self._max_channels:
+            if not self._lingering:
+                raise RefusedError(503, "too many channels are watched at present")
+            del self._lingering[next(iter(self._lingering))]
+
+    def abandon(self, channel: str, now: float) -> None:
+        """Let a channel linger whose last client has left, if it is listened to."""
+        if channel in self.confirmed:
+            self._lingering[channel] = now + self._linger
+
+    def expire(self, now: float) -> bool:
+        """Let go of channels that have lingered; return whether there were any."""
+        expired = [channel for channel, end in self._lingering.items() if end <= now]
+        for channel in expired:
+            del self._lingering[channel]
+        return bool(expired)
+
+
+class Source(Protocol):
+    """Where events come from. It sees no subscriber, and no connection but through a `Listener`."""
+
+    # The history that numbers belong to, and the present number: every event up to it was given
+    # to memory.
+    epoch: str
+    number: int
+    # What the listener follows, and how it is reached.
+    interest: Interest
+    listener: Listener | None
+    # Settings of the sessions that run its queries.
+    session_sql: str
+
+    # For streams.
+
+    def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
+        """Return what must happen before all events of these channels arrive, None if they do."""
+
+    def locate(self, wish: Wish, channels: Sequence[str]) -> Page | asyncio.Event:
+        """Return where a stream begins whose channels are not blocked: its cursor, its first gaps.
+
+        Instead, an event that must happen first; ask again then with a settled wish.
+        """
+
+    def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
+        """Return what comes next for channels that are not blocked, from memory.
+
+        Args:
+            limit: Bytes; the event that reaches them is the last.
+
+        Returns:
+            None if memory does not hold it, but `fetch` may.
+        """
+
+    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+        """Return what comes next and is no longer in memory.
+
+        Raises:
+            LostConnectionError, psycopg2.Error: Ask again when nothing is blocked.
+        """
+
+    # For the listener.
+
+    def check(self, cursor: psycopg2.extensions.cursor) -> None:
+        """Raise `UnusableDatabaseError` if the database lacks what this source needs."""
+
+    def confirmed(self, channels: Collection[str]) -> None:
+        """Note that these channels are listened to from now on."""
+
+    def retracted(self, channels: Collection[str]) -> None:
+        """Note that these channels will not be listened to any longer."""
+
+    async def connected(self) -> None:
+        """Begin: all that was wanted is confirmed and the canary is back; deliveries follow."""
+
+    async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
+        """Take notifications, in the order of their commits.
+
+        Args:
+            since: Loop time at which the oldest arrived.
+        """
+
+    async def serve(self) -> None:
+        """Do the source's own work while there is a connection. Never returns."""
+
+    def lost(self) -> None:
+        """Note that nothing is listened to any longer."""
+
+
+def tell(source: Source, cursor: Cursor, channels: Collection[str], gaps: Mapping[str, str]) -> Page:
+    """Return these gaps, told at the present number. With a gap for every channel nothing else is owed."""
+    if len(gaps) == len(channels):
+        return Page(Cursor(source.epoch, source.number, counted=True), gaps, (), True)
+    return Page(cursor._replace(floors={**cursor.floors, **dict.fromkeys(gaps, source.number)}), gaps)
+
+
+def tell_all(source: Source, channels: Collection[str], reason: str) -> Page:
+    """Return a gap for every channel of a stream, which goes on from the present position."""
+    return tell(source, Cursor(source.epoch, source.number), channels, dict.fromkeys(channels, reason))
+
+
+def too_many(missed: Iterable[tuple[int, int]]) -> bool:
+    """Return whether so many events and bytes, by channel, are more than one resume may send."""
+    events, size = map(sum, zip(*missed, strict=True))
+    return events > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES
+
+
 # ==== Source notify ===========================================================
+#
+# Numbers what the listener hears. Knows no SQL.
 
 
 class NotifySource:
@@ -2336,168 +2637,131 @@ class NotifySource:
     position given before lies below what memory covers from then on.
     """
 
-    def __init__(self, hub: Hub, memory: Memory, linger: float, max_channels: int) -> None:
-        """Args:
-        linger: Seconds for which a channel is listened to after its last client left.
-        max_channels: LISTENed at once.
-        """
+    def __init__(self, hub: Hub, memory: Memory, interest: Interest) -> None:
         self.listener: Listener | None = None
-        self.on_listening: Callable[[], object] = lambda: None
+        self.interest = interest
+        self.session_sql = "SELECT"  # nothing but the listener's own
+        self.epoch = secrets.token_hex(5)
+        self.number = 0
         self._hub = hub
         self._memory = memory
-        self._linger = linger
-        self._max_channels = max_channels
-        self._epoch = secrets.token_hex(5)
-        self._number = 0
+        # The number that the last loss of the connection took.
         self._lost_at = 0
-        self._connected = False
-        self._delivering = False
-        self._listened: set[str] = set()
-        self._confirmations: dict[str, asyncio.Future[None]] = {}
-        # Channels without a client, with the loop time at which they may go.
-        self._lingering: dict[str, float] = {}
+        self._connected = asyncio.Event()
+        self._confirmations: dict[str, asyncio.Event] = {}
         self._warned: set[tuple[str, str]] = set()
+        hub.on_watched = self._watch
         hub.on_abandoned = self._abandon
 
-    # What streams ask.
+    # For streams.
 
-    def want(self, channels: Iterable[str]) -> None:
+    def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
+        if not self._connected.is_set():
+            return self._connected
         for channel in channels:
-            if self._lingering.pop(channel, None) is None and channel not in self._listened:
-                self._make_room()
-                self._interest_changed()
+            if channel not in self.interest.confirmed:
+                return self._confirmations.setdefault(channel, asyncio.Event())
+        return None
 
-    def listens(self, channels: Iterable[str]) -> bool:
-        return self._connected and self._listened.issuperset(channels)
+    def locate(self, wish: Wish, channels: Sequence[str]) -> Page:
+        position = wish.position
+        if wish.since is None:
+            return tell_all(self, channels, "start")
+        if position is None:
+            return tell_all(self, channels, "unreadable")
+        if position.epoch != self.epoch:
+            return tell_all(self, channels, "restart")
+        if position.number > self.number:
+            return tell_all(self, channels, "ahead")
+        return self.page(Cursor(self.epoch, position.number), channels, RESUME_PIECE_BYTES)
 
-    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
-        loop = asyncio.get_running_loop()
-        missing = [
-            self._confirmations.setdefault(channel, loop.create_future())
-            for channel in channels
-            if channel not in self._listened
-        ]
-        if missing:
-            await asyncio.wait(missing, timeout=timeout)
+    def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+        if cursor.last:
+            cursor = cursor.rewound(
+                {name: self._memory.before_newest(name, cursor.last)[0] for name in channels}
+            )
+        since = {name: cursor.after(name) for name in channels}
+        gaps = {
+            name: "outage" if number < self._lost_at else "evicted"
+            for name, number in since.items()
+            if not self._memory.covers(name, number)
+        }
+        if len(gaps) == len(channels):
+            return tell(self, cursor, channels, gaps)
+        since = {name: self.number if name in gaps else number for name, number in since.items()}
+        if not cursor.counted and too_many(self._memory.missed(*item) for item in since.items()):
+            return tell_all(self, channels, "too-many")
+        frames, complete = self._memory.page(since, limit)
+        cursor = tell(self, cursor, channels, gaps).cursor
+        number = self.number if complete else frames[-1].number
+        return Page(cursor._replace(number=number, counted=True), gaps, frames, complete)
 
-    def release(self) -> None:
-        for waiter in self._confirmations.values():
-            if not waiter.done():
-                waiter.set_result(None)
+    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+        raise AssertionError("nothing is kept but in memory")
 
-    def position(self) -> bytes:
-        return b"%b-%d" % (self._epoch.encode(), self._number)
-
-    def sent_position(self) -> bytes | None:
-        return self.position() if self._connected and not self._delivering else None
-
-    def hold(self, resume: Resume) -> None:
-        if resume.since is None:
-            resume.verdict = "outage"
-
-    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str]:
-        if resume.verdict is None:
-            if resume.since is None:
-                resume.after = self._number
-            elif resume.position is None:
-                resume.verdict = "unreadable"
-            elif resume.position.epoch != self._epoch:
-                resume.verdict = "restart"
-            elif resume.position.number > self._number:
-                resume.verdict = "ahead"
-        if resume.verdict is not None:
-            return dict.fromkeys(channels, resume.verdict)
-        reason = "outage" if resume.after < self._lost_at else "evicted"
-        return {channel: reason for channel in channels if not self._memory.covers(channel, resume.after)}
-
-    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
-        return []  # nothing is kept but in memory
-
-    # What the listener tells.
+    # For the listener.
 
     def check(self, cursor: psycopg2.extensions.cursor) -> None:
         pass  # any database will do
 
-    def wanted(self) -> Collection[str]:
-        return self._hub.channels.keys() | self._lingering.keys()
-
     def confirmed(self, channels: Collection[str]) -> None:
-        self._number += 1
-        self._listened.update(channels)
+        self.number += 1
+        self._hub.stand(self.epoch, self.number)
         for channel in channels:
-            self._memory.begin(channel, self._number)
-            waiter = self._confirmations.pop(channel, None)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
-        if self._connected:
-            self.on_listening()
+            self._memory.begin(channel, self.number)
+            if (confirmation := self._confirmations.pop(channel, None)) is not None:
+                confirmation.set()
 
     def retracted(self, channels: Collection[str]) -> None:
-        self._listened.difference_update(channels)
         for channel in channels:
             self._memory.end(channel)
 
     async def connected(self) -> None:
-        self._connected = True
         # Before any event of this session: a position above the hole would hide it.
-        await self._hub.send_gaps("outage", self.position())
-        self.on_listening()
+        await self._hub.send_gaps("outage", self.epoch, self.number)
+        self._connected.set()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         frames = []
-        epoch = self._epoch.encode()
+        epoch = self.epoch.encode()
         for notification in notifications:
             channel = notification.channel
-            if channel not in self._listened:
+            if channel not in self.interest.confirmed:
                 continue
             event = decode_notification(notification.payload)
             if event.dropped:
                 self._warn(channel, event.dropped)
-            self._number += 1
-            block = encode_event(event, b"%b-%d" % (epoch, self._number))
-            frame = Frame(self._number, channel, block, event.name is not None)
+            self.number += 1
+            block = encode_event(event, b"%b-%d" % (epoch, self.number))
+            frame = Frame(self.number, channel, block, event.name is not None)
             self._memory.append(frame)
             frames.append(frame)
-        self._delivering = True
-        try:
-            await self._hub.broadcast(frames)
-        finally:
-            self._delivering = False
+        if frames:
+            await self._hub.broadcast(frames, self.epoch)
         self._hub.counts.observe(asyncio.get_running_loop().time() - since, frames, time.time())
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(min(1.0, max(self._linger, 0.05)))
-            now = loop.time()
-            expired = [channel for channel, end in self._lingering.items() if end <= now]
-            for channel in expired:
-                del self._lingering[channel]
-            if expired:
+            await asyncio.sleep(LINGER_CHECK)
+            if self.interest.expire(loop.time()):
                 self._interest_changed()
 
     def lost(self) -> None:
-        if self._connected:
-            self._number += 1
-            self._lost_at = self._number
-        self._connected = False
-        self._listened.clear()
+        if self._connected.is_set():
+            self.number += 1
+            self._lost_at = self.number
+        self._connected.clear()
         self._memory.clear()
 
-    def _abandon(self, channel: str) -> None:
-        if channel in self._listened:
-            self._lingering[channel] = asyncio.get_running_loop().time() + self._linger
-        else:
-            self._confirmations.pop(channel, None)
-            self._interest_changed()
+    def _watch(self, channel: str) -> None:
+        self.interest.watch(channel)
+        self._interest_changed()
 
-    def _make_room(self) -> None:
-        """Let go of the channel that has been without clients for longest, if that helps."""
-        if len(self._hub.channels) + len(self._lingering) <= self._max_channels:
-            return
-        if not self._lingering:
-            raise RefusedError(503, "too many channels are watched at present")
-        del self._lingering[next(iter(self._lingering))]
+    def _abandon(self, channel: str) -> None:
+        self._confirmations.pop(channel, None)
+        self.interest.abandon(channel, asyncio.get_running_loop().time())
+        self._interest_changed()
 
     def _interest_changed(self) -> None:
         if self.listener is not None:
@@ -3456,39 +3720,49 @@ SELECT min(id) - 1 FROM (
 ) AS recent WHERE size <= %s
 """
 
-# (channels list[str], since int, until int) x as named -> (epoch text | None, pruned bigint, newest bigint,
-# events int at most 10,001, bytes of data int among those). What a resume would have to send.
+# (channels list[str], since list[int] beside them, until int) as named -> (events int at most 10,001, bytes
+# of data int among those). What a resume would have to send.
 LOG_REPLAY_SIZE_SQL: Final = """
-SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
-    (SELECT coalesce(max(id), 0) FROM sse_relay.events), r.events, r.bytes
-FROM sse_relay.settings AS s, sse_relay.epoch AS h, (
-    SELECT count(*) AS events, coalesce(sum(size), 0)::bigint AS bytes FROM (
-        SELECT size FROM unnest(%(channels)s::text[]) AS c (channel), LATERAL (
-            SELECT octet_length(data) AS size FROM sse_relay.events AS e
-            WHERE (e.channel, e.id) > (c.channel, %(since)s) AND (e.channel, e.id) <= (c.channel, %(until)s)
-            ORDER BY e.channel, e.id LIMIT 10001
-        ) AS missed LIMIT 10001
-    ) AS sizes
-) AS r
+SELECT count(*), coalesce(sum(size), 0)::bigint FROM (
+    SELECT size FROM unnest(%(channels)s::text[], %(since)s::bigint[]) AS c (channel, since), LATERAL (
+        SELECT octet_length(data) AS size FROM sse_relay.events AS e
+        WHERE (e.channel, e.id) > (c.channel, c.since) AND (e.channel, e.id) <= (c.channel, %(until)s)
+        ORDER BY e.channel, e.id LIMIT 10001
+    ) AS missed LIMIT 10001
+) AS sizes
 """
 
-# (channels, since, until) as named -> rows as of LOG_READ_SQL, of these channels, since < id <= until.
+# (channels, since, until, bytes int) as named -> rows as of LOG_READ_SQL, of these channels, since < id <=
+# until: at most 1,000 rows, the last the one that reaches so many bytes of data.
 # The comparison of pairs is for the index (channel, id): whatever the planner believes of a channel,
 # no other index gives this order, and each channel's range is all that is read.
 LOG_REPLAY_SQL: Final = """
-SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
-    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
-FROM sse_relay.settings AS s CROSS JOIN sse_relay.epoch AS h LEFT JOIN (
+SELECT CASE WHEN h.xmin = h.xid::xid AND NOT row_security_active('sse_relay.events') THEN h.epoch END,
+    s.pruned, e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
+FROM (SELECT) AS one
+LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true LEFT JOIN (
     SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
     FROM (
-        SELECT m.* FROM unnest(%(channels)s::text[]) AS c (channel), LATERAL (
+        SELECT m.* FROM unnest(%(channels)s::text[], %(since)s::bigint[]) AS c (channel, since), LATERAL (
             SELECT * FROM sse_relay.events AS e
-            WHERE (e.channel, e.id) > (c.channel, %(since)s) AND (e.channel, e.id) <= (c.channel, %(until)s)
+            WHERE (e.channel, e.id) > (c.channel, c.since) AND (e.channel, e.id) <= (c.channel, %(until)s)
             ORDER BY e.channel, e.id LIMIT 1000
         ) AS m ORDER BY m.id LIMIT 1000
     ) AS p
-) AS e ON e.before < 4194304
+) AS e ON e.before < %(bytes)s
 ORDER BY e.id
+"""
+
+# (channels list[str], until list[int], most list[int]) as named -> (channel text, before bigint): the number
+# just before the channel's newest events, at most so many, with ids up to `until`. From the index alone.
+LOG_LAST_SQL: Final = """
+SELECT c.channel, coalesce((
+    SELECT min(newest.id) - 1 FROM (
+        SELECT e.id FROM sse_relay.events AS e
+        WHERE (e.channel, e.id) > (c.channel, 0) AND (e.channel, e.id) <= (c.channel, c.until)
+        ORDER BY e.channel DESC, e.id DESC LIMIT c.most
+    ) AS newest), c.until)
+FROM unnest(%(channels)s::text[], %(until)s::bigint[], %(most)s::int[]) AS c (channel, until, most)
 """
 
 # -> (events removed int): repeat until 0. A statement of its own, in autocommit.
@@ -3544,6 +3818,9 @@ FROM sse_relay.settings
 
 
 # ==== Source log ==============================================================
+#
+# Numbers what was published, reads it, and reads it back for clients. Knows SQL's statements by
+# their names, and the listener by its two queries.
 
 
 def check_log(cursor: psycopg2.extensions.cursor) -> None:
@@ -3575,6 +3852,25 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, UnicodeDecodeError)
 
 
+class LogPage(NamedTuple):
+    """A page of the log."""
+
+    # As of the page's snapshot; None if the history has no name yet.
+    epoch: str | None
+    # Events up to this id are gone.
+    pruned: int
+    frames: list[Frame]
+    # Whether more may follow.
+    full: bool
+
+
+def unseen(frames: Sequence[Frame], snapshot: Snapshot | None) -> Sequence[Frame]:
+    """Return the frames without those that a snapshot showed already."""
+    if snapshot is None:
+        return frames
+    return [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
+
+
 class LogSource:
     """Numbers what was published, reads the log, and hands it to memory and hub.
 
@@ -3586,13 +3882,14 @@ class LogSource:
 
     def __init__(self, hub: Hub, memory: Memory) -> None:
         self.listener: Listener | None = None
-        self.on_listening: Callable[[], object] = lambda: None
+        self.interest = Interest([LOG_CHANNEL], 0.0, 1)
+        self.session_sql = LOG_SESSION_SQL
+        # No epoch before the first connection.
+        self.epoch = ""
+        self.number = 0
         self._hub = hub
         self._memory = memory
-        self._epoch: str | None = None
-        self._number = 0
-        self._connected = False
-        self._delivering = False
+        self._connected = asyncio.Event()
         self._work = asyncio.Event()
         # Transactions to number, each with its sender, in the order of their commits.
         self._woken: dict[tuple[str, int], None] = {}
@@ -3600,7 +3897,6 @@ class LogSource:
         # The snapshot of the last sweep: all that it shows has been numbered and read.
         self._swept_up: str | None = None
         self._swept: Snapshot | None = None
-        self._sweep_waiters: list[asyncio.Future[None]] = []
         # The transaction of the event with the last number: another there is another history.
         self._xid: int | None = None
         # Called with each subject that is signed out and the time of that, before later events.
@@ -3609,102 +3905,167 @@ class LogSource:
         # Transactions whose events cannot be read.
         self._damaged: set[str] = set()
         self._told: set[str] = set()
-        # One replay at a time waits for the connection, so that reading what is new waits
-        # behind at most one page; each page queues anew, so that they take turns.
-        self._replays = asyncio.Lock()
+        # Each is set when a sweep is done that has not begun yet.
+        self._sweeps_asked: list[asyncio.Event] = []
+        # What is being read for clients, or was just read, by statement and values.
+        self._shared: dict[tuple[object, ...], asyncio.Task[Any]] = {}
 
-    # What streams ask.
+    # For streams.
 
-    def want(self, channels: Iterable[str]) -> None:
-        pass  # one wake-up channel serves them all
+    def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
+        return None if self._connected.is_set() else self._connected
 
-    def listens(self, channels: Iterable[str]) -> bool:
-        return self._connected
-
-    async def wait_listening(self, channels: Iterable[str], timeout: float) -> None:
-        pass  # what waits here waits for PostgreSQL, and resumes when it is back
-
-    def release(self) -> None:
-        pass
-
-    def position(self) -> bytes:
-        return b"%b-%d" % ((self._epoch or "").encode(), self._number)
-
-    def sent_position(self) -> bytes | None:
-        return self.position() if self._connected and not self._delivering else None
-
-    def hold(self, resume: Resume) -> None:
-        # Who opens now is owed what this relay has not read yet. A relay that has read
-        # nothing so far cannot tell what that is.
-        if resume.since is None and resume.position is None:
-            if self._epoch is None:
-                resume.verdict = "outage"
-            else:
-                resume.position = Position(self._epoch, self._number)
-                resume.after = self._number
-
-    def judge(self, resume: Resume, channels: Iterable[str]) -> dict[str, str] | None:
-        if resume.position is not None and resume.position.epoch != self._epoch:
-            resume.verdict = "restart"
-        elif resume.position is None and resume.since is not None:
-            resume.verdict = "unreadable"
-        if resume.verdict is not None:
-            return dict.fromkeys(channels, resume.verdict)
-        if resume.position is None:
-            resume.after = self._number
-            return {}
-        if not resume.swept and self._swept and resume.position.snapshot:
-            resume.swept = self._swept.includes(resume.position.snapshot)
-        if (
-            not resume.swept
-            or resume.after > self._number
-            or not all(self._memory.covers(channel, resume.after) for channel in channels)
+    def locate(self, wish: Wish, channels: Sequence[str]) -> Page | asyncio.Event:
+        position = wish.position
+        if wish.since is None:
+            return tell_all(self, channels, "start")
+        if position is None:
+            return tell_all(self, channels, "unreadable")
+        if position.epoch != self.epoch:
+            return tell_all(self, channels, "restart")
+        seen = position.snapshot
+        if not wish.settled and (
+            position.number > self.number or (seen and not (self._swept and self._swept.includes(seen)))
         ):
-            return None
-        return {}
+            # A page's snapshot may show what is not numbered yet, and an id that is ahead may be
+            # another relay's: both are settled when all that is pending has been read.
+            return self.sweep()
+        if position.number > self.number:
+            return tell_all(self, channels, "ahead")
+        cursor = Cursor(self.epoch, position.number, snapshot=seen)
+        return self.page(cursor, channels, RESUME_PIECE_BYTES) or Page(cursor)
 
-    async def read_back(self, resume: Resume, channels: Sequence[str]) -> list[Frame]:
+    def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
+        if cursor.epoch != self.epoch:
+            return tell_all(self, channels, "restart")
+        if cursor.last:
+            newest = {name: self._memory.before_newest(name, cursor.last) for name in channels}
+            if any(kept < cursor.last for _, kept in newest.values()):
+                return None
+            cursor = cursor.rewound({name: before for name, (before, _) in newest.items()})
+        since = {name: cursor.after(name) for name in channels}
+        if not all(self._memory.covers(*item) for item in since.items()):
+            return None
+        if not cursor.counted and too_many(self._memory.missed(*item) for item in since.items()):
+            return tell_all(self, channels, "too-many")
+        frames, complete = self._memory.page(since, limit)
+        number = self.number if complete else frames[-1].number
+        return Page(
+            cursor._replace(number=number, counted=True), {}, unseen(frames, cursor.snapshot), complete
+        )
+
+    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+        # Up to where memory begins, and no further: so streams that stand at the same place
+        # ask for the same.
+        until = max(self._memory.floor(name) or 0 for name in channels)
+        try:
+            if cursor.last:
+                return await self._find_newest(cursor, channels)
+            if not cursor.counted and await self._counts_too_many(cursor, channels, until):
+                return tell_all(self, channels, "too-many")
+            read = await self._replay(cursor, channels, until, limit)
+        except (psycopg2.Error, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+            return tell(self, cursor, channels, await self._find_damaged(cursor, channels, until, limit))
+        if read.epoch != cursor.epoch:
+            if self.epoch == cursor.epoch:
+                # The reader will find the new history: this stream goes on when it has.
+                await self.sweep().wait()
+            return Page(cursor)
+        gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
+        if gaps:
+            return tell(self, cursor, channels, gaps)
+        number = read.frames[-1].number if read.full else max(until, cursor.number)
+        return Page(cursor._replace(number=number, counted=True), {}, unseen(read.frames, cursor.snapshot))
+
+    async def _find_newest(self, cursor: Cursor, channels: Sequence[str]) -> Page:
+        """Find where the newest events of each channel begin that `?last=` asks for."""
+        before, lacking = {}, {}
+        for name in channels:
+            before[name], kept = self._memory.before_newest(name, cursor.last)
+            if kept < cursor.last:
+                lacking[name] = (self._memory.floor(name) or 0, cursor.last - kept)
+        untils, mosts = zip(*lacking.values(), strict=True)
+        values = {"channels": tuple(lacking), "until": untils, "most": mosts}
+        before.update(await self._share(LOG_LAST_SQL, values, dict))
+        return Page(cursor.rewound(before))
+
+    async def _counts_too_many(self, cursor: Cursor, channels: Sequence[str], until: int) -> bool:
+        since = {name: cursor.after(name) for name in channels}
+        values = {"channels": tuple(since), "since": tuple(since.values()), "until": until}
+        ((events, size),) = await self._share(LOG_REPLAY_SIZE_SQL, values, tuple)
+        kept = [self._memory.missed(name, max(until, number)) for name, number in since.items()]
+        return too_many([(events, size), *kept])
+
+    async def _replay(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
+        since = tuple(cursor.after(name) for name in channels)
+        values = {"channels": tuple(channels), "since": since, "until": until, "bytes": limit}
+
+        def read(rows: list[tuple[Any, ...]]) -> LogPage:
+            epoch, pruned = rows[0][:2]
+            return LogPage(epoch, pruned, *self._read_rows(rows, limit))
+
+        page: LogPage = await self._share(LOG_REPLAY_SQL, values, read)
+        return page
+
+    async def _find_damaged(
+        self, cursor: Cursor, channels: Sequence[str], until: int, limit: int
+    ) -> dict[str, str]:
+        """Return a gap for each channel that cannot be read by itself either."""
+        gaps = {}
+        for name in channels:
+            try:
+                await self._replay(cursor, [name], until, limit)
+            except (psycopg2.Error, UnicodeDecodeError) as error:
+                if not is_damage(error):
+                    raise
+                log.warning("channel %r cannot be read from the log: %s", name, one_line(error, ""))
+                gaps[name] = "failed"
+        return gaps
+
+    async def _share(
+        self, statement: str, values: dict[str, Any], convert: Callable[[list[tuple[Any, ...]]], Any]
+    ) -> Any:
+        """Run a statement for all streams that ask for the same, once within `SHARE_TIME`."""
         assert self.listener is not None
-        # What a snapshot shows may not be numbered yet, and an id that is ahead may be
-        # another relay's: both are settled when all that is pending has been read.
-        if resume.after > self._number or not resume.swept:
-            swept = asyncio.get_running_loop().create_future()
-            self._sweep_waiters.append(swept)
+        listener = self.listener
+        key = self.epoch, statement, *values.values()
+
+        async def read() -> Any:
+            arrays = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            return convert(await listener.client_query(statement, arrays))
+
+        def done(task: asyncio.Task[Any]) -> None:
+            if task.cancelled() or task.exception():
+                forget()
+            else:
+                asyncio.get_running_loop().call_later(SHARE_TIME, forget)
+
+        def forget() -> None:
+            if self._shared.get(key) is task:
+                del self._shared[key]
+
+        task = self._shared.get(key)
+        if task is None:
+            if len(self._shared) >= MAX_SHARED:
+                del self._shared[next(iter(self._shared))]
+            task = self._shared[key] = asyncio.create_task(read())
+            task.add_done_callback(done)
+        # It belongs to the connection, not to the stream that asked first.
+        return await asyncio.shield(task)
+
+    def sweep(self) -> asyncio.Event:
+        """Return what is set when all that is pending now has been numbered and read."""
+        if not self._sweeps_asked:
+            self._sweeps_asked.append(asyncio.Event())
             self._work.set()
-            await swept
-            resume.swept = True
-            if resume.after > self._number:
-                resume.verdict = "ahead"
-            return []
-        async with self._replays:
-            epoch, until = self._epoch, self._number
-            values = {"channels": list(channels), "since": resume.after, "until": until}
-            if not resume.counted:
-                ((_, _, _, events, size),) = await self.listener.query(LOG_REPLAY_SIZE_SQL, values)
-                resume.counted = True
-                if events > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES:
-                    resume.verdict = "too-many"
-                    return []
-            rows = await self.listener.query(LOG_REPLAY_SQL, values)
-        row_epoch, pruned = rows[0][:2]
-        if row_epoch != epoch:
-            self._work.set()
-            resume.verdict = "restart"
-            return []
-        if pruned > resume.after:
-            resume.verdict = "pruned"
-            return []
-        frames, full = self._read_rows(rows)
-        resume.after = frames[-1].number if full else until
-        return frames
+        return self._sweeps_asked[-1]
 
     # What the listener tells.
 
     def check(self, cursor: psycopg2.extensions.cursor) -> None:
         check_log(cursor)
-
-    def wanted(self) -> Collection[str]:
-        return (LOG_CHANNEL,)
 
     def confirmed(self, channels: Collection[str]) -> None:
         pass
@@ -3714,20 +4075,12 @@ class LogSource:
 
     async def connected(self) -> None:
         assert self.listener is not None
-        await self.listener.query(LOG_SESSION_SQL)
         for what, remedy in await self.listener.query(LOG_LIMITS_SQL):
             self._warn("doing without: %s; %s", what, remedy)
         self._swept_up = self._swept = None
         await self._attach()
         # What takes longer is gone on with while notifications and canaries are heard.
         self._sweep_due = not await self._sweep(windows=1)
-        if not self._sweep_due:
-            self._join()
-
-    def _join(self) -> None:
-        if not self._connected:
-            self._connected = True
-            self.on_listening()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         for notification in notifications:
@@ -3744,12 +4097,8 @@ class LogSource:
         await first_of(self._read_on(), self._prune())
 
     def lost(self) -> None:
-        self._connected = False
+        self._connected.clear()
         self._woken.clear()
-        for waiter in self._sweep_waiters:
-            if not waiter.done():
-                waiter.set_exception(LostConnectionError("the connection was lost"))
-        self._sweep_waiters.clear()
 
     async def _attach(self, *, replaced: bool = False) -> None:
         """Learn the log's epoch; begin anew, with a gap for all, if it is another.
@@ -3758,21 +4107,21 @@ class LogSource:
             replaced: Ids that this relay has read stand for other events now.
         """
         assert self.listener is not None
-        known = self._epoch, NO_ID if replaced else self._number
+        known = self.epoch or None, NO_ID if replaced else self.number
         ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, known)
-        if epoch != self._epoch:
+        if epoch != self.epoch:
             self._revoked = 0
         await self._read_revocations()
-        if epoch == self._epoch and pruned <= self._number:
+        if epoch == self.epoch and pruned <= self.number:
             return
-        reason = "restart" if epoch != self._epoch else "pruned"
-        started = self._epoch is not None
-        self._number, self._xid = newest if epoch != self._epoch else pruned, None
-        self._epoch = epoch
+        reason = "restart" if epoch != self.epoch else "pruned"
+        started = bool(self.epoch)
+        self.number, self._xid = newest if epoch != self.epoch else pruned, None
+        self.epoch = epoch
         self._memory.clear()
-        self._memory.begin_all(self._number)
+        self._memory.begin_all(self.number)
         if started:
-            await asyncio.shield(self._hub.send_gaps(reason, self.position()))
+            await asyncio.shield(self._hub.send_gaps(reason, self.epoch, self.number))
         else:
             await self._remember()
 
@@ -3793,7 +4142,7 @@ class LogSource:
             start, full = number, number is not None
             while full:
                 rows = await self.listener.query(LOG_READ_SQL, {"id": number, "limit": LOG_PAGE_ROWS})
-                if rows[0][0] != self._epoch or rows[0][1] > number:
+                if rows[0][0] != self.epoch or rows[0][1] > number:
                     return
                 page, full = self._encode(rows)
                 frames += page
@@ -3804,7 +4153,7 @@ class LogSource:
             self._warn("recent events cannot be read, and are not kept in memory: %s", error)
             return
         if start is not None:
-            self._number = number
+            self.number = number
             self._memory.begin_all(start)
             for frame in frames:
                 self._memory.append(frame)
@@ -3819,18 +4168,9 @@ class LogSource:
                         await self._work.wait()
             self._work.clear()
             # When wake-ups were dropped, those that follow wait for the sweep that finds the dropped.
-            while self._sweep_due or self._sweep_waiters or loop.time() >= due:
+            while self._sweep_due or self._sweeps_asked or loop.time() >= due:
                 self._sweep_due = False
-                waiters, self._sweep_waiters = self._sweep_waiters, []
-                try:
-                    await self._sweep()
-                except BaseException:
-                    self._sweep_waiters += waiters
-                    raise
-                self._join()
-                for waiter in waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
+                await self._sweep()
                 due = loop.time() + SWEEP_INTERVAL
             woken, self._woken = self._woken, {}
             await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
@@ -3838,6 +4178,23 @@ class LogSource:
 
     async def _sweep(self, windows: float = math.inf) -> bool:
         """Number and read all that is committed by now; return whether that was within so many windows."""
+        assert self.listener is not None
+        asked, self._sweeps_asked = self._sweeps_asked, []
+        done = False
+        try:
+            done = await self._sweep_windows(windows)
+        finally:
+            if not done:
+                # They wait for the next one, which may be of another session.
+                self._sweeps_asked = asked + self._sweeps_asked
+        if done:
+            for event in asked:
+                event.set()
+            self._hub.stand(self.epoch, self.number)
+            self._connected.set()
+        return done
+
+    async def _sweep_windows(self, windows: float) -> bool:
         assert self.listener is not None
         snapshot, after = self._swept_up, None
         while windows > 0:
@@ -3873,7 +4230,7 @@ class LogSource:
             elif xids[0] not in self._damaged:
                 self._damaged.add(xids[0])
                 log.error("the events of transaction %s cannot be read and are left out: %s", xids[0], error)
-                await asyncio.shield(self._hub.send_gaps("failed", self.position()))
+                await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number))
 
     async def _read(self) -> None:
         """Read what follows the last id that was read, to the end, and send it out."""
@@ -3887,7 +4244,7 @@ class LogSource:
                 # As the next connection will find, and say where.
                 raise LostConnectionError("row-level security hides rows of the durable log")
             replaced = self._xid is not None and xid_here not in (self._xid, None)
-            if epoch != self._epoch or pruned > self._number or replaced or newest < self._number:
+            if epoch != self.epoch or pruned > self.number or replaced or newest < self.number:
                 await self._attach(replaced=replaced)
                 full = True
                 continue
@@ -3898,16 +4255,12 @@ class LogSource:
                 if row[4] == REVOCATION_CHANNEL:
                     self.on_revoked(row[6], row[7])
                     self._revoked = row[2]
-            self._number, self._xid = rows[-1][2:4]
+            self.number, self._xid = rows[-1][2:4]
             for frame in frames:
                 self._memory.append(frame)
-            self._delivering = True
-            try:
-                # To all, though the connection is lost meanwhile: the next one reads on behind
-                # these events.
-                await asyncio.shield(self._hub.broadcast(frames))
-            finally:
-                self._delivering = False
+            # To all, though the connection is lost meanwhile: the next one reads on behind
+            # these events.
+            await asyncio.shield(self._hub.broadcast(frames, self.epoch))
             now = time.time()
             self._hub.counts.observe(now - created, frames, now)
 
@@ -3927,7 +4280,7 @@ class LogSource:
         attempts = 2
         while True:
             try:
-                rows = await self.listener.query(LOG_READ_SQL, {"id": self._number, "limit": limit})
+                rows = await self.listener.query(LOG_READ_SQL, {"id": self.number, "limit": limit})
                 return rows, len(rows) >= limit or sum(
                     len(row[6] or "") for row in rows
                 ) * 4 >= LOG_PAGE_BYTES
@@ -3948,7 +4301,7 @@ class LogSource:
         step, found = 0, None
         while found is None:
             try:
-                found = await self.listener.query(LOG_NEXT_SQL, (self._number + step,))
+                found = await self.listener.query(LOG_NEXT_SQL, (self.number + step,))
             except (psycopg2.Error, UnicodeDecodeError) as damage:
                 if not is_damage(damage):
                     raise
@@ -3960,17 +4313,20 @@ class LogSource:
         if step:
             number, channel = number - 1, None
         log.error("event %d of channel %r cannot be read, and is left out: %s", number, channel, error)
-        self._number, self._xid = number, None
+        self.number, self._xid = number, None
         if channel is None:
             self._memory.clear()
             self._memory.begin_all(number)
         else:
             self._memory.begin(channel, number)
-        await asyncio.shield(self._hub.send_gaps("failed", self.position()))
+        lost = None if channel is None else [channel]
+        await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number, lost))
 
-    def _read_rows(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
-        """Encode the rows of a page; tell whether the page was full, so that more may follow."""
-        epoch = (self._epoch or "").encode()
+    def _read_rows(
+        self, rows: Sequence[tuple[Any, ...]], limit: int = LOG_PAGE_BYTES
+    ) -> tuple[list[Frame], bool]:
+        """Encode the rows of a page; return whether the page was full, so that more may follow."""
+        epoch = (rows[0][0] or "").encode()
         frames = []
         size = 0
         for _, _, number, xid, channel, event, data, _ in rows:
@@ -3980,7 +4336,7 @@ class LogSource:
             block = encode_event(Event(data, name), b"%b-%d" % (epoch, number))
             frames.append(Frame(number, channel, block, name is not None, xid))
             size += len(block)
-        return frames, len(frames) >= LOG_PAGE_ROWS or size >= LOG_PAGE_BYTES
+        return frames, len(frames) >= LOG_PAGE_ROWS or size >= limit
 
     async def _prune(self) -> None:
         assert self.listener is not None
@@ -4002,8 +4358,22 @@ class LogSource:
 
 
 # ==== Streams =================================================================
+#
+# From a request to a live stream. Knows HTTP and the hub; of a source no more than `blocked`,
+# `locate`, `page` and `fetch`; no SQL.
+#
+# state        | known by                              | moved on by                 | may wait for the client
+# -------------+---------------------------------------+-----------------------------+------------------------
+# opening      | no transport yet                      | `_open`: LISTEN, or 2 s     | nothing
+# catching up  | `live_from` is NOT_LIVE, has a task   | `_send`: the last page      | one piece of a resume
+# live         | `live_from` is a number               | the hub: a backlog, `end`   | --max-backlog + a piece
+# ending       | its transport is closing              | the socket, or half a minute| what waited, `retry:`
+#
+# A live stream that is behind by more than --max-backlog is catching up again. In every state the
+# connection's end takes it out of the hub, and a client that takes nothing for half a minute is cut.
 
 EVENT_STREAM: Final = "text/event-stream"
+REVOKED: Final = "the token has been revoked"
 STREAM_HEADERS: Final = {
     "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
     # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
@@ -4036,19 +4406,18 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
 
     No task, parser or request object is kept: 2-3 KiB for an idle stream, not 11. aiohttp
     has no public way. The order matters: its protocol must have lost the transport
-    before it is told so, or it closes the socket that was just taken.
+    before it is told so, or it closes the socket that was just taken. What can fail comes first.
     """
     protocol, transport = request.protocol, request.transport
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client has left")
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     transport.set_protocol(subscriber)
     protocol.transport = None
     protocol.connection_lost(None)
     if not transport.is_reading():
         # aiohttp pauses for requests that wait in line; the end would go unnoticed.
         transport.resume_reading()
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    subscriber.chunked = request.version >= (1, 1)
     subscriber.transport = transport
 
 
@@ -4082,24 +4451,24 @@ class Streams:
         self,
         hub: Hub,
         source: Source,
-        memory: Memory,
         access: Access,
         *,
         path: str,
         retry: int,
         max_clients: int,
         max_backlog: int,
+        max_age: float | None,
     ) -> None:
         """Args:
         path: Where the stream routes begin: ``/events``, or ``/``.
         retry: The least ``retry:`` in milliseconds.
         max_clients: Streams open at once.
         max_backlog: Bytes that may wait for one slow client.
+        max_age: Seconds after which a stream ends, more or less a tenth; None: never.
         """
         self.draining = False
         self._hub = hub
         self._source = source
-        self._memory = memory
         self._access = access
         self._path = path
         self._retry = retry
@@ -4107,9 +4476,12 @@ class Streams:
         self._max_backlog = max_backlog
         # In the present second.
         self._refusals = 0
-        # asyncio itself keeps no task alive.
-        self._waking: asyncio.Task[None] | None = None
-        source.on_listening = self._wake
+        self._max_age = max_age
+        # Streams that waited for the same thing go on a few at a time.
+        self._turns = asyncio.Semaphore(RESUMES_PER_TURN)
+        # Waiting requests that have no stream yet.
+        self._opening: set[asyncio.Timeout] = set()
+        hub.on_behind = self._fall_behind
 
     async def handle(
         self, request: web.BaseRequest, path: str | None = None, only_tokens: bool = False
@@ -4182,9 +4554,7 @@ class Streams:
         retry = retry_after(self._retry, len(self._hub.subscribers))
         accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
         if is_stream and accepts and request.method == "GET":
-            data = {"status": refused.status, "reason": refused.reason}
-            final = b"retry: %d\n%b" % (NEVER_MS, encode_control("refused", data))
-            body = encode_retry(retry) if passing else final
+            body = encode_retry(retry) if passing else encode_refused(refused.status, refused.reason)
             return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
         fields = {"Cache-Control": "no-store", **headers}
         if passing:
@@ -4217,36 +4587,179 @@ class Streams:
         if more > 0:
             log.info("refused %d more requests within one second", more)
 
+    def drain(self) -> None:
+        """Tell every request to come back, those included that wait for LISTEN: the relay is stopping."""
+        self.draining = True
+        for waiting in self._opening:
+            waiting.reschedule(0.0)
+
+    def revoke(self, subject: str, stamp: float) -> None:
+        """End a subject's streams, and refuse its tokens, that were issued at this time or before.
+
+        Args:
+            stamp: Seconds since 1970.
+        """
+        self._access.revoke(subject, stamp)
+        self._hub.revoke(subject, stamp, encode_refused(401, REVOKED))
+
     async def _open(
         self, request: web.BaseRequest, target: Target, headers: dict[str, str], grant: Grant | None
     ) -> NoReturn:
-        """Open a stream: listen, headers and retry, what was missed, the position, live."""
+        """Open a stream: wait for LISTEN, then headers and ``retry:``, and what was missed."""
         now = asyncio.get_running_loop().time()
-        subscriber = Subscriber(
-            self._hub, target.channels, self._resume(request.headers, target), self._key(request, target), now
-        )
+        version = int(request.version >= (1, 1))
+        head = encode_head(version, headers)
+        wish = self._wish(request.headers, target)
+        subscriber = Subscriber(self._hub, target.channels, self._key(request, target), now)
+        subscriber.chunked = bool(version)
+        subscriber.heartbeats = target.heartbeat
         self._hub.enter(subscriber)
         try:
-            self._source.want(target.channels)
-            if not self._source.listens(target.channels):
-                await self._source.wait_listening(target.channels, LISTEN_WAIT)
+            if grant is not None and grant.subject is not None:
+                self._hub.own(subscriber, grant.subject, grant.issued)
+            await self._wait_listening(target.channels)
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
+            if subscriber not in self._hub.subscribers:
+                raise RefusedError(401, REVOKED)
             park(request, subscriber)
         except BaseException:
             self._hub.leave(subscriber)
             raise
-        if grant is not None:
-            self._hub.end_at(subscriber, max(int(grant.expires), int(time.time()) + 1))
-        factor = min(CUT_FACTOR_MOST, 2 ** self._hub.cut_count(subscriber.key, now))
-        retry = retry_after(self._retry, len(self._hub.subscribers), factor)
-        head = encode_head(int(subscriber.chunked), headers)
-        comment = b":\n" if subscriber.chunked else HTTP_10_COMMENT
-        self._advance(subscriber, head, comment + encode_retry(retry))
+        try:
+            self._begin(subscriber, wish, head, grant)
+        except Exception as bug:
+            self._give_up(subscriber, bug)
         # aiohttp no longer has the connection, and has cancelled this task: spare it the answer.
         raise asyncio.CancelledError
 
-    def _resume(self, headers: Mapping[str, str], target: Target) -> Resume:
+    async def _wait_listening(self, channels: Sequence[str]) -> None:
+        """Wait a little until all events of these channels arrive."""
+        with contextlib.suppress(TimeoutError):
+            while (event := self._source.blocked(channels)) is not None and not self.draining:
+                async with asyncio.timeout(LISTEN_WAIT) as waiting:
+                    self._opening.add(waiting)
+                    try:
+                        await event.wait()
+                    finally:
+                        self._opening.discard(waiting)
+
+    def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes, grant: Grant | None) -> None:
+        """Write the opening of a stream and all that can be had at once; leave the rest to a task."""
+        now = time.time()
+        ends = [] if grant is None else [grant.expires]
+        if self._max_age is not None:
+            ends.append(now + self._max_age * random.uniform(0.9, 1.1))
+        if ends:
+            self._hub.end_at(subscriber, max(int(min(ends)), int(now) + 1))
+        cuts = self._hub.cut_count(subscriber.key, asyncio.get_running_loop().time())
+        retry = retry_after(self._retry, len(self._hub.subscribers), min(MAX_CUT_FACTOR, 2**cuts))
+        opening = (b":\n" if subscriber.chunked else HTTP_10_COMMENT) + encode_retry(retry)
+        page = None
+        if self._source.blocked(subscriber.channels) is None:
+            page = self._source.locate(wish, subscriber.channels)
+        if isinstance(page, Page):
+            cursor = self._send(subscriber, wish, page, head, opening)
+            if cursor is None:
+                return
+        else:
+            subscriber.write(opening, head)
+            cursor = None
+        subscriber.task = asyncio.create_task(self._catch_up(subscriber, wish, cursor))
+
+    def _fall_behind(self, subscriber: Subscriber, epoch: str, number: int) -> None:
+        cursor = Cursor(epoch, number, counted=True)
+        subscriber.task = asyncio.create_task(self._catch_up(subscriber, Wish(), cursor))
+
+    async def _catch_up(self, subscriber: Subscriber, wish: Wish, cursor: Cursor | None) -> None:
+        """Bring a stream to live: page after page as its socket takes them.
+
+        Args:
+            cursor: Where it stands; None if that is still to be found.
+        """
+        source, channels = self._source, subscriber.channels
+        evictions = 0
+        try:
+            while True:
+                await subscriber.drained()
+                page: Page | asyncio.Event | None = source.blocked(channels)
+                if page is None and cursor is None:
+                    page = source.locate(wish, channels)
+                    wish = wish._replace(settled=isinstance(page, asyncio.Event))
+                elif page is None and cursor is not None:
+                    page = source.page(cursor, channels, RESUME_PIECE_BYTES)
+                    if page is None:
+                        page = await self._fetch(cursor, channels)
+                if isinstance(page, asyncio.Event):
+                    await page.wait()
+                    async with self._turns:
+                        await asyncio.sleep(0)
+                elif page is not None:
+                    evictions += "evicted" in page.gaps.values()
+                    if evictions > 1:
+                        # It is too slow for what memory holds: a third gap would not help it.
+                        self._hub.cut(subscriber)
+                        return
+                    cursor = self._send(subscriber, wish, page)
+                    if cursor is None:
+                        return
+        except Exception as bug:
+            self._give_up(subscriber, bug)
+        finally:
+            if subscriber.task is asyncio.current_task():
+                subscriber.task = None
+
+    async def _fetch(self, cursor: Cursor, channels: Sequence[str]) -> Page | None:
+        """Read what memory no longer holds; None if the database could not answer just now."""
+        try:
+            return await self._source.fetch(cursor, channels, RESUME_PIECE_BYTES)
+        except (LostConnectionError, psycopg2.Error):
+            await asyncio.sleep(random.uniform(0.5, 1.5))
+            return None
+
+    def _send(
+        self, subscriber: Subscriber, wish: Wish, page: Page, head: bytes = b"", opening: bytes = b""
+    ) -> Cursor | None:
+        """Write a page, its gaps first; the stream is live in the same step if that was all.
+
+        Returns:
+            Where the stream stands; None if it is live or gone.
+        """
+        transport, channels = subscriber.transport, subscriber.channels
+        if transport is None or transport.is_closing():
+            return None
+        cursor, complete = page.cursor, page.complete
+        if wish.last and len(page.gaps) == len(channels):
+            cursor, complete = cursor._replace(last=wish.last), False
+        events = join_blocks(page.frames, several=len(channels) > 1)
+        # With much still waiting, it would fall behind again at the next event.
+        small = transport.get_write_buffer_size() + len(events) <= self._max_backlog // 2
+        live = complete and (small or not events)
+        # Older events follow a gap that carries no position: whoever is cut in between and comes
+        # back at one of theirs gets the gap again.
+        position = format_position(self._source.epoch, self._source.number) if live else None
+        block = opening + encode_gaps(page.gaps, wish.since, None if events else position) + events
+        if position is not None and (events or not page.gaps):
+            block += encode_position(position)
+        if live:
+            subscriber.live_from = self._source.number
+            subscriber.last_position_at = asyncio.get_running_loop().time()
+        if block:
+            subscriber.write(block, head)
+        counts = self._hub.counts
+        counts.gaps.update(set(page.gaps.values()))
+        counts.replayed += len(page.frames)
+        counts.deliveries += len(page.frames)
+        return None if live else cursor
+
+    def _give_up(self, subscriber: Subscriber, bug: Exception) -> None:
+        """Let a client come back whose stream met an error of ours."""
+        # The error's own text may quote what the client sent, a token for instance.
+        places = "".join(traceback.format_tb(bug.__traceback__))
+        log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
+        subscriber.end(encode_retry(retry_after(self._retry, len(self._hub.subscribers))))
+
+    def _wish(self, headers: Mapping[str, str], target: Target) -> Wish:
         """Read where the client stands.
 
         The header is what the client has seen last, or what it appended to the address
@@ -4256,14 +4769,11 @@ class Streams:
         start = parse_position(target.start) if target.start else None
         last = headers.get("Last-Event-ID") or target.last_event_id
         if not last or last == target.start:
-            return Resume(target.start, start)
+            return Wish(target.start, start, last=target.last)
         position = parse_position(last)
         if position and start and position.epoch == start.epoch:
             position = position._replace(snapshot=start.snapshot)
-        resume = Resume(last, position)
-        # What the snapshot shows was numbered before the client got its first position.
-        resume.swept = True
-        return resume
+        return Wish(last, position, last=target.last)
 
     def _token(self, request: web.BaseRequest, target: Target) -> str | None:
         """Return the request's token: bearer header, then cookie, then ``?access_token=``."""
@@ -4281,113 +4791,6 @@ class Streams:
         return hash(
             (request.remote, headers.get("X-Forwarded-For"), headers.get("User-Agent"), target.channels)
         )
-
-    def _wake(self) -> None:
-        if self._hub.waiting:
-            self._waking = asyncio.create_task(self._advance_waiting())
-
-    async def _advance_waiting(self) -> None:
-        for count, subscriber in enumerate(tuple(self._hub.waiting), 1):
-            if self._source.listens(subscriber.channels):
-                self._advance(subscriber)
-            if count % WRITES_PER_TURN == 0:
-                await asyncio.sleep(0)
-
-    def _advance(self, subscriber: Subscriber, head: bytes = b"", opening: bytes = b"") -> None:
-        """Bring a stream towards live: write what it has missed, as its socket takes it.
-
-        Called once when it opens, then whenever what it waits for has come: its
-        channels' LISTEN, pages of the log, or room in its socket. It joins in the same step
-        in which its position goes out, never before the past is out: a client cut in
-        between would lose that in silence.
-        """
-        resume, transport = subscriber.resume, subscriber.transport
-        if resume is None or transport is None or transport.is_closing():
-            return
-        subscriber.on_drain = None
-        if not self._source.listens(subscriber.channels):
-            self._source.hold(resume)
-            self._hub.waiting.add(subscriber)
-            if opening:
-                subscriber.write(opening, head)
-            return
-        self._hub.waiting.discard(subscriber)
-        while True:
-            if self._judge(resume, subscriber.channels) is None:
-                if opening:
-                    subscriber.write(opening, head)
-                subscriber.task = asyncio.create_task(self._read_back(subscriber, resume))
-                return
-            covered = [channel for channel in subscriber.channels if channel not in resume.gaps]
-            frames, complete = self._memory.page(covered, resume.after, RESUME_PIECE_BYTES)
-            if frames:
-                resume.after = frames[-1].number
-            events = self._join(subscriber, resume, frames)
-            waiting = transport.get_write_buffer_size() + len(events)
-            # Live with much of the past still waiting, it would be cut at the next event.
-            live = complete and (not frames or waiting <= self._max_backlog // 2)
-            # Before the events of other channels, whose positions lie behind the hole: a client
-            # that is cut in between would resume past it. Again when it goes live, for what
-            # these channels have got meanwhile.
-            gaps = resume.gaps if live or len(resume.gaps) > resume.told else {}
-            resume.told = len(resume.gaps)
-            self._hub.counts.gaps.update(gaps.values())
-            position = self._source.position() if live else None
-            block = opening + encode_gaps(gaps, resume.since, None if events else position) + events
-            if position and (events or not gaps):
-                block += encode_position(position)
-            if live:
-                subscriber.resume = None
-                subscriber.written = subscriber.marked = asyncio.get_running_loop().time()
-            if block:
-                subscriber.write(block, head)
-            if live:
-                return
-            head = opening = b""
-            if subscriber.paused:
-                subscriber.on_drain = self._advance
-                return
-
-    def _judge(self, resume: Resume, channels: Sequence[str]) -> dict[str, str] | None:
-        """Complete the stream's gaps; None if the source must read back first."""
-        covered = [channel for channel in channels if channel not in resume.gaps]
-        gaps = self._source.judge(resume, covered)
-        if gaps is None:
-            return None
-        if not resume.counted:
-            resume.counted = True
-            missed = [self._memory.missed(c, resume.after) for c in covered if c not in gaps]
-            if sum(m[0] for m in missed) > MAX_RESUME_EVENTS or sum(m[1] for m in missed) > MAX_RESUME_BYTES:
-                resume.verdict = "too-many"
-                gaps = dict.fromkeys(channels, resume.verdict)
-        resume.gaps.update(gaps)
-        return resume.gaps
-
-    async def _read_back(self, subscriber: Subscriber, resume: Resume) -> None:
-        """Write what memory does not hold, page by page, until it covers the rest."""
-        channels = subscriber.channels
-        try:
-            while self._source.listens(channels) and self._source.judge(resume, channels) is None:
-                frames = await self._source.read_back(resume, channels)
-                block = self._join(subscriber, resume, frames)
-                if block:
-                    subscriber.write(block)
-                    await subscriber.drained()
-        except (LostConnectionError, psycopg2.Error):
-            self._hub.waiting.add(subscriber)
-            return
-        finally:
-            subscriber.task = None
-        self._advance(subscriber)
-
-    def _join(self, subscriber: Subscriber, resume: Resume, frames: Sequence[Frame]) -> bytes:
-        """Join the blocks of frames, without those that the client's page showed already."""
-        snapshot = resume.position.snapshot if resume.position else None
-        if snapshot is not None:
-            frames = [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
-        self._hub.counts.replayed += len(frames)
-        self._hub.counts.deliveries += len(frames)
-        return join_blocks(frames, several=len(subscriber.channels) > 1)
 
 
 # ==== Admin ===================================================================
@@ -4510,7 +4913,7 @@ def answer_status(relay: Relay) -> web.Response:
         "channels": len(relay.hub.channels),
         "events_total": counts.events,
         "delivery_delay_seconds_sum": counts.delay_sum,
-        "position": relay.source.position().decode(),
+        "position": format_position(relay.source.epoch, relay.source.number).decode(),
         "recent": list(counts.recent),
         "time": time.time(),
     }
@@ -5122,22 +5525,25 @@ class Relay:
         self._local_only.pop(None, None)
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
-        self.source: Source = (
-            LogSource(self.hub, memory)
-            if settings.source == "log"
-            else NotifySource(self.hub, memory, settings.linger, settings.max_channels)
-        )
+        self.source: Source
+        if settings.source == "log":
+            self.source = LogSource(self.hub, memory)
+        else:
+            interest = Interest(self.hub.channels.keys(), settings.linger, settings.max_channels)
+            self.source = NotifySource(self.hub, memory, interest)
         self.listener = self.source.listener = Listener(settings.dsn, self.source)
         self.streams = Streams(
             self.hub,
             self.source,
-            memory,
             self.access,
             path=settings.path,
             retry=settings.retry,
             max_clients=min(settings.max_clients or most * 3 // 4, most),
             max_backlog=settings.max_backlog,
+            max_age=settings.max_age,
         )
+        if isinstance(self.source, LogSource):
+            self.source.on_revoked = self.streams.revoke
         # Whether it stops for another to take its place.
         self.again = False
         self._most = most
@@ -5187,7 +5593,7 @@ class Relay:
         try:
             await first_of(
                 self.listener.run(),
-                self.hub.beat(self.source.sent_position),
+                self.hub.beat(),
                 self.hub.end_expired(time.time, self._last_block),
                 door.close_late(),
                 admin_door.close_late(),
@@ -5283,7 +5689,7 @@ class Relay:
         end = loop.time() + STOP_TIMEOUT
         sd_notify("STOPPING=1")
         log.info("stopping: %s", counted(len(self.hub.subscribers), "client"))
-        self.streams.draining = True
+        self.streams.drain()
 
         # Stop accepting. asyncio resets what it accepted in the turn in which a server is
         # closed, so take the readers away and let that turn pass.
@@ -5304,8 +5710,7 @@ class Relay:
             if count % WRITES_PER_TURN == 0:
                 await asyncio.sleep(0)
 
-        # Requests that were under way are answered; they wait for no LISTEN any longer.
-        self.source.release()
+        # Requests that were under way are answered.
         await asyncio.sleep(LATE_REQUESTS)
         while self.hub.subscribers and loop.time() < end:  # noqa: ASYNC110  # no event for the last to leave
             await asyncio.sleep(0.02)

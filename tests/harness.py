@@ -656,11 +656,16 @@ def pgbouncer(database: Database, mode: str, folder: Path) -> Iterator[str]:
 # ==== Clients =================================================================
 
 
+def is_start(event: ServerSentEvent) -> bool:
+    return event.event == "relay.gap" and json.loads(event.data)["reason"] == "start"
+
+
 class SseReader:
     """A client made of httpx and httpx-sse, reading in a thread of its own until the stream ends or `close`.
 
     httpx-sse hands out every block with an id, also those without data, which a browser keeps to itself:
-    `blocks` has all of them, `events` those with data or a name.
+    `blocks` has all of them, `events` those with data or a name, but for the ``relay.gap`` of the reason
+    ``start``, with which every stream without a position begins: `starts` has those.
 
     Args:
         url: As from `Relay.url`.
@@ -724,7 +729,18 @@ class SseReader:
 
     @property
     def events(self) -> list[ServerSentEvent]:
-        return [block for block in list(self.blocks) if block.data or block.event != "message"]
+        named = [block for block in list(self.blocks) if block.data or block.event != "message"]
+        return [event for event in named if not is_start(event)]
+
+    @property
+    def starts(self) -> list[ServerSentEvent]:
+        """The gaps that tell of no loss: the stream began without a position."""
+        return list(filter(is_start, list(self.blocks)))
+
+    @property
+    def gaps(self) -> list[dict[str, Any]]:
+        """What each gap among `events` says."""
+        return [json.loads(event.data) for event in self.events if event.event == "relay.gap"]
 
     @property
     def data(self) -> list[str]:

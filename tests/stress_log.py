@@ -353,7 +353,8 @@ class Hopper:
             for block in blocks:
                 self.position = block.get("id", self.position)
                 if block.get("event", "").startswith("relay."):
-                    self.control.append(block)
+                    if '"reason":"start"' not in block["data"]:
+                        self.control.append(block)
                 elif "data" in block:
                     self.seen.append((int(self.position.partition("-")[2]), hash(block["data"])))
                 if self._stop.is_set() or (self.position and time.monotonic() > until):

@@ -376,26 +376,53 @@ def make_frame(channel: str, name: str | None = None) -> Frame:
     return Frame(41, channel, encode_event(Event("d", name), POSITION), name is not None)
 
 
-@pytest.mark.parametrize(
-    ("channel", "name", "expected"),
-    [
-        ("orders", None, "orders"),
-        ("orders", "paid", "paid"),
-        ("orders", "message", "message"),
-        ("open", None, "channel:open"),
-        ("error", None, "channel:error"),
-        ("relay.gap", None, "channel:relay.gap"),
-        ("open", "paid", "paid"),
-        (" a: \u2028\N{GRINNING FACE}", None, " a: \u2028\N{GRINNING FACE}"),
-    ],
-)
-def test_an_event_without_a_name_carries_its_channels_on_a_stream_of_several(
+NAMED = [
+    ("orders", None, "orders"),
+    ("orders", "paid", "orders:paid"),
+    ("orders", "message", "orders:message"),
+    ("open", None, "open:"),
+    ("error", None, "error:"),
+    ("relay.gap", None, "relay.gap:"),
+    ("relay.", None, "relay.:"),
+    ("relay", None, "relay"),
+    ("open", "paid", "open:paid"),
+    ("open", "open ", "open:open "),
+    ("a:b", "c", "a%3Ab:c"),
+    ("a", "b:c", "a:b:c"),
+    ("a%3Ab", None, "a%253Ab"),
+    ("relay.gap:", None, "relay.gap%3A:"),
+    (" a: \u2028\N{GRINNING FACE}", None, " a%3A \u2028\N{GRINNING FACE}"),
+]
+
+
+@pytest.mark.parametrize(("channel", "name", "expected"), NAMED)
+def test_an_event_names_its_channel_on_a_stream_of_several(
     channel: str, name: str | None, expected: str
 ) -> None:
     frame = make_frame(channel, name)
     read = read_block(sse_relay.named_block(frame))
     assert (read.event, read.data, read.id) == (expected, "d", "e9-41")
     assert read_block(frame.block).event == (name or "message")
+
+
+# What a channel and an event can be called at all.
+channel_names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
+event_names = st.none() | any_text.map(lambda name: sse_relay.sendable_name(whole_text(name)))
+
+
+@quick
+@given(channel_names | st.sampled_from(["error", "open", "relay.gap", "a:", "a%"]), event_names)
+@example("a", "b:c")
+@example("a:b", "c")
+def test_the_name_tells_channel_and_name_apart_and_is_never_one_of_the_relays(
+    channel: str, name: str | None
+) -> None:
+    event = read_block(sse_relay.named_block(make_frame(channel, name))).event
+    shown, colon, rest = event.partition(":")
+    assert shown.replace("%3A", ":").replace("%25", "%") == channel
+    assert (rest or None) == name
+    assert bool(colon) == (name is not None or sse_relay.is_reserved_name(channel))
+    assert event not in ("error", "open", "relay.gap", "relay.refused", "relay.heartbeat")
 
 
 def test_joined_blocks_are_those_of_the_frames_in_their_order() -> None:
@@ -405,37 +432,35 @@ def test_joined_blocks_are_those_of_the_frames_in_their_order() -> None:
         "n",
         "message",
     ]
-    assert [e.event for e in read_stream(sse_relay.join_blocks(frames, several=True))] == ["a", "n", "a"]
+    assert [e.event for e in read_stream(sse_relay.join_blocks(frames, several=True))] == ["a", "b:n", "a"]
     assert sse_relay.join_blocks([], several=True) == b""
 
 
 @quick
-@given(channel=any_text, since=st.none() | any_text)
-@example(channel='"\n\u2028', since="\udcff" * 200)
-def test_a_gap_names_its_channel_and_shows_at_most_100_characters_of_the_clients_position(
-    channel: str, since: str | None
+@given(channels=st.lists(any_text, min_size=1, unique=True), since=st.none() | any_text)
+@example(channels=['"\n\u2028'], since="\udcff" * 200)
+def test_a_gap_names_its_channels_and_shows_at_most_100_characters_of_the_clients_position(
+    channels: list[str], since: str | None
 ) -> None:
-    block = sse_relay.encode_gap(channel, "evicted", since, POSITION)
+    block = sse_relay.encode_gaps(dict.fromkeys(channels, "evicted"), since, POSITION)
     assert block.isascii()
     read = read_block(block)
     assert (read.event, read.id) == ("relay.gap", "e9-41")
-    said = json.loads(read.data)
     # A pair of surrogates is one character to whoever reads JSON.
-    assert said == json.loads(
-        json.dumps(
-            {"channel": channel, "reason": "evicted", "since": since[:100] if since is not None else None}
-        )
+    assert json.loads(read.data) == json.loads(
+        json.dumps({"channels": channels, "reason": "evicted", "since": since and since[:100]})
     )
 
 
-def test_only_the_last_of_several_gaps_moves_the_clients_position() -> None:
-    block = sse_relay.encode_gaps({"a": "evicted", "b": "restart", "c": "evicted"}, "x-1", POSITION)
-    gaps = read_stream(block)
-    assert [json.loads(gap.data) for gap in gaps] == [
-        {"channel": channel, "reason": reason, "since": "x-1"}
-        for channel, reason in (("a", "evicted"), ("b", "restart"), ("c", "evicted"))
-    ]
-    assert [gap.id for gap in gaps] == ["", "", "e9-41"]
+def test_one_gap_for_each_reason_and_only_the_last_moves_the_clients_position() -> None:
+    found = {"a": "evicted", "b": "restart", "c": "evicted"}
+    for position, ids in ((POSITION, ["", "e9-41"]), (None, ["", ""])):
+        gaps = read_stream(sse_relay.encode_gaps(found, "x-1", position))
+        assert [json.loads(gap.data) for gap in gaps] == [
+            {"channels": channels, "reason": reason, "since": "x-1"}
+            for channels, reason in ((["a", "c"], "evicted"), (["b"], "restart"))
+        ]
+        assert [gap.id for gap in gaps] == ids
     assert sse_relay.encode_gaps({}, None, POSITION) == b""
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
+import re
 import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import pytest
 
@@ -18,11 +22,12 @@ from harness import count_operations, run_without_waiting
 from sse_relay import (
     CUT_MEMORY,
     POSITION_INTERVAL,
+    STALL_TIMEOUT,
     WRITES_PER_TURN,
     Event,
     Frame,
     Hub,
-    Resume,
+    RefusedError,
     Subscriber,
     as_chunk,
     encode_event,
@@ -32,6 +37,7 @@ from sse_relay import (
 
 FOREVER = 3_600.0
 POSITION = b"e-99"
+LIVE = 0
 
 
 class Recording(asyncio.Transport):
@@ -112,7 +118,7 @@ async def open_stream() -> AsyncIterator[OpenStream]:
         key: int = 0,
         idle: float = 0.0,
     ) -> Stream:
-        subscriber = Subscriber(hub, channels, Resume(None, None), key, loop.time() - idle)
+        subscriber = Subscriber(hub, channels, key, loop.time() - idle)
         near, far = socket.socketpair()
         far.setblocking(False)
         transport, _ = await loop.create_connection(lambda: subscriber, sock=near)
@@ -120,7 +126,7 @@ async def open_stream() -> AsyncIterator[OpenStream]:
         subscriber.transport = recording
         subscriber.chunked = chunked
         if live:
-            subscriber.resume = None
+            subscriber.live_from = LIVE
         if enter:
             hub.enter(subscriber)
         streams.append(Stream(subscriber, recording, far))
@@ -138,8 +144,8 @@ def beating() -> Iterator[Beating]:
     """Start a hub's heartbeat, which ends with the test; it must not have ended before."""
     tasks: list[asyncio.Task[None]] = []
 
-    def start(hub: Hub, position: Callable[[], bytes | None] = lambda: None) -> asyncio.Task[None]:
-        tasks.append(asyncio.get_running_loop().create_task(hub.beat(position)))
+    def start(hub: Hub) -> asyncio.Task[None]:
+        tasks.append(asyncio.get_running_loop().create_task(hub.beat()))
         return tasks[-1]
 
     yield start
@@ -148,10 +154,33 @@ def beating() -> Iterator[Beating]:
         task.cancel()
 
 
+Advance = Callable[[float], Awaitable[None]]
+
+
+@pytest.fixture
+async def advance(monkeypatch: pytest.MonkeyPatch) -> Advance:
+    """Let the loop's clock jump: ``await advance(seconds)``, in steps of a second."""
+    loop = asyncio.get_running_loop()
+    real = loop.time
+    ahead = 0.0
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+
+    async def jump(seconds: float) -> None:
+        nonlocal ahead
+        while seconds > 0:
+            ahead += min(1.0, seconds)
+            seconds -= 1.0
+            for _ in range(6):
+                await asyncio.sleep(0)
+
+    return jump
+
+
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  # no event tells what happens in sockets
-            await asyncio.sleep(0.005)
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)
 
 
 def make_frames(*channels: str, first: int = 1, data: str = "", name: str | None = None) -> list[Frame]:
@@ -165,6 +194,10 @@ def make_frames(*channels: str, first: int = 1, data: str = "", name: str | None
         )
         for number, channel in enumerate(channels, first)
     ]
+
+
+async def broadcast(hub: Hub, frames: Sequence[Frame]) -> None:
+    await hub.broadcast(frames, "e")
 
 
 def make_hub(max_backlog: int = 1_000_000, heartbeat: float = FOREVER) -> Hub:
@@ -184,7 +217,7 @@ async def test_a_burst_over_three_channels_is_one_write_in_position_order(open_s
         ("quiet",): await open_stream(hub, "quiet"),
     }
     burst = make_frames("c", "a", "b", "nobody", "b", "a", "c", "c", "b", "a")
-    await hub.broadcast(burst)
+    await broadcast(hub, burst)
     for channels, stream in wanted.items():
         expected = join_blocks([f for f in burst if f.channel in channels], several=len(channels) > 1)
         assert stream.writes == ([expected] if expected else [])
@@ -195,7 +228,7 @@ async def test_bursts_arrive_one_after_the_other(open_stream: OpenStream) -> Non
     hub = make_hub()
     stream = await open_stream(hub, "a", "b")
     first, second = make_frames("a", "b"), make_frames("b", "b", "a", first=3)
-    await asyncio.gather(hub.broadcast(first), hub.broadcast(second))
+    await asyncio.gather(broadcast(hub, first), broadcast(hub, second))
     expected = join_blocks(first + second, several=True)
     assert await stream.read(len(expected)) == expected
     assert len(stream.writes) == 2
@@ -205,7 +238,7 @@ async def test_a_burst_is_encoded_once_for_all_that_get_the_same(open_stream: Op
     hub = make_hub()
     streams = [await open_stream(hub, "a", chunked=chunked) for chunked in (True, True, False, False)]
     several = [await open_stream(hub, *names) for names in (("a", "b"), ("b", "a"), ("a", "x"))]
-    await hub.broadcast(make_frames("a", "a", "a"))
+    await broadcast(hub, make_frames("a", "a", "a"))
     one, two, plain, other = (stream.writes[0] for stream in streams)
     assert one is two
     assert plain is other
@@ -218,7 +251,7 @@ async def test_http_1_1_gets_one_chunk_for_each_burst_and_http_1_0_bare_bytes(
     hub = make_hub()
     streams = [await open_stream(hub, "a", chunked=True), await open_stream(hub, "a")]
     burst = make_frames("a", "a")
-    await hub.broadcast(burst)
+    await broadcast(hub, burst)
     block = join_blocks(burst, several=False)
     assert [stream.writes for stream in streams] == [[as_chunk(block)], [block]]
 
@@ -226,40 +259,38 @@ async def test_http_1_1_gets_one_chunk_for_each_burst_and_http_1_0_bare_bytes(
 async def test_who_is_resuming_gets_nothing_from_the_hub(open_stream: OpenStream) -> None:
     hub = make_hub()
     resuming, live = await open_stream(hub, "a", live=False), await open_stream(hub, "a")
-    await hub.broadcast(make_frames("a"))
-    await hub.send_gaps("outage", POSITION)
+    await broadcast(hub, make_frames("a"))
+    await hub.send_gaps("outage", "e", 99)
     assert resuming.writes == []
     assert len(live.writes) == 2
 
 
 async def test_a_burst_for_nobody_is_no_harm(open_stream: OpenStream) -> None:
     hub = make_hub()
-    await hub.broadcast([])
-    await hub.broadcast(make_frames("a"))
+    await broadcast(hub, make_frames("a"))
     stream = await open_stream(hub, "b")
-    await hub.broadcast(make_frames("a"))
-    await hub.broadcast([])
+    await broadcast(hub, make_frames("a"))
     assert stream.writes == []
 
 
-async def test_gaps_name_each_channel_of_a_stream_in_one_write(open_stream: OpenStream) -> None:
+async def test_a_gap_names_all_channels_of_a_stream(open_stream: OpenStream) -> None:
     hub = make_hub()
     streams = {names: await open_stream(hub, *names) for names in (("a",), ("b", "a"), ("a", "b"))}
-    await hub.send_gaps("outage", POSITION)
+    await hub.send_gaps("outage", "e", 99)
     for names, stream in streams.items():
         expected = encode_gaps(dict.fromkeys(names, "outage"), None, POSITION)
         assert stream.writes == [expected]
-        assert expected.count(b"event: relay.gap") == len(names)
+        assert expected.count(b"event: relay.gap") == 1
 
 
 async def test_what_is_written_is_counted(open_stream: OpenStream) -> None:
     hub = make_hub()
     streams = [await open_stream(hub, *names, chunked=True) for names in (("a",), ("a",), ("a", "b"), ("x",))]
-    await hub.broadcast(make_frames("a", "b", "a", "nobody"))
+    await broadcast(hub, make_frames("a", "b", "a", "nobody"))
     assert hub.counts.deliveries == 2 + 2 + 3
     assert hub.counts.sent_bytes == sum(len(data) for stream in streams for data in stream.writes)
-    await hub.send_gaps("outage", POSITION)
-    assert hub.counts.gaps == {"outage": 5}
+    await hub.send_gaps("outage", "e", 99)
+    assert hub.counts.gaps == {"outage": 4}
     assert hub.counts.deliveries == 7
 
 
@@ -269,67 +300,168 @@ async def test_what_is_written_is_counted(open_stream: OpenStream) -> None:
 async def fill(stream: Stream, hub: Hub) -> list[Frame]:
     """Send a burst that is far more than socket and backlog hold together."""
     burst = make_frames("a", data="x" * 4_000_000)
-    await hub.broadcast(burst)
+    await broadcast(hub, burst)
     return burst
 
 
-async def test_a_slow_subscriber_is_cut_before_a_write_and_not_after_one_large_burst(
-    open_stream: OpenStream, caplog: pytest.LogCaptureFixture
+def watch_behind(hub: Hub) -> list[tuple[Subscriber, str, int]]:
+    """Collect who falls behind, and the position up to which it was served."""
+    behind: list[tuple[Subscriber, str, int]] = []
+    hub.on_behind = lambda *who: behind.append(who)
+    return behind
+
+
+async def test_a_live_stream_that_is_behind_goes_back_to_catching_up_before_a_write(
+    open_stream: OpenStream,
 ) -> None:
-    caplog.set_level(logging.INFO, "sse_relay")
     hub = make_hub(max_backlog=10_000)
+    behind = watch_behind(hub)
     slow, quick = await open_stream(hub, "a"), await open_stream(hub, "a")
     large = join_blocks(await fill(slow, hub), several=False)
     assert slow.transport.get_write_buffer_size() > 10_000
-    assert not slow.transport.is_closing()
     assert await quick.read(len(large)) == large
+    # One large event may exceed the backlog by itself.
+    assert behind == []
 
-    small = make_frames("a", first=2)
-    await hub.broadcast(small)
-    assert slow.transport.is_closing()
+    later = make_frames("a", "a", first=2)
+    await broadcast(hub, later)
+    await broadcast(hub, make_frames("a", first=4))
+    assert behind == [(slow.subscriber, "e", 1)]
+    assert slow.subscriber.live_from == sse_relay.NOT_LIVE
     assert slow.writes == [large]
-    assert hub.counts.cut_clients == 1
-    assert "--max-backlog is 10000" in caplog.text
-    # No event that was begun before is followed by a later one: the client resumes from there.
-    prefix = await slow.read_all()
-    assert large.startswith(prefix)
-    assert len(prefix) < len(large)
-    await until(lambda: slow.subscriber not in hub.subscribers)
-    assert hub.channels == {"a": {quick.subscriber}}
-    assert await quick.read(len(small[0].block)) == small[0].block
+    assert await slow.read(len(large)) == large
+    assert hub.channels == {"a": {quick.subscriber, slow.subscriber}}
+    assert hub.counts.cut_clients == 0
+    assert len(quick.writes) == 3
 
 
-async def test_who_has_caught_up_in_time_is_not_cut(open_stream: OpenStream) -> None:
+async def test_who_has_caught_up_in_time_stays_live(open_stream: OpenStream) -> None:
     hub = make_hub(max_backlog=10_000)
+    behind = watch_behind(hub)
     stream = await open_stream(hub, "a")
     for _ in range(3):
         large = join_blocks(await fill(stream, hub), several=False)
         assert await stream.read(len(large)) == large
         await until(lambda: not stream.transport.get_write_buffer_size())
-    assert hub.counts.cut_clients == 0
+    assert behind == []
+
+
+@pytest.mark.parametrize("channels", [("a",), ("b", "a", "c")])
+async def test_a_burst_leaves_in_pieces_of_the_backlog_or_of_one_event(
+    open_stream: OpenStream, channels: tuple[str, ...]
+) -> None:
+    hub = make_hub(max_backlog=1_000)
+    behind = watch_behind(hub)
+    quick = await open_stream(hub, *channels, chunked=True)
+    burst = [
+        frame
+        for number, size in enumerate([10, 900, 100, 5_000, 1, 1, 1, 985, 985, 2_000, 400, 400, 400], 1)
+        for frame in make_frames(channels[number % len(channels)], first=number, data="x" * size)
+    ]
+    await broadcast(hub, burst)
+    events = [join_blocks([frame], several=len(channels) > 1) for frame in burst]
+    pieces: list[bytes] = []
+    while events:
+        piece = events.pop(0)
+        while events and len(piece) + len(events[0]) <= 1_000:
+            piece += events.pop(0)
+        pieces.append(piece)
+    assert quick.writes == list(map(as_chunk, pieces))
+    assert 5 < len(pieces) < len(burst)
+    assert behind == []
+
+
+@pytest.mark.parametrize("channels", [("a",), ("a", "b")])
+async def test_within_a_burst_no_more_than_the_backlog_and_a_piece_waits_for_a_stalled_client(
+    open_stream: OpenStream, channels: tuple[str, ...]
+) -> None:
+    hub = make_hub(max_backlog=100_000)
+    behind = watch_behind(hub)
+    stalled = await open_stream(hub, *channels)
+    burst = [frame for n in range(1, 1_001) for frame in make_frames("a", first=n, data="x" * 5_000)]
+    await broadcast(hub, burst)
+    assert stalled.transport.get_write_buffer_size() <= 200_000
+    written = b"".join(stalled.writes).count(b"\n\n")
+    assert 0 < written < 1_000
+    assert behind == [(stalled.subscriber, "e", written)]
+    assert hub.counts.deliveries == written
+
+
+async def test_a_gap_reaches_a_live_stream_however_much_waits_for_it(open_stream: OpenStream) -> None:
+    """It goes on from the position of the gap: nothing else would tell it of the loss."""
+    hub = make_hub(max_backlog=10_000)
+    watch_behind(hub)
+    slow = await open_stream(hub, "a")
+    await fill(slow, hub)
+    await hub.send_gaps("outage", "e", 99)
+    assert slow.writes[1:] == [encode_gaps({"a": "outage"}, None, POSITION)]
+    await broadcast(hub, make_frames("a", first=100))
+    assert slow.subscriber.live_from == sse_relay.NOT_LIVE
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_only_who_takes_nothing_for_half_a_minute_is_cut_in_whatever_state(
+    open_stream: OpenStream, beating: Beating, advance: Advance, live: bool
+) -> None:
+    hub = make_hub(max_backlog=10_000)
+    watch_behind(hub)
+    stalled, slow, idle = [await open_stream(hub, "a", live=live, key=key) for key in range(3)]
+    beating(hub)
+    for stream in (stalled, slow):
+        stream.subscriber.write(b"x" * 4_000_000)
+    # From now on nothing is taken of the one, and a little at a time of the other.
+    for _ in range(5):
+        before = slow.transport.get_write_buffer_size()
+        while slow.transport.get_write_buffer_size() == before:
+            await slow.read(20_000)
+        assert not stalled.transport.is_closing()
+        await advance(STALL_TIMEOUT / 5)
+    await advance(STALL_TIMEOUT / 2)
+    assert stalled.transport.is_closing()
+    assert not slow.transport.is_closing()
+    assert hub.counts.cut_clients == 1
+    now = asyncio.get_running_loop().time()
+    assert [hub.cut_count(key, now) for key in range(3)] == [1, 0, 0]
+    await until(lambda: hub.subscribers == {slow.subscriber, idle.subscriber})
 
 
 async def test_cuts_are_counted_for_each_client_and_forgotten_after_ten_minutes(
     open_stream: OpenStream,
 ) -> None:
-    hub = make_hub(max_backlog=0)
-    loop = asyncio.get_running_loop()
-    before = loop.time()
-    for _ in range(3):
-        stream = await open_stream(hub, "a", key=7)
-        await fill(stream, hub)
-        await hub.broadcast(make_frames("a"))
+    hub = make_hub()
+    before = asyncio.get_running_loop().time()
+    for key in (7, 7, 7, 8):
+        stream = await open_stream(hub, "a", key=key)
+        hub.cut(stream.subscriber)
         assert stream.transport.is_closing()
-    other = await open_stream(hub, "a", key=8)
-    await fill(other, hub)
-    now = loop.time()
-    assert hub.counts.cut_clients == 3
-    assert hub.cut_count(7, now) == 3
-    assert hub.cut_count(8, now) == 0
-    assert hub.cut_count(7, before + CUT_MEMORY - 1) == 3
+    now = asyncio.get_running_loop().time()
+    assert hub.counts.cut_clients == 4
+    for when, key, count in [(now, 7, 3), (now, 8, 1), (now, 9, 0), (before + CUT_MEMORY - 1, 7, 3)]:
+        assert hub.cut_count(key, when) == count
     assert hub.cut_count(7, now + CUT_MEMORY) == 0
-    await hub.broadcast(make_frames("a"))
-    assert hub.cut_count(8, loop.time()) == 1
+
+
+async def test_whatever_a_transport_raises_concerns_its_stream_alone(
+    open_stream: OpenStream, beating: Beating, advance: Advance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise RuntimeError("not from a socket")
+
+    hub = make_hub(heartbeat=1.0)
+    methods = ("write", "get_write_buffer_size", "is_closing")
+    broken = [await open_stream(hub, "a", "b") for _ in methods]
+    well = await open_stream(hub, "a", "b")
+    for stream, method in zip(broken, methods, strict=True):
+        monkeypatch.setattr(stream.transport, method, fail)
+    burst = make_frames("a", "b")
+    await broadcast(hub, burst)
+    await hub.send_gaps("outage", "e", 3)
+    await broadcast(hub, make_frames("a", first=4))
+    assert len(well.writes) == 3
+    beating(hub)
+    await advance(3)
+    assert well.writes[-1] == b":\n"
+    await until(lambda: hub.subscribers == {well.subscriber})
 
 
 async def test_a_closed_or_broken_connection_does_not_stop_the_others(
@@ -345,7 +477,7 @@ async def test_a_closed_or_broken_connection_does_not_stop_the_others(
     bursts = [make_frames("a", "b", first=number) for number in range(1, 20, 2)]
     for burst in bursts:
         # In one turn of the loop, before anybody is told that a connection is lost.
-        await hub.broadcast(burst)
+        await broadcast(hub, burst)
     expected = join_blocks([frame for burst in bursts for frame in burst], several=True)
     for name in ("well", "well too"):
         assert await streams[name].read(len(expected)) == expected
@@ -355,7 +487,7 @@ async def test_a_closed_or_broken_connection_does_not_stop_the_others(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# Joins and leaves in the midst of a burst.
+# Joins and leaves during a burst.
 
 
 @pytest.fixture
@@ -369,16 +501,16 @@ def many_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-async def test_who_joins_or_leaves_in_the_midst_of_a_large_burst_does_so_after_it(
+async def test_who_joins_or_leaves_during_a_large_burst_does_so_after_it(
     open_stream: OpenStream,
 ) -> None:
     hub = make_hub()
     streams = [await open_stream(hub, "a") for _ in range(WRITES_PER_TURN + 300)]
-    newcomer = await open_stream(hub, "a", enter=False)
+    newcomer = await open_stream(hub, "a", enter=False, live=False)
     first, second = make_frames("a", "a"), make_frames("a", first=3)
     one, two = (join_blocks(burst, several=False) for burst in (first, second))
 
-    running = asyncio.create_task(hub.broadcast(first))
+    running = asyncio.create_task(broadcast(hub, first))
     await asyncio.sleep(0)
     assert not running.done()
     written = [stream for stream in streams if stream.writes]
@@ -389,8 +521,9 @@ async def test_who_joins_or_leaves_in_the_midst_of_a_large_burst_does_so_after_i
         stream.transport.abort()
         hub.leave(stream.subscriber)
     hub.enter(newcomer.subscriber)
+    newcomer.subscriber.live_from = 2
     await running
-    await hub.broadcast(second)
+    await broadcast(hub, second)
 
     for stream in written:
         assert stream.writes == ([one] if id(stream) in gone else [one, two])
@@ -400,26 +533,26 @@ async def test_who_joins_or_leaves_in_the_midst_of_a_large_burst_does_so_after_i
     assert len(hub.channels["a"]) == len(hub.subscribers) == WRITES_PER_TURN + 201
 
 
-async def test_who_joins_while_a_burst_waits_for_another_is_in_neither(
+async def test_who_becomes_live_while_a_burst_waits_for_another_gets_neither(
     open_stream: OpenStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 2)
     hub = make_hub()
     streams = [await open_stream(hub, "a") for _ in range(7)]
-    before, after = [await open_stream(hub, "a", enter=False) for _ in range(2)]
+    before, after = [await open_stream(hub, "a", live=False) for _ in range(2)]
     bursts = [make_frames("a", first=number) for number in (1, 2, 3)]
     one, two, three = (join_blocks(burst, several=False) for burst in bursts)
 
-    running = asyncio.create_task(hub.broadcast(bursts[0]))
+    running = asyncio.create_task(broadcast(hub, bursts[0]))
     await asyncio.sleep(0)
-    hub.enter(before.subscriber)
-    queued = asyncio.create_task(hub.broadcast(bursts[1]))
+    before.subscriber.live_from = 1
+    queued = asyncio.create_task(broadcast(hub, bursts[1]))
     await asyncio.sleep(0)
-    hub.enter(after.subscriber)
+    after.subscriber.live_from = 2
     assert not running.done()
     assert before.writes == []
     await asyncio.gather(running, queued)
-    await hub.broadcast(bursts[2])
+    await broadcast(hub, bursts[2])
 
     assert [stream.writes for stream in streams] == [[one, two, three]] * 7
     assert before.writes == [two, three]
@@ -429,32 +562,56 @@ async def test_who_joins_while_a_burst_waits_for_another_is_in_neither(
 # Who watches what.
 
 
+def watch_channels(hub: Hub) -> tuple[list[str], list[str]]:
+    """Collect which channels get their first client, and which lose their last."""
+    watched: list[str] = []
+    abandoned: list[str] = []
+    hub.on_watched = watched.append
+    hub.on_abandoned = abandoned.append
+    return watched, abandoned
+
+
 async def test_a_channel_has_an_entry_while_somebody_watches_it(open_stream: OpenStream) -> None:
     hub = make_hub()
-    abandoned: list[str] = []
-    hub.on_abandoned = abandoned.append
+    watched, abandoned = watch_channels(hub)
     one = await open_stream(hub, "a", "b", enter=False)
     two = await open_stream(hub, "b", "c", enter=False, live=False)
-    assert hub.enter(one.subscriber) == ["a", "b"]
-    assert hub.enter(two.subscriber) == ["c"]
-    hub.waiting.add(two.subscriber)
+    hub.enter(one.subscriber)
+    hub.enter(two.subscriber)
+    assert watched == ["a", "b", "c"]
     assert {channel: len(watchers) for channel, watchers in hub.channels.items()} == {"a": 1, "b": 2, "c": 1}
 
     hub.leave(one.subscriber)
     hub.leave(one.subscriber)
     assert abandoned == ["a"]
     assert hub.channels == {"b": {two.subscriber}, "c": {two.subscriber}}
-    assert hub.enter(one.subscriber) == ["a"]
+    hub.enter(one.subscriber)
+    assert watched == ["a", "b", "c", "a"]
     hub.leave(two.subscriber)
     hub.leave(one.subscriber)
     assert abandoned == ["a", "c", "a", "b"]
-    assert (hub.channels, hub.subscribers, hub.waiting) == ({}, set(), set())
+    assert (hub.channels, hub.subscribers) == ({}, set())
+
+
+async def test_who_is_refused_a_channel_leaves_nothing_behind(open_stream: OpenStream) -> None:
+    hub = make_hub()
+    _, abandoned = watch_channels(hub)
+    stream = await open_stream(hub, "a", "full", "b", enter=False)
+
+    def refuse(channel: str) -> None:
+        if channel == "full":
+            raise RefusedError(503, "full")
+
+    hub.on_watched = refuse
+    with pytest.raises(RefusedError):
+        hub.enter(stream.subscriber)
+    assert abandoned == ["a"]
+    assert (hub.channels, hub.subscribers) == ({}, set())
 
 
 async def test_a_client_that_goes_leaves_the_hub_and_ends_its_task(open_stream: OpenStream) -> None:
     hub = make_hub()
-    abandoned: list[str] = []
-    hub.on_abandoned = abandoned.append
+    _, abandoned = watch_channels(hub)
     stream = await open_stream(hub, "a", "b", live=False)
     task = stream.subscriber.task = asyncio.create_task(asyncio.sleep(FOREVER))
     hub.end_at(stream.subscriber, 99)
@@ -470,10 +627,12 @@ async def test_a_channel_with_an_odd_name_is_told_apart_from_its_likes(open_stre
     hub = make_hub()
     names = ["a", "A", " a", "a ", "\u00e9", "e\u0301"]
     streams = [await open_stream(hub, name) for name in names]
-    for number, name in enumerate(names):
-        await hub.broadcast(make_frames(name, first=number))
+    for number, name in enumerate(names, 1):
+        await broadcast(hub, make_frames(name, first=number))
     assert [len(stream.writes) for stream in streams] == [1] * 6
-    assert [b"id: e-%d\n" % number in stream.writes[0] for number, stream in enumerate(streams)] == [True] * 6
+    assert [b"id: e-%d\n" % number in stream.writes[0] for number, stream in enumerate(streams, 1)] == [
+        True
+    ] * 6
 
 
 # One stream.
@@ -491,27 +650,46 @@ async def test_a_last_block_is_followed_by_the_end_without_https_final_chunk(ope
     await until(lambda: not hub.subscribers)
 
 
-async def test_a_stream_without_a_connection_can_be_written_to_and_ended(open_stream: OpenStream) -> None:
-    stream = await open_stream(make_hub(), "a")
+async def test_a_stream_without_a_connection_can_be_written_to_and_leaves_when_it_ends(
+    open_stream: OpenStream,
+) -> None:
+    hub = make_hub()
+    stream = await open_stream(hub, "a")
     stream.subscriber.transport = None
     stream.subscriber.write(b"x")
+    assert stream.subscriber in hub.subscribers
     stream.subscriber.end(b"x")
     assert stream.writes == []
+    assert hub.subscribers == set()
 
 
-async def test_a_resume_is_paced_by_the_socket(open_stream: OpenStream) -> None:
-    stream = await open_stream(make_hub(), "a", live=False)
-    called: list[Subscriber] = []
-    stream.subscriber.on_drain = called.append
-    async with asyncio.timeout(20):
-        await stream.subscriber.drained()
-    stream.subscriber.write(b"x" * 4_000_000)
-    assert stream.subscriber.paused
-    stream.subscriber.on_drain = called.append
-    assert called == []
-    await stream.read(4_000_000)
-    await until(lambda: called == [stream.subscriber])
-    assert not stream.subscriber.paused
+async def test_a_revocation_ends_a_subjects_older_streams_in_every_state(open_stream: OpenStream) -> None:
+    hub = make_hub()
+    opened = {}
+    for name, subject, issued, live in [
+        ("before", "me", 10.0, True),
+        ("at once", "me", 20.5, True),
+        ("catching up", "me", 10.0, False),
+        ("opening", "me", 10.0, False),
+        ("after", "me", 20.51, True),
+        ("other", "you", 10.0, True),
+        ("nobody", None, 0.0, True),
+    ]:
+        stream = opened[name] = await open_stream(hub, "a", live=live)
+        if subject is not None:
+            hub.own(stream.subscriber, subject, issued)
+    opened["opening"].subscriber.transport = None
+    task = opened["catching up"].subscriber.task = asyncio.create_task(asyncio.sleep(FOREVER))
+    hub.revoke("me", 20.5, b"refused\n\n")
+    hub.revoke("unknown", 99.0, b"")
+    for name in ("before", "at once", "catching up"):
+        assert await opened[name].read_all() == b"refused\n\n"
+    await until(task.cancelled)
+    left = {opened[name].subscriber for name in ("after", "other", "nobody")}
+    await until(lambda: hub.subscribers == left)
+    assert set(hub.subjects) == {"me", "you"}
+    hub.revoke("me", 21.0, b"refused\n\n")
+    await until(lambda: set(hub.subjects) == {"you"})
 
 
 async def test_waiting_for_room_ends_when_there_is_room_and_when_the_client_goes(
@@ -530,7 +708,6 @@ async def test_waiting_for_room_ends_when_there_is_room_and_when_the_client_goes
             stream.far.close()
         await until(waiting.done)
         assert waiting.cancelled() is not stays
-        assert stream.subscriber.on_drain is None
 
 
 async def test_a_stream_ends_in_the_second_in_which_its_token_does(open_stream: OpenStream) -> None:
@@ -554,128 +731,157 @@ async def test_a_stream_ends_in_the_second_in_which_its_token_does(open_stream: 
         ending.cancel()
 
 
-# Heartbeats.
+# Heartbeats. By the loop's clock alone; a beat comes each quarter of the shortest interval.
 
 
 async def test_an_idle_stream_gets_a_comment_and_a_busy_one_none(
-    open_stream: OpenStream, beating: Beating
+    open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
-    hub = make_hub(heartbeat=0.2)
-    loop = asyncio.get_running_loop()
-    chunked, plain = await open_stream(hub, "a", chunked=True), await open_stream(hub, "a", "b")
-    busy, opening = await open_stream(hub, "a", idle=-FOREVER), await open_stream(hub, "a")
+    hub = make_hub(heartbeat=16.0)
+    chunked, plain = await open_stream(hub, "a", chunked=True), await open_stream(hub, "a", "b", live=False)
+    busy, opening = await open_stream(hub, "busy"), await open_stream(hub, "a")
     opening.subscriber.transport = None
-    start = loop.time()
     beating(hub)
-    assert await plain.read(2) == b":\n"
-    assert loop.time() - start > 0.1
-    assert await plain.read(2) == b":\n"
-    assert loop.time() - start > 0.25
-    assert await chunked.read(len(as_chunk(b":\n"))) == as_chunk(b":\n")
-    assert busy.writes == []
+    for minute in range(1, 4):
+        for number in range(4):
+            await broadcast(hub, make_frames("busy", first=4 * minute + number))
+            await advance(4.0)
+        # In time, which is a beat early at the most.
+        assert len(plain.writes) in (minute, minute + 1)
+    assert set(chunked.writes) == {as_chunk(b":\n")}
+    assert set(plain.writes) == {b":\n"}
+    assert b":\n" not in busy.writes
     assert opening.writes == []
 
 
-async def test_events_take_the_place_of_heartbeats(open_stream: OpenStream, beating: Beating) -> None:
-    # So long that a stall of this machine makes nobody idle.
-    hub = make_hub(heartbeat=1.2)
-    idle, busy = await open_stream(hub, "idle"), await open_stream(hub, "busy")
-    beating(hub)
-    number = 0
-    async with asyncio.timeout(20):
-        while not idle.writes:
-            number += 1
-            await hub.broadcast(make_frames("busy", first=number))
-            await asyncio.sleep(0.01)
-    assert b":\n" not in busy.writes
-    assert len(busy.writes) == number
-
-
 async def test_once_a_minute_the_heartbeat_is_the_position_alone(
-    open_stream: OpenStream, beating: Beating
+    open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
-    hub = make_hub(heartbeat=0.2)
-    old = await open_stream(hub, "a", idle=POSITION_INTERVAL)
-    recent = await open_stream(hub, "a", idle=POSITION_INTERVAL / 2)
-    resuming = await open_stream(hub, "a", idle=POSITION_INTERVAL, live=False)
-    beating(hub, lambda: POSITION)
-    await until(lambda: min(len(stream.writes) for stream in (old, recent, resuming)) >= 2)
-    assert old.writes[:2] == [b"id: e-99\n\n", b":\n"]
-    assert recent.writes[:2] == [b":\n"] * 2
+    hub = make_hub(heartbeat=20.0)
+    hub.stand("e", 99)
+    live, catching_up = await open_stream(hub, "a"), await open_stream(hub, "a", live=False)
+    beating(hub)
+    await advance(50.0)
+    assert set(live.writes) == {b":\n"}
+    await advance(70.0)
+    assert live.writes.count(b"id: e-99\n\n") == 2
     # Its past is not out yet: a client cut now would lose it.
-    assert resuming.writes[:2] == [b":\n"] * 2
+    assert set(catching_up.writes) == {b":\n"}
 
 
 async def test_without_a_position_that_all_have_reached_the_heartbeat_is_a_comment(
-    open_stream: OpenStream, beating: Beating
+    open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
-    hub = make_hub(heartbeat=0.1)
-    stream = await open_stream(hub, "a", idle=POSITION_INTERVAL)
-    position: list[bytes | None] = [None]
-    beating(hub, lambda: position[0])
-    await until(lambda: len(stream.writes) >= 2)
+    hub = make_hub(heartbeat=20.0)
+    stream = await open_stream(hub, "a")
+    beating(hub)
+    await advance(70.0)
     assert set(stream.writes) == {b":\n"}
-    position[0] = POSITION
-    await until(lambda: b"id: e-99\n\n" in stream.writes)
+    hub.stand("e", 99)
+    await advance(10.0)
+    assert stream.writes[-1] == b"id: e-99\n\n"
 
 
 async def test_the_position_goes_out_each_minute_however_rare_heartbeats_are(
-    open_stream: OpenStream, beating: Beating, monkeypatch: pytest.MonkeyPatch
+    open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
-    monkeypatch.setattr(sse_relay, "POSITION_INTERVAL", 0.2)
     hub = make_hub(heartbeat=FOREVER)
+    hub.stand("e", 99)
     stream = await open_stream(hub, "a")
-    beating(hub, lambda: POSITION)
-    await until(lambda: len(stream.writes) >= 2)
-    assert set(stream.writes) == {b"id: e-99\n\n"}
+    beating(hub)
+    await advance(2 * POSITION_INTERVAL)
+    assert stream.writes == [b"id: e-99\n\n"] * 2
 
 
-async def test_nothing_is_added_where_bytes_wait_already(open_stream: OpenStream, beating: Beating) -> None:
-    hub = make_hub(heartbeat=0.1)
-    stuck, idle = await open_stream(hub, "stuck", idle=POSITION_INTERVAL), await open_stream(hub, "idle")
+async def test_heartbeat_events_come_every_interval_whatever_else_is_sent(
+    open_stream: OpenStream, beating: Beating, advance: Advance
+) -> None:
+    hub = make_hub(heartbeat=12.0)
+    hub.stand("e", 99)
+    live, catching_up = await open_stream(hub, "a"), await open_stream(hub, "a", live=False)
+    for stream in (live, catching_up):
+        stream.subscriber.heartbeats = True
+    beating(hub)
+    for number in range(10):
+        await broadcast(hub, make_frames("a", first=100 + number))
+        await advance(6.0)
+    beats = [data for data in live.writes if b"relay.heartbeat" in data]
+    assert len(beats) in (4, 5)
+    assert all(data.endswith(b'data: {"interval":12}\n\n') and b"id: e-10" in data for data in beats)
+    assert set(catching_up.writes) == {b'event: relay.heartbeat\ndata: {"interval":12}\n\n'}
+    assert len(catching_up.writes) in (4, 5)
+
+
+@pytest.mark.parametrize("heartbeats", [False, True])
+async def test_no_position_goes_out_that_lies_before_where_a_stream_became_live(
+    open_stream: OpenStream, beating: Beating, advance: Advance, heartbeats: bool
+) -> None:
+    """Who came back there would get events twice, or a gap for what its channel never covered."""
+    hub = make_hub(heartbeat=10.0)
+    stream = await open_stream(hub, "a")
+    stream.subscriber.heartbeats = heartbeats
+    await broadcast(hub, make_frames("b", first=99))
+    stream.subscriber.live_from = 100
+    beating(hub)
+    await advance(2 * POSITION_INTERVAL)
+    assert len(stream.writes) > 5
+    assert not [data for data in stream.writes if b"e-99" in data]
+
+
+async def test_nothing_is_added_where_bytes_wait_already(
+    open_stream: OpenStream, beating: Beating, advance: Advance
+) -> None:
+    hub = make_hub(heartbeat=5.0)
+    hub.stand("e", 99)
+    stuck = await open_stream(hub, "stuck", idle=POSITION_INTERVAL)
     stuck.transport.write(b"x" * 4_000_000)
-    beating(hub, lambda: POSITION)
-    await until(lambda: len(idle.writes) >= 3)
+    beating(hub)
+    await advance(STALL_TIMEOUT - 5)
     assert len(stuck.writes) == 1
     assert len(await stuck.read(4_000_000)) == 4_000_000
     # What fell due meanwhile comes as soon as there is room.
-    await until(lambda: len(stuck.writes) >= 2)
+    await until(lambda: not stuck.transport.get_write_buffer_size())
+    await advance(2.0)
     assert stuck.writes[1] == b"id: e-99\n\n"
 
 
 async def test_a_broken_connection_does_not_stop_the_heartbeat(
-    open_stream: OpenStream, beating: Beating
+    open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
-    hub = make_hub(heartbeat=0.1)
+    hub = make_hub(heartbeat=1.0)
     streams = [await open_stream(hub, "a") for _ in range(4)]
     streams[0].far.close()
     streams[1].transport.close()
     streams[2].transport.abort()
     beating(hub)
-    await until(lambda: len(streams[3].writes) >= 3)
-    assert hub.subscribers == {streams[3].subscriber}
+    await advance(4.0)
+    assert len(streams[3].writes) >= 3
+    await until(lambda: hub.subscribers == {streams[3].subscriber})
 
 
-async def test_no_position_is_taken_while_some_have_events_that_others_have_not(
+async def test_no_position_goes_out_while_some_have_events_that_others_have_not(
     open_stream: OpenStream, beating: Beating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
-    hub = make_hub(heartbeat=0.02)
-    streams = [await open_stream(hub, "a", idle=-FOREVER) for _ in range(20)]
-    counts: list[set[int]] = []
-
-    def position() -> bytes:
-        counts.append({len(stream.writes) for stream in streams})
-        return POSITION
-
-    beating(hub, position)
+    hub = make_hub(heartbeat=0.004)
+    streams = [await open_stream(hub, "a") for _ in range(20)]
+    for stream in streams:
+        stream.subscriber.heartbeats = True
+    beating(hub)
     number = 0
     async with asyncio.timeout(20):
-        while len(counts) < 10:
+        while sum(b"relay.heartbeat\nid: " in data for data in streams[0].writes) < 10:
             number += 1
-            await hub.broadcast(make_frames("a", first=number))
-    assert [len(each) for each in counts] == [1] * len(counts)
-    assert max(map(max, counts)) > 1
+            await asyncio.gather(*(broadcast(hub, make_frames("a", first=2 * number + n)) for n in (0, 1)))
+            await asyncio.sleep(0.001)
+    for stream in streams:
+        last = b""
+        for data in stream.writes:
+            position = re.search(rb"^id: (.*)$", data, re.MULTILINE)
+            if position is not None and b"relay.heartbeat" in data:
+                assert position[1] == last
+            elif position is not None:
+                last = position[1]
 
 
 async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
@@ -710,8 +916,8 @@ def crowded(clients: int, channels: int) -> Hub:
     """A hub with so many clients, on so many channels in turn, without sockets."""
     hub = make_hub()
     for number in range(clients):
-        subscriber = Subscriber(hub, (f"c{number % channels}",), Resume(None, None), 0, 0.0)
-        subscriber.resume = None
+        subscriber = Subscriber(hub, (f"c{number % channels}",), 0, 0.0)
+        subscriber.live_from = LIVE
         hub.enter(subscriber)
         hub.end_at(subscriber, 10_000 + number)
     return hub
@@ -723,7 +929,7 @@ async def test_an_event_costs_the_same_whoever_else_is_there(open_stream: OpenSt
         hub = crowded(clients, channels)
         await open_stream(hub, "wanted")
         frames = make_frames("wanted", "nobody")
-        costs.add(count_operations(lambda hub=hub, f=frames: run_without_waiting(hub.broadcast(f))))  # type: ignore[misc]
+        costs.add(count_operations(lambda hub=hub, f=frames: run_without_waiting(broadcast(hub, f))))  # type: ignore[misc]
     assert len(costs) == 1
 
 
@@ -731,7 +937,7 @@ async def test_each_further_client_of_an_event_costs_one_write_and_little_more(
     open_stream: OpenStream,
 ) -> None:
     def cost(hub: Hub) -> int:
-        return count_operations(lambda: run_without_waiting(hub.broadcast(make_frames("a", "a", "a"))))
+        return count_operations(lambda: run_without_waiting(broadcast(hub, make_frames("a", "a", "a"))))
 
     few, many = make_hub(), make_hub()
     for hub, clients in ((few, 10), (many, 60)):
@@ -747,7 +953,7 @@ async def test_coming_and_leaving_cost_the_same_whoever_else_is_there() -> None:
         hub = crowded(clients, channels)
 
         def visit(hub: Hub = hub) -> None:
-            subscriber = Subscriber(hub, ("visited", "c0"), Resume(None, None), 0, 0.0)
+            subscriber = Subscriber(hub, ("visited", "c0"), 0, 0.0)
             hub.enter(subscriber)
             hub.end_at(subscriber, 5_000)
             hub.leave(subscriber)
@@ -772,13 +978,56 @@ async def test_a_heartbeat_tick_does_little_for_a_client_that_needs_none() -> No
     async def cost(clients: int) -> int:
         hub = crowded(clients, 1)
         for subscriber in hub.subscribers:
-            subscriber.written = subscriber.marked = FOREVER * 1e6
+            subscriber.transport = Sink()
+            subscriber.last_event_at = subscriber.last_heartbeat_at = FOREVER * 1e6
         hub._heartbeat = 0.004
-        beating = hub.beat(lambda: POSITION)
+        beating = hub.beat()
         asleep = beating.send(None)
         await until(asleep.done)
         operations = count_operations(lambda: beating.send(None))
         beating.close()
         return operations
 
-    assert (await cost(1_100) - await cost(100)) / 1_000 < 60
+    assert (await cost(1_100) - await cost(100)) / 1_000 < 120
+
+
+class Sink(asyncio.Transport):
+    """Takes everything at once."""
+
+    def write(self, data: object) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("alike", [True, False])
+async def test_the_longest_turn_of_a_burst_does_not_grow_with_the_streams(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 100)
+    pool = [f"c{number}" for number in range(40)]
+
+    def turns(streams: int) -> list[int]:
+        """Count the operations of each turn that a burst to streams of 20 channels takes."""
+        hub = make_hub()
+        chosen = random.Random(1)
+        for _ in range(streams):
+            channels = pool[:20] if alike else chosen.sample(pool, 20)
+            subscriber = Subscriber(hub, tuple(channels), 0, 0.0)
+            subscriber.transport, subscriber.live_from = Sink(), LIVE
+            hub.enter(subscriber)
+        turn = hub.broadcast(make_frames(*pool * 10), "e").__await__()
+        counts: list[int] = []
+        yielded: list[object] = []
+        while yielded[-1:] != ["end"]:
+            counts.append(count_operations(lambda: yielded.append(next(turn, "end"))))
+        assert hub.counts.deliveries == streams * 200
+        return counts
+
+    few, many = turns(100), turns(400)
+    assert len(many) > len(few)
+    assert max(many) < 1.5 * max(few)

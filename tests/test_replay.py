@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sse_relay import FRAME_OVERHEAD_BYTES, Frame, Memory, NotCoveredError
+from sse_relay import FRAME_OVERHEAD_BYTES, Frame, Memory
 
 CHANNELS = ["a", "b", "c", "d", "e", "f"]
 EVERYTHING = 10**9
@@ -36,7 +36,7 @@ def kept(memory: Memory, channel: str, upto: int) -> list[int]:
     """The numbers that a channel's client can still get, by asking from every number."""
     for number in range(upto + 1):
         if memory.covers(channel, number):
-            return numbers(memory.page([channel], number, EVERYTHING)[0])
+            return numbers(memory.page({channel: number}, EVERYTHING)[0])
     return []
 
 
@@ -71,8 +71,8 @@ class Model:
         self.floors.clear()
         self.kept.clear()
 
-    def after(self, channels: set[str], number: int) -> list[Frame]:
-        return [frame for frame in self.history if frame.channel in channels and frame.number > number]
+    def after(self, since: Mapping[str, int]) -> list[Frame]:
+        return [f for f in self.history if f.channel in since and f.number > since[f.channel]]
 
 
 class MemoryMachine(RuleBasedStateMachine):
@@ -130,38 +130,49 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(
         channels=st.lists(st.sampled_from(CHANNELS), unique=True),
-        back=st.integers(0, 60),
-        most=st.sampled_from([1, FRAME_OVERHEAD_BYTES + 1, 700, 2_000, EVERYTHING]),
+        backs=st.lists(st.integers(0, 60), min_size=6, max_size=6),
+        limit=st.sampled_from([1, FRAME_OVERHEAD_BYTES + 1, 700, 2_000, EVERYTHING]),
     )
-    def page_through(self, channels: list[str], back: int, most: int) -> None:
-        number = max(0, self.number - back)
-        uncovered = [channel for channel in channels if not self.memory.covers(channel, number)]
-        if uncovered:
-            with pytest.raises(NotCoveredError) as caught:
-                self.memory.page(channels, number, most)
-            assert caught.value.channel == uncovered[0]
-            return
-        expected = self.model.after(set(channels), number)
+    def page_through(self, channels: list[str], backs: list[int], limit: int) -> None:
+        # Each channel from a number of its own: where its floor or the stream's cursor is.
+        since = {
+            channel: max(0, self.number - back)
+            for channel, back in zip(channels, backs, strict=False)
+            if self.memory.covers(channel, max(0, self.number - back))
+        }
+        expected = self.model.after(since)
         found: list[Frame] = []
         complete = False
         while not complete:
-            frames, complete = self.memory.page(channels, found[-1].number if found else number, most)
+            number = found[-1].number if found else 0
+            frames, complete = self.memory.page({c: max(n, number) for c, n in since.items()}, limit)
             assert frames or complete
-            assert sum(map(size_of, frames[:-1])) < most
-            assert complete or sum(map(size_of, frames)) >= most
+            assert sum(map(size_of, frames[:-1])) < limit
+            assert complete or sum(map(size_of, frames)) >= limit
             found += frames
         assert found == expected
+
+    @rule(channel=st.sampled_from(CHANNELS), count=st.sampled_from([1, 3, 25]))
+    def find_the_newest(self, channel: str, count: int) -> None:
+        if channel not in self.model.floors:
+            return
+        held = [frame for frame in self.model.kept if frame.channel == channel]
+        before, found = self.memory.before_newest(channel, count)
+        assert found == min(count, len(held))
+        assert self.memory.covers(channel, before)
+        assert self.memory.page({channel: before}, EVERYTHING) == (held[-found:] if found else [], True)
 
     @invariant()
     def what_is_covered_and_counted_agrees_with_the_model(self) -> None:
         assert self.memory.size == sum(map(size_of, self.model.kept)) <= self.memory.limit
         for channel in CHANNELS:
             floor = self.model.floors.get(channel)
+            assert self.memory.floor(channel) == floor
             for number in {0, (floor or 1) - 1, floor or 0, self.number}:
                 covered = floor is not None and floor <= number
                 assert self.memory.covers(channel, number) is covered
                 if covered:
-                    missed = self.model.after({channel}, number)
+                    missed = self.model.after({channel: number})
                     assert self.memory.missed(channel, number) == (len(missed), sum(map(size_of, missed)))
 
 
@@ -208,10 +219,9 @@ class WholeLogMachine(RuleBasedStateMachine):
 
     def check(self, channels: set[str]) -> None:
         """Read from the lowest number from which all these channels are covered."""
-        number = self.base
-        while not all(self.memory.covers(channel, number) for channel in channels):
-            number += 1
-        frames, complete = self.memory.page(channels, number, EVERYTHING)
+        number = max(self.memory.floor(channel) or 0 for channel in channels)
+        assert all(self.memory.covers(channel, number) for channel in channels)
+        frames, complete = self.memory.page(dict.fromkeys(channels, number), EVERYTHING)
         assert complete
         assert frames == [f for f in self.history if f.channel in channels and f.number > number]
 
@@ -238,7 +248,7 @@ def test_a_channel_is_covered_from_its_begin_until_its_end() -> None:
     assert not memory.covers("a", 99)
     memory.begin("a", 5)
     memory.append(make_frame(6, "a"))
-    assert numbers(memory.page(["a"], 5, EVERYTHING)[0]) == [6]
+    assert numbers(memory.page({"a": 5}, EVERYTHING)[0]) == [6]
     assert not memory.covers("a", 4)
 
 
@@ -255,7 +265,7 @@ def test_clear_leaves_nothing_and_memory_works_on() -> None:
     memory.begin("a", 30)
     for number in range(31, 60):
         memory.append(make_frame(number, "a"))
-    assert numbers(memory.page(["a"], 55, EVERYTHING)[0]) == [56, 57, 58, 59]
+    assert numbers(memory.page({"a": 55}, EVERYTHING)[0]) == [56, 57, 58, 59]
 
 
 def test_a_loud_channel_gives_its_oldest_first_and_quiet_ones_keep_theirs() -> None:
@@ -316,7 +326,7 @@ def test_what_is_larger_than_memory_is_not_kept_and_not_covered() -> None:
     assert memory.size == 300
     assert not memory.covers("a", 2)
     assert memory.covers("a", 3)
-    assert memory.page(["a", "b"], 3, EVERYTHING) == ([], True)
+    assert memory.page(dict.fromkeys(["a", "b"], 3), EVERYTHING) == ([], True)
     assert kept(memory, "b", 9) == [2]
 
 
@@ -326,14 +336,14 @@ def test_a_page_ends_with_the_frame_that_reaches_its_size_across_channels() -> N
         memory.begin(channel, 0)
     for number in range(1, 13):
         memory.append(make_frame(number, "abc"[number % 3], 300))
-    frames, complete = memory.page(["c", "a", "b"], 2, 901)
+    frames, complete = memory.page(dict.fromkeys(["c", "a", "b"], 2), 901)
     assert (numbers(frames), complete) == ([3, 4, 5, 6], False)
-    frames, complete = memory.page(["c", "a", "b"], 2, 900)
+    frames, complete = memory.page(dict.fromkeys(["c", "a", "b"], 2), 900)
     assert (numbers(frames), complete) == ([3, 4, 5], False)
-    frames, complete = memory.page(["c", "a"], 6, EVERYTHING)
+    frames, complete = memory.page(dict.fromkeys(["c", "a"], 6), EVERYTHING)
     assert (numbers(frames), complete) == ([8, 9, 11, 12], True)
-    assert memory.page([], 0, 1) == ([], True)
-    assert memory.page(["a"], 12, 1) == ([], True)
+    assert memory.page({}, 1) == ([], True)
+    assert memory.page({"a": 12}, 1) == ([], True)
 
 
 def test_channels_that_come_and_go_leave_nothing_behind() -> None:
@@ -441,9 +451,9 @@ def test_resuming_costs_what_was_missed_and_not_what_is_kept(missed: int) -> Non
     def cost(frames: int) -> int:
         memory = filled(frames)
         since = Counted(frames - missed)
-        found = [frame.number for frame in memory.page("abc", since, Counted(EVERYTHING))[0]]
+        found = [frame.number for frame in memory.page(dict.fromkeys("abc", since), Counted(EVERYTHING))[0]]
         assert found == list(range(frames - missed + 1, frames + 1))
-        return operations(lambda: memory.page("abc", since, Counted(EVERYTHING)))
+        return operations(lambda: memory.page(dict.fromkeys("abc", since), Counted(EVERYTHING)))
 
     few, many = cost(100), cost(12_800)
     # 128 times as much is seven doublings: seven more comparisons at most for each search.
@@ -453,9 +463,9 @@ def test_resuming_costs_what_was_missed_and_not_what_is_kept(missed: int) -> Non
 
 def test_a_small_page_of_a_long_absence_costs_what_the_page_holds() -> None:
     memory = filled(12_800)
-    frames, complete = memory.page("abc", Counted(0), Counted(3_000))
+    frames, complete = memory.page(dict.fromkeys("abc", Counted(0)), Counted(3_000))
     assert (numbers(frames), complete) == (list(range(1, 11)), False)
-    assert operations(lambda: memory.page("abc", Counted(0), Counted(3_000))) < 300
+    assert operations(lambda: memory.page(dict.fromkeys("abc", Counted(0)), Counted(3_000))) < 300
 
 
 def test_counting_what_was_missed_does_not_grow_with_it() -> None:

@@ -25,7 +25,10 @@ import harness
 
 StartRelay = Callable[..., harness.Relay]
 
-OPENING = re.compile(rb":[^\n]*\nretry: (\d+)\n\nid: ([0-9a-z]+-\d+)\n\n")
+OPENING = re.compile(
+    rb":[^\n]*\nretry: (\d+)\n\nevent: relay\.gap\nid: ([0-9a-z]+-\d+)\n"
+    rb'data: {"channels":\["orders"\],"reason":"start","since":null}\n\n'
+)
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store, no-transform",
@@ -47,8 +50,8 @@ def standing(standing_database: harness.Database) -> Iterator[harness.Relay]:
         yield running
 
 
-def gap(channel: str, reason: str, since: str | None) -> tuple[str, object]:
-    return "relay.gap", {"channel": channel, "reason": reason, "since": since}
+def gap(channels: str, reason: str, since: str | None) -> tuple[str, object]:
+    return "relay.gap", {"channels": channels.split(), "reason": reason, "since": since}
 
 
 def told(reader: harness.SseReader) -> list[tuple[str, object]]:
@@ -64,7 +67,7 @@ def told(reader: harness.SseReader) -> list[tuple[str, object]]:
 
 def test_a_stream_opens_with_headers_comment_retry_and_position(standing: harness.Relay) -> None:
     with harness.RawStream(standing.bind, standing.url("orders")) as stream:
-        body = stream.wait_for(b"\nid: ")
+        body = stream.wait_for(b'"start","since":null}\n\n')
         assert stream.raw.startswith(b"HTTP/1.1 200 OK\r\n")
         headers = stream.headers
         assert headers.pop("date").endswith("GMT")
@@ -83,12 +86,12 @@ def test_no_accept_header_is_needed(standing: harness.Relay, standing_database: 
 
 def test_http_1_0_gets_a_plain_body(standing: harness.Relay, standing_database: harness.Database) -> None:
     with harness.RawStream(standing.bind, standing.url("orders"), version="1.0") as stream:
-        assert OPENING.fullmatch(stream.wait_for(b"\nid: "))
+        assert OPENING.fullmatch(stream.wait_for(b"null}\n\n"))
         assert stream.raw.startswith(b"HTTP/1.0 200 OK\r\n")
         assert stream.headers["connection"] == "close"
         assert "transfer-encoding" not in stream.headers
         standing_database.notify("orders", "plain")
-        assert stream.wait_for(b"plain\n\n").count(b"data: ") == 1
+        assert stream.wait_for(b"plain\n\n").count(b"data: ") == 2
 
 
 def test_head_gives_the_headers_of_a_stream(standing: harness.Relay) -> None:
@@ -114,7 +117,7 @@ def test_a_stream_of_several_channels_names_them(
         standing_database.notify("b", "4")
         several.wait_for_data("4")
         twice.wait_for_data("4")
-        assert told(several) == [("a", "1"), ("tick", "2"), ("channel:error", "3"), ("b", "4")]
+        assert told(several) == [("a", "1"), ("b:tick", "2"), ("error:", "3"), ("b", "4")]
         assert told(twice) == [("tick", "2"), ("message", "4")]
 
 
@@ -150,7 +153,7 @@ def test_a_unix_socket_serves_streams_and_goes_with_the_relay(
 def test_an_idle_stream_is_written_to(start_relay: StartRelay, database: harness.Database) -> None:
     relay = start_relay("--heartbeat", "0.2", dsn=database.dsn)
     with harness.RawStream(relay.bind, relay.url("orders")) as stream:
-        body = stream.wait_for(b"\n\n:\n:\n:\n")
+        body = stream.wait_for(b"}\n\n:\n:\n:\n")
         assert OPENING.match(body)
 
 
@@ -418,11 +421,9 @@ def test_awkward_channel_names_are_names(
         body = all_of_them.wait_for(f"data: event {len(NAMES) - 1}\n\n".encode()).decode()
         # Each reader heard of its own channel and of nothing else.
         assert [reader.data for reader in readers] == [[f"event {n}"] for n in range(len(NAMES))]
-    named = [
-        re.findall(r"^event: (.*)$", block, re.MULTILINE) for block in body.split("\n\n") if "data: " in block
-    ]
-    reserved = {"error", "open", "relay.gap"}
-    assert named == [[f"channel:{name}" if name in reserved else name] for name in NAMES]
+    named = re.findall(r"^event: (.*)\nid: .*\ndata: event ", body, re.MULTILINE)
+    shown = [name.replace("%", "%25").replace(":", "%3A") for name in NAMES]
+    assert named == [f"{name}:" if name in ("error", "open", "relay.gap") else name for name in shown]
 
 
 # Payload, and what a browser sees: the event's name and data.
@@ -478,7 +479,10 @@ PAYLOADS: list[tuple[str, str, str]] = [
 
 
 def browser_blocks(body: bytes) -> list[tuple[str, str]]:
-    """Read events as the HTML standard says: the line ends are LF here, as `encode_event` promises."""
+    """Read events as the HTML standard says: the line ends are LF here, as `encode_event` promises.
+
+    Without the relay's own.
+    """
     assert b"\r" not in body
     events = []
     for block in body.decode().split("\n\n"):
@@ -490,7 +494,7 @@ def browser_blocks(body: bytes) -> list[tuple[str, str]]:
                 data.append(value)
             elif field == "event":
                 name = value
-        if data:
+        if data and name != "relay.gap":
             events.append((name, "\n".join(data)))
     return events
 
@@ -555,7 +559,7 @@ def publish_three(relay: harness.Relay, database: harness.Database, channel: str
 
 
 def last_is_a_position(reader: harness.SseReader) -> bool:
-    return not reader.blocks[-1].data
+    return not reader.blocks[-1].data or harness.is_start(reader.blocks[-1])
 
 
 def test_a_client_resumes_by_the_header_or_by_its_address(
@@ -623,6 +627,10 @@ def test_each_reason_for_a_gap_that_a_position_can_have(
             reader.wait_for_id()
             assert told(reader) == [gap("gaps", reason, since[:100])]
             assert reader.blocks[-1].id.startswith(epoch)
+            assert reader.starts == []
+        with harness.SseReader(standing.url("gaps", "c", "d"), last_event_id="lost") as several:
+            several.wait_for_id()
+            assert told(several) == [gap("gaps c d", "unreadable", "lost")]
 
 
 def test_a_restart_of_the_relay_is_a_gap(start_relay: StartRelay, database: harness.Database) -> None:
@@ -688,20 +696,7 @@ def test_ten_thousand_missed_events_are_replayed_and_one_more_is_a_gap(
         reader.wait_for_data("one more")
     with harness.SseReader(relay.url("many", "few"), last_event_id=start) as reader:
         reader.wait_for_id()
-        assert told(reader) == [gap("many", "too-many", start), gap("few", "too-many", start)]
-
-
-def test_several_channels_get_a_gap_each_and_the_last_the_position(standing: harness.Relay) -> None:
-    with harness.RawStream(
-        standing.bind, standing.url("a", "b", "c"), headers={"Last-Event-ID": "lost"}
-    ) as stream:
-        body = stream.wait_for(b"\nid: ")
-        stream.wait_for(b'"channel":"c"')
-        body = stream.body
-    blocks = body.decode().rstrip("\n").split("\n\n")[1:]
-    assert ["\nid: " in block for block in blocks] == [False, False, True]
-    data = [json.loads(block.rpartition("data: ")[2]) for block in blocks]
-    assert data == [{"channel": c, "reason": "unreadable", "since": "lost"} for c in "abc"]
+        assert told(reader) == [gap("many few", "too-many", start)]
 
 
 # ==== Strangers ===============================================================
