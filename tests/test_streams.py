@@ -237,7 +237,8 @@ def test_refusals_are_counted_by_their_true_status(
     counted = dict(
         re.findall(r'^sse_relay_refusals_total\{status="(\d+)"\} ([\d.]+)$', metrics, re.MULTILINE)
     )
-    assert {status: float(count) for status, count in counted.items()} == {"400": 2, "403": 1, "404": 1}
+    found = {status: float(count) for status, count in counted.items() if float(count)}
+    assert found == {"400": 2, "403": 1, "404": 1}
 
 
 def expect_passing_refusal(relay: harness.Relay, *channels: str) -> None:
