@@ -1275,13 +1275,19 @@ class Memory:
         before = shelf.ends[index - 1] if index > shelf.start else shelf.before
         return len(shelf.frames) - index, shelf.ends[-1] - before
 
-    def before_newest(self, channel: str, count: int) -> tuple[int, int]:
-        """Return the number just before a channel's newest frames, and how many of these are kept."""
+    def before_newest(self, channel: str, count: int, until: int) -> tuple[int, int]:
+        """Return where a channel's newest frames up to a number begin.
+
+        Returns:
+            The number just before them, and how many of them are kept.
+        """
         shelf = self._shelves.get(channel)
         if shelf is None:
-            return self.floor(channel) or 0, 0
-        first = max(shelf.start, len(shelf.numbers) - count)
-        return shelf.numbers[first] - 1, len(shelf.numbers) - first
+            return min(self.floor(channel) or 0, until), 0
+        end = bisect.bisect_right(shelf.numbers, until, shelf.start)
+        first = max(shelf.start, end - count)
+        before = shelf.numbers[first] - 1 if first < len(shelf.numbers) else until
+        return min(before, until), end - first
 
     def page(self, since: Mapping[str, int], limit: int) -> tuple[list[Frame], bool]:
         """Return the next frames of covered channels, in order.
@@ -2447,7 +2453,8 @@ class Cursor(NamedTuple):
     snapshot: Snapshot | None = None
     # Whether it was checked that what was missed is not too much for one resume.
     counted: bool = False
-    # The newest events of each channel that are to be sent, before `floors` say where they begin.
+    # How many of the newest events of each channel up to `number` are owed too; 0 once `floors`
+    # say where they begin.
     last: int = 0
 
     def after(self, channel: str) -> int:
@@ -2678,7 +2685,7 @@ class NotifySource:
     def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         if cursor.last:
             cursor = cursor.rewound(
-                {name: self._memory.before_newest(name, cursor.last)[0] for name in channels}
+                {name: self._memory.before_newest(name, cursor.last, cursor.number)[0] for name in channels}
             )
         since = {name: cursor.after(name) for name in channels}
         gaps = {
@@ -3939,7 +3946,7 @@ class LogSource:
         if cursor.epoch != self.epoch:
             return tell_all(self, channels, "restart")
         if cursor.last:
-            newest = {name: self._memory.before_newest(name, cursor.last) for name in channels}
+            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
             if any(kept < cursor.last for _, kept in newest.values()):
                 return None
             cursor = cursor.rewound({name: before for name, (before, _) in newest.items()})
@@ -3983,9 +3990,10 @@ class LogSource:
         """Find where the newest events of each channel begin that `?last=` asks for."""
         before, lacking = {}, {}
         for name in channels:
-            before[name], kept = self._memory.before_newest(name, cursor.last)
+            before[name], kept = self._memory.before_newest(name, cursor.last, cursor.number)
             if kept < cursor.last:
-                lacking[name] = (self._memory.floor(name) or 0, cursor.last - kept)
+                floor = self._memory.floor(name) or 0
+                lacking[name] = min(floor, cursor.number), cursor.last - kept
         untils, mosts = zip(*lacking.values(), strict=True)
         values = {"channels": tuple(lacking), "until": untils, "most": mosts}
         before.update(await self._share(LOG_LAST_SQL, values, dict))

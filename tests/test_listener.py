@@ -185,7 +185,12 @@ def querying_backend(database: harness.Database) -> int:
 
 def expect_later_events(reader: harness.SseReader, database: harness.Database) -> None:
     """Publish until events arrive, the first on this stream; no gap but that of its start comes before."""
-    harness.wait_until(lambda: database.notify("orders", "later") or reader.data, 20, "events")
+
+    def heard() -> list[str]:
+        database.notify("orders", "later")
+        return reader.data
+
+    harness.wait_until(heard, 20, "events")
     assert len(reader.starts) == 1
     assert {event.data for event in reader.events} == {"later"}
 

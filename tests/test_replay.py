@@ -152,15 +152,21 @@ class MemoryMachine(RuleBasedStateMachine):
             found += frames
         assert found == expected
 
-    @rule(channel=st.sampled_from(CHANNELS), count=st.sampled_from([1, 3, 25]))
-    def find_the_newest(self, channel: str, count: int) -> None:
+    @rule(channel=st.sampled_from(CHANNELS), count=st.sampled_from([1, 3, 25]), back=st.integers(0, 5))
+    def find_the_newest(self, channel: str, count: int, back: int) -> None:
         if channel not in self.model.floors:
             return
-        held = [frame for frame in self.model.kept if frame.channel == channel]
-        before, found = self.memory.before_newest(channel, count)
+        kept = [frame for frame in self.model.kept if frame.channel == channel]
+        until = kept[-1 - back].number if back < len(kept) else EVERYTHING
+        held = [frame for frame in kept if frame.number <= until]
+        before, found = self.memory.before_newest(channel, count, until)
         assert found == min(count, len(held))
         assert self.memory.covers(channel, before)
-        assert self.memory.page({channel: before}, EVERYTHING) == (held[-found:] if found else [], True)
+        newest = [frame for frame in kept if frame.number > until]
+        assert self.memory.page({channel: before}, EVERYTHING) == (
+            [*held[len(held) - found :], *newest],
+            True,
+        )
 
     @invariant()
     def what_is_covered_and_counted_agrees_with_the_model(self) -> None:
