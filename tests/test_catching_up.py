@@ -146,7 +146,7 @@ class Stage:
         self.published.append((self.clock, channel))
         if self._session is not None and channel in self.interest.confirmed:
             self._arrived.append(
-                psycopg2.extensions.Notify(1, channel, f"{self.clock} {'x' * size}")  # type: ignore[call-arg]
+                psycopg2.extensions.Notify(1, channel, f"{self.clock} {'x' * size}")
             )
 
     async def settle(self, clients: Iterable[Client] = (), turns: int = 10) -> None:
