@@ -145,9 +145,7 @@ class Stage:
         self.clock += 1
         self.published.append((self.clock, channel))
         if self._session is not None and channel in self.interest.confirmed:
-            self._arrived.append(
-                psycopg2.extensions.Notify(1, channel, f"{self.clock} {'x' * size}")
-            )
+            self._arrived.append(psycopg2.extensions.Notify(1, channel, f"{self.clock} {'x' * size}"))
 
     async def settle(self, clients: Iterable[Client] = (), turns: int = 10) -> None:
         """Let everything happen that can; the clients take all that comes."""
