@@ -3,20 +3,26 @@
 A history is a list of records that JSON can hold, each with ``t``, seconds, and ``do``:
 
     run      source, relays: what was run
-    commit   n, pid, events [[tag, channel, seen]…]: a transaction that saw the first `seen` commits
+    commit   n, pid, events [[tag, channel, seen]…], size: a transaction; each event saw the first `seen`
+             commits, and the largest has so many bytes
     number   epoch, first, tags: the log has given these events the numbers from `first` on
-    undone   tags: a crash or failover took these back
+    undone   tags: a crash or failover has lost these
+    unnumbered  epoch, first, count: it has lost these numbers, and the events come again
+    epoch    epoch: the log has begun another history
+    pruned   epoch, upto: the log has dropped the events up to this number
     fault    on: a relay's name or "server", kind
-    open     client, stream, relay, channels, since; seen: its page shows the first so many commits
+    open     client, stream, relay, channels, since, last, prompt: it reads at once; seen: its page shows
+             the first so many commits
     got      client, stream, items: what it read, each with the time at which it was sent last
                  ["event", tag, position, sent, name]
                  ["gap", channels, reason, since, position, sent]
                  ["id", position, sent]
                  [other control event's name, its data, position, sent]
-    closed   client, stream, by, held: the most bytes that waited for it in the relay
+    closed   client, stream, by, status, retry, held: the most bytes that waited for it in the relay
     calm     the faults have ended
     end      clients: who is still there and owed everything
     left     on, what: what remains when all have left
+    visits   on, count: how often a relay has connected to PostgreSQL
     error    on, text: an exception that nobody expected
 """
 
@@ -31,6 +37,13 @@ Record = Mapping[str, Any]
 
 # Seconds from a commit in calm to who is there.
 CALM_DELAY = 8.0
+# The same where no fault but of clients happens at all, to who reads at once and was there before.
+PROMPT_DELAY = 3.0
+# A relay connects once to look, and keeps three connections.
+SESSIONS = 4
+MIB = 1 << 20
+# asyncio's own, above which it tells a protocol to pause.
+HIGH_WATER = 64 * 1024
 
 
 class Violation(NamedTuple):
@@ -63,10 +76,13 @@ class _Watch:
     settled: int = 0
     began: float | None = None
     seen: int = 0
+    born: str = ""
     told: dict[str, float] = field(default_factory=dict)
     position: tuple[str, int] | None = None
     relay: str = ""
-    since: str = ""
+    last: int = 0
+    opened: float = 0.0
+    prompt: bool = False
     moved: bool = False
     tags: dict[str, float] = field(default_factory=dict)
 
@@ -95,6 +111,7 @@ class Checker:
         self._index: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self._undone: set[str] = set()
+        self._gone: set[int] = set()
         # By epoch: the event of each number, and the number of each event.
         self._numbers: dict[str, dict[int, int]] = {}
         self._places: dict[str, dict[int, int]] = {}
@@ -103,6 +120,12 @@ class Checker:
         self._due: dict[tuple[str, ...], tuple[list[int], dict[int, int]]] = {}
         self._calm = float("inf")
         self._log = False
+        self._plan: Record = {}
+        self._renewed = any(record["do"] == "epoch" for record in history)
+        self._pruned = False
+        self._lost_wakeups = any(record.get("kind") == "wake-ups lost" for record in history)
+        self._disturbed = any(record["do"] == "fault" for record in history)
+        self._largest = 0
 
     def check(self) -> list[Violation]:
         """Judge the whole history."""
@@ -125,7 +148,9 @@ class Checker:
         for record in self.history:
             if record["do"] == "run":
                 self._log = record["source"] == "log"
+                self._plan = record
             elif record["do"] == "commit":
+                self._largest = max(self._largest, record.get("size", 0))
                 for tag, channel, seen in record["events"]:
                     events[tag] = Truth(tag, channel, record["t"], record["n"])
                     self._seen[tag] = seen
@@ -135,12 +160,16 @@ class Checker:
                 for tag in record["tags"]:
                     if tag in self._index:
                         self._blame("numbered twice", record["t"], tag)
-                    elif tag in events:
-                        self._append(events[tag])
+                    self._append(events[tag])
                 for number, tag in enumerate(record["tags"], record["first"]):
                     self._learn(record["t"], record["epoch"], number, tag)
             elif record["do"] == "undone":
                 self._undone.update(record["tags"])
+            elif record["do"] == "unnumbered":
+                numbers = self._numbers[record["epoch"]]
+                for number in range(record["first"], record["first"] + record["count"]):
+                    self._gone.add(numbers[number])
+                    self._index.pop(self._truth[numbers[number]].tag, None)
             elif record["do"] == "got":
                 for item in record["items"]:
                     if item[0] == "event" and item[2]:
@@ -151,8 +180,9 @@ class Checker:
 
     def _learn(self, t: float, epoch: str, number: int, tag: str) -> None:
         index = self._index.get(tag)
-        if index is None:
-            return  # an event that does not exist; whoever gets it is heard
+        known = self._numbers.get(epoch, {}).get(number)
+        if index is None or (known is not None and self._truth[known].tag == tag):
+            return  # no event at all, which who gets it is blamed for; or one that comes again
         known = self._numbers.setdefault(epoch, {}).setdefault(number, index)
         place = self._places.setdefault(epoch, {}).setdefault(index, number)
         if known != index or place != number:
@@ -180,7 +210,9 @@ class Checker:
     def _on_open(self, record: Record) -> None:
         watch = self._watches.setdefault(record["client"], _Watch())
         watch.relay = record["relay"]
-        watch.since = record["since"]
+        watch.last = record["last"]
+        watch.opened = record["t"]
+        watch.prompt = record["prompt"]
         if not watch.channels:
             watch.channels = tuple(record["channels"])
             if watch.channels not in self._due:
@@ -189,6 +221,7 @@ class Checker:
             watch.due, watch.place = self._due[watch.channels]
         if "seen" in record and watch.began is None:
             watch.seen = record["seen"]
+            watch.born = split_position(record["since"])[0]
             watch.began = -1.0
 
     def _on_got(self, record: Record) -> None:
@@ -204,13 +237,17 @@ class Checker:
                     watch.told[channel] = sent
                 if not set(channels) <= set(watch.channels):
                     self._blame("strange gap", record["t"], f"{record['client']}: {item}")
-                self._check_reason(record, watch, reason)
+                self._check_reason(record, watch, item)
+                if watch.last and set(channels) == set(watch.channels):
+                    watch.moved = True
                 if reason == "start" and watch.began is None:
                     watch.began = sent
                 if mark:
                     self._on_mark(record, watch, mark, sent)
             elif kind == "id":
                 self._on_mark(record, watch, item[1], item[2])
+            elif kind == "relay.heartbeat" and item[2]:
+                self._on_mark(record, watch, item[2], item[3])
             elif kind == "relay.refused":
                 self._blame("refused", record["t"], f"{record['client']}: {item}")
 
@@ -219,6 +256,11 @@ class Checker:
     ) -> None:
         self.deliveries += 1
         index = self._index.get(tag)
+        if mark is not None:
+            epoch, number = split_position(mark)
+            numbered = self._numbers.get(epoch, {}).get(number)
+            if numbered is not None and self._truth[numbered].tag == tag:
+                index = numbered
         place = None if index is None else watch.place.get(index)
         who = f"{record['client']} at {watch.relay}"
         if index is None or place is None:
@@ -226,7 +268,7 @@ class Checker:
             return
         watch.tags[tag] = record["t"]
         event = self._truth[index]
-        if event.n <= watch.seen:
+        if event.n <= watch.seen and mark is not None and split_position(mark)[0] == watch.born:
             self._blame("shown already", record["t"], f"{who} got {tag}, which its page showed")
         if mark is None:
             self._blame("no position", record["t"], f"{who} got {tag} without one")
@@ -242,6 +284,9 @@ class Checker:
         if place < watch.settled:
             self._blame("twice or late", record["t"], f"{who} got {tag} after {self._last(watch)}")
             return
+        late = record["t"] - event.committed
+        if late > PROMPT_DELAY and watch.prompt and watch.opened < event.committed and not self._disturbed:
+            self._blame("slow", record["t"], f"{who} got {tag} {late:.3f} s after its commit")
         self._settle(record, watch, place, f"{tag} ({mark})")
         watch.settled = place + 1
         self._on_mark(record, watch, mark, sent)
@@ -253,7 +298,7 @@ class Checker:
             self.excused += 1
             if event.committed <= max(watch.told.get(event.channel, -1.0), watch.began or -1.0):
                 continue
-            if event.n <= watch.seen or event.tag in self._undone:
+            if event.n <= watch.seen or event.tag in self._undone or index in self._gone:
                 continue
             self._blame(
                 "lost",
@@ -283,11 +328,44 @@ class Checker:
         if place > watch.settled:
             self._settle(record, watch, place, f"its position {mark}")
 
-    def _check_reason(self, record: Record, watch: _Watch, reason: str) -> None:
-        pass
+    def _check_reason(self, record: Record, watch: _Watch, gap: Sequence[Any]) -> None:
+        """Blame a gap that nothing in this history explains."""
+        _, _, reason, since, mark, _ = gap
+        plan, log = self._plan, self._log
+        disturbed = watch.relay in self._faults or "server" in self._faults
+        epoch = split_position(since)[0] if since else ""
+        excuse = {
+            "start": not since,
+            "restart": self._renewed if log else bool(since) and split_position(mark or "-0")[0] != epoch,
+            "outage": disturbed,
+            "evicted": not log
+            and (disturbed or plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10),
+            "pruned": log and self._pruned,
+            "failed": disturbed,
+            "ahead": log and "server" in self._faults,
+            "too-many": plan["knobs"]["MAX_RESUME_EVENTS"] < 1_000,
+        }
+        if not excuse.get(reason, False):
+            self._blame("needless gap", record["t"], f"{record['client']} at {watch.relay}: {list(gap)}")
+
+    def _on_pruned(self, record: Record) -> None:
+        self._pruned = True
+
+    def _on_visits(self, record: Record) -> None:
+        if not self._faults and record["count"] > SESSIONS:
+            self._blame("sessions", record["t"], f"{record['on']} connected {record['count']} times")
 
     def _on_closed(self, record: Record) -> None:
-        pass
+        settings, knobs = self._plan["settings"], self._plan["knobs"]
+        piece = max(settings["max_backlog"], knobs["RESUME_PIECE_BYTES"], HIGH_WATER)
+        most = settings["max_backlog"] + piece + self._largest
+        if record["held"] > most:
+            text = f"{record['held']} bytes waited for {record['client']}, more than {most}"
+            self._blame("held", record["t"], text)
+        if record["status"] not in (0, 200):
+            self._blame("refused", record["t"], f"{record['client']} got {record['status']}")
+        if record["status"] and record["retry"] is None and record["by"] == "relay":
+            self._blame("no retry", record["t"], f"{record['client']} was not told when to come back")
 
     def _on_end(self, record: Record) -> None:
         for name in record["clients"]:
@@ -295,7 +373,7 @@ class Checker:
             if watch is None:
                 self._blame("not live", record["t"], f"{name} never opened a stream")
                 continue
-            self._settle(record, watch, len(watch.due), "the end")
+            self._settle({**record, "client": name}, watch, len(watch.due), "the end")
             for index in reversed(watch.due):
                 event = self._truth[index]
                 if event.committed < self._calm:
@@ -310,17 +388,20 @@ class Checker:
 
     def _check_order(self) -> None:
         """No event before one that its transaction had seen."""
+        if self._lost_wakeups:
+            return  # PostgreSQL itself loses none: order is not promised then, only that nothing is lost
         # The highest place in the order of the first n commits.
         highest: dict[int, int] = {}
         for index, event in enumerate(self._truth):
-            highest[event.n] = index
+            if index not in self._gone:
+                highest[event.n] = index
         most, table = -1, [-1]
         for n in range(1, max(highest, default=0) + 1):
             most = max(most, highest.get(n, -1))
             table.append(most)
         for index, event in enumerate(self._truth):
             seen = self._seen[event.tag]
-            if seen < len(table) and table[seen] > index and event.tag not in self._undone:
+            if seen < len(table) and table[seen] > index and not {index, table[seen]} & self._gone:
                 self._blame(
                     "order", event.committed, f"{event.tag} comes before {self._truth[table[seen]].tag}"
                 )

@@ -30,6 +30,7 @@ class Reader:
         self.status = 0
         self.headers = ""
         self.retry: int | None = None
+        self.blocks = 0
         self._chunked = False
         self._raw = b""
         self._text = b""
@@ -48,6 +49,7 @@ class Reader:
         if self._chunked:
             data = self._unwrap(data)
         *blocks, self._text = (self._text + data).split(b"\n\n")
+        self.blocks += len(blocks)
         return [found for block in blocks if (found := self._parse(block))]
 
     def _unwrap(self, data: bytes) -> bytes:
@@ -168,6 +170,8 @@ class Client:
             relay=self._door,
             channels=self.channels,
             since=self.position or start,
+            last=self._plan["last"],
+            prompt=self._plan["kind"] == "steady",
             **({"seen": seen} if start else {}),
         )
         link.send(self._request(start))
@@ -179,6 +183,10 @@ class Client:
 
     def _request(self, start: str) -> bytes:
         fields = [("lastEventId", start)] if start else []
+        if self._plan["beats"]:
+            fields.append(("heartbeat", "event"))
+        if self._plan["last"]:
+            fields.append(("last", str(self._plan["last"])))
         if len(self.channels) == 1:
             path = f"/events/{quote(self.channels[0], safe='')}"
         else:
@@ -264,7 +272,7 @@ class Client:
         assert self._link is not None
         self.timeline.note(
             "closed", client=self.name, stream=self._stream, by=by, held=self._link.held,
-            status=self._reader.status,
+            status=self._reader.status, retry=self._reader.retry if self._reader.blocks else 0,
         )  # fmt: skip
         self._link = None
         self.live = False

@@ -24,8 +24,8 @@ from typing import Any
 # The network's own, in seconds.
 NEAR = 0.0001
 FAR = 0.003
-# As asyncio reads at once.
-READ_BYTES = 256 * 1024
+# Of the descriptors in this world: no true one is so high.
+FIRST_DESCRIPTOR = 1_000_000
 
 
 class Timeline:
@@ -43,7 +43,7 @@ class Timeline:
         self.machine: Machine | None = None
         self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._count = itertools.count()
-        self.descriptors = itertools.count(100_000)
+        self.descriptors = itertools.count(FIRST_DESCRIPTOR)
 
     def chance(self, name: str) -> random.Random:
         """Return a generator of its own for each name, so that one part's draws change no other's."""

@@ -23,9 +23,12 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "RESUME_PIECE_BYTES": (1, 700, 262_144),
     "MAX_RESUME_EVENTS": (40, 10_000, 10_000),
     "LISTENS_PER_STATEMENT": (1, 2, 500),
+    "LOG_PAGE_ROWS": (2, 9, 1_000),
+    "LOG_ADVANCE_MOST": (1, 1_000),
+    "PRUNE_INTERVAL": (2, 60),
 }
 
-FAULTS = ("session", "server", "relay", "clock")
+FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery")
 
 
 def draw(seed: int, source: str | None = None) -> Plan:
@@ -37,11 +40,18 @@ def draw(seed: int, source: str | None = None) -> Plan:
     faults = [kind for kind in FAULTS if chance.random() < 0.5]
     steps: list[Step] = []
     steps += [_client(chance, number, channels) for number in range(chance.randint(4, 14))]
-    steps += _transactions(chance, channels, chance.choice((20, 60, 150)))
+    steps += _transactions(chance, source, channels, chance.choice((20, 60, 150)))
     for kind in faults:
         for _ in range(chance.randint(1, 4)):
             steps.append(_FAULTS[kind](chance, relays))
     steps.sort(key=lambda step: float(step["at"]))
+    knobs = {name: chance.choice(values) for name, values in KNOBS.items()}
+    delay = chance.choice((0.0002, 0.001, 0.02))
+    batch = chance.choice((3, 1_000))
+    if delay > 0.01:
+        # So slow a server cannot do everything in little steps.
+        batch = knobs["LOG_PAGE_ROWS"] = knobs["LOG_ADVANCE_MOST"] = 1_000
+        knobs["RESUME_PIECE_BYTES"] = 262_144
     return {
         "seed": seed,
         "source": source,
@@ -54,8 +64,10 @@ def draw(seed: int, source: str | None = None) -> Plan:
             "heartbeat": chance.choice((1.0, 5.0, 15.0)),
             "retry": chance.choice((0, 100, 500)),
         },
-        "knobs": {name: chance.choice(values) for name, values in KNOBS.items()},
-        "delay": chance.choice((0.0002, 0.001, 0.02)),
+        "knobs": knobs,
+        "delay": delay,
+        "retention": chance.choice((4.0, 86_400.0, 86_400.0)),
+        "batch": batch,
         "steps": steps,
     }
 
@@ -78,6 +90,8 @@ def _client(chance: random.Random, number: int, channels: list[str]) -> Step:
         "http": 0 if chance.random() < 0.1 else 1,
         "room": chance.choice((300, 5_000, 150_000)),
         "born": chance.random() < 0.3,
+        "beats": chance.random() < 0.2,
+        "last": chance.choice((0, 0, 0, 3)),
         # Seconds that a stream is kept; 0: until it ends.
         "stays": {"restless": [0.05, 0.3, 2.0], "slow": [0, 5.0], "stalled": [0, 8.0]}.get(kind, [0]),
         "pauses": {"slow": [0.001, 0.1, 0.5], "stalled": [0.001, 0.001, 4.0]}.get(kind, [0.001]),
@@ -85,17 +99,18 @@ def _client(chance: random.Random, number: int, channels: list[str]) -> Step:
     }
 
 
-def _transactions(chance: random.Random, channels: list[str], count: int) -> list[Step]:
+def _transactions(chance: random.Random, source: str, channels: list[str], count: int) -> list[Step]:
     steps = []
+    large = chance.randrange(count) if source == "log" and chance.random() < 0.1 else -1
     for number in range(count):
-        size = chance.choice((0, 10, 100, 100, 2_000))
+        size = 900_000 if number == large else chance.choice((0, 10, 100, 100, 2_000))
         steps.append({
             "at": 1.0 + BUSY * chance.random(),
             "do": "transact",
             "name": f"t{number}",
             "seed": _seed(chance),
             "channels": channels,
-            "events": chance.choice((1, 1, 2, 5, 30)),
+            "events": 2 if size > 10_000 else chance.choice((1, 1, 2, 5, 30)),
             "pace": chance.choice((0.0, 0.0, 0.002, 0.1)),
             "size": size,
             "ends": chance.choices(("commit", "rollback"), (9, 1))[0],
@@ -121,7 +136,7 @@ def _server_fault(chance: random.Random, relays: list[str]) -> Step:
     return {
         "at": 1.0 + BUSY * chance.random(),
         "do": "server",
-        "how": chance.choice(("stop", "crash", "freeze")),
+        "how": chance.choice(("stop", "crash", "crash", "fail over", "freeze")),
         "for": chance.choice((0.2, 1.0, 4.0)),
     }
 
@@ -145,7 +160,17 @@ def _clock_fault(chance: random.Random, relays: list[str]) -> Step:
     }
 
 
+def _wakeup_fault(chance: random.Random, relays: list[str]) -> Step:
+    return {"at": 1.0 + BUSY * chance.random(), "do": "wakeups", "for": chance.choice((0.5, 5.0))}
+
+
+def _forgery(chance: random.Random, relays: list[str]) -> Step:
+    return {"at": 1.0 + BUSY * chance.random(), "do": "forge", "seed": _seed(chance)}
+
+
 _FAULTS = {
+    "wakeups": _wakeup_fault,
+    "forgery": _forgery,
     "session": _session_fault,
     "server": _server_fault,
     "relay": _relay_fault,

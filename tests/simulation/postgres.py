@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import selectors
 from collections import deque
@@ -22,7 +23,8 @@ import psycopg2
 from psycopg2 import errors
 from psycopg2.extensions import POLL_OK, POLL_READ, Notify, parse_dsn
 
-from simulation.kernel import NEAR, Machine, Timeline
+from simulation.kernel import FIRST_DESCRIPTOR, NEAR, Machine, Timeline
+from simulation.log import Log
 
 Row = tuple[Any, ...]
 
@@ -63,6 +65,7 @@ class Transaction:
     xid: int = 0
     events: list[Published] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
     over: bool = False
 
     def publish(self, tag: str, channel: str, data: str, event: str | None = None) -> None:
@@ -75,12 +78,10 @@ class Transaction:
 
     def savepoint(self) -> Callable[[], None]:
         """Set a savepoint; return what rolls back to it."""
-        events, notes = len(self.events), len(self.notes)
-        undo = self.server.log.savepoint(self) if self.server.log is not None else lambda: None
+        events, notes, rows = len(self.events), len(self.notes), len(self.rows)
 
         def roll_back() -> None:
-            del self.events[events:], self.notes[notes:]
-            undo()
+            del self.events[events:], self.notes[notes:], self.rows[rows:]
 
         return roll_back
 
@@ -108,10 +109,10 @@ class Server:
         visits: Connections that were opened, by machine.
     """
 
-    def __init__(self, timeline: Timeline, module: ModuleType, log: Any = None) -> None:
+    def __init__(self, timeline: Timeline, module: ModuleType) -> None:
         self.timeline = timeline
         self.module = module
-        self.log = log
+        self.log: Log | None = None
         self.chance = timeline.chance("server")
         self.commits: list[Transaction] = []
         self.running: list[Transaction] = []
@@ -124,7 +125,8 @@ class Server:
         self.connections: dict[int, Connection] = {}
         self.visits: dict[str, int] = {}
         self.delay: Callable[[], float] = lambda: self.chance.uniform(NEAR, 4 * NEAR)
-        self._statements = self._dispatch()
+        self.wall: Callable[[], float] = lambda: timeline.now
+        self._statements: dict[str, Callable[[Connection, Any], list[Row]]] = {}
 
     # Sessions.
 
@@ -179,8 +181,6 @@ class Server:
 
     def commit(self, transaction: Transaction) -> None:
         self.forget(transaction)
-        if self.log is not None:
-            self.log.commit(transaction)
         if transaction.events:
             self.commits.append(transaction)
             self.timeline.note(
@@ -188,7 +188,10 @@ class Server:
                 n=len(self.commits),
                 pid=transaction.pid,
                 events=[[each.tag, each.channel, each.seen] for each in transaction.events],
+                size=max(len(each.data.encode()) + 6 * each.data.count("\n") for each in transaction.events),
             )
+        if self.log is not None:
+            self.log.commit(transaction)
         self.notify(transaction.pid, transaction.notes)
 
     def notify(self, pid: int, notes: Iterable[tuple[str, str]]) -> None:
@@ -205,6 +208,7 @@ class Server:
     def _dispatch(self) -> dict[str, Callable[[Connection, Any], list[Row]]]:
         table: dict[str, Callable[[Connection, Any], list[Row]]] = {
             "SELECT 1": lambda connection, values: [(1,)],
+            "SELECT": lambda connection, values: [],
         }
         if self.log is not None:
             for name, method in self.log.statements().items():
@@ -215,6 +219,7 @@ class Server:
     def execute(self, connection: Connection, statement: str, values: Any) -> list[Row]:
         """Let one statement take effect, and return its rows."""
         statement = statement.strip()
+        self._statements = self._statements or self._dispatch()
         known = self._statements.get(statement)
         if known is not None:
             return known(connection, values)
@@ -458,7 +463,16 @@ class Cursor:
 
 def look_at(reading: Sequence[int], *others: object) -> tuple[list[int], list[int], list[int]]:
     """Stand for `select.select`, by which aiopg looks whether a descriptor is still good."""
-    assert Machine.current is not None
-    if any(fd not in Machine.current.files for fd in reading):
-        raise OSError(errno.EBADF, "Bad file descriptor")
+    for fd in reading:
+        stat_file(fd)
     return [], [], []
+
+
+def stat_file(fd: int, stat: Callable[[int], object] = os.fstat) -> object:
+    """Stand for `os.fstat`."""
+    if fd < FIRST_DESCRIPTOR:
+        return stat(fd)
+    assert Machine.current is not None
+    if fd not in Machine.current.files:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    return None

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import sse_relay
 from simulation.checker import Checker, Violation
 from simulation.plan import Plan, draw
 from simulation.world import World
 
+PROGRAM = Path(__file__).resolve().parent.parent.parent / "sse_relay.py"
 # Seeds that once failed, each with its source: they are played before new ones.
 CORPUS = Path(__file__).with_name("corpus.txt")
 # A run takes a few MB; collecting takes 20 ms.
 RUNS_PER_COLLECTION = 20
+
+
+def load(text: str | None = None) -> ModuleType:
+    """Return the program under test as a module, from its own text or another."""
+    module = ModuleType("sse_relay")
+    module.__file__ = str(PROGRAM)
+    sys.modules["sse_relay"] = module
+    source = PROGRAM.read_text() if text is None else text
+    exec(compile(source, str(PROGRAM), "exec"), module.__dict__)  # noqa: S102  # the program itself
+    return module
+
+
+@functools.cache
+def the_program() -> ModuleType:
+    """Return the program as it is, loaded once."""
+    return load(
+        Path(os.environ["SSE_RELAY_PROGRAM"]).read_text() if "SSE_RELAY_PROGRAM" in os.environ else None
+    )
 
 
 @dataclass
@@ -45,21 +66,21 @@ class Outcome:
         return f"python tests/simulation --seed {self.plan['seed']} --source {self.plan['source']}"
 
 
-def play(plan: Plan, module: ModuleType = sse_relay) -> Outcome:
+def play(plan: Plan, module: ModuleType | None = None) -> Outcome:
     """Play a plan and judge its history."""
-    world = World(module, plan)
+    world = World(module or the_program(), plan)
     history = world.play()
     checker = Checker(history)
     violations = checker.check()
     return Outcome(plan, history, violations, checker.deliveries)
 
 
-def play_seed(seed: int, source: str | None = None, module: ModuleType = sse_relay) -> Outcome:
+def play_seed(seed: int, source: str | None = None, module: ModuleType | None = None) -> Outcome:
     """Play the plan of a seed."""
     return play(draw(seed, source), module)
 
 
-def play_all(seeds: Iterable[int], source: str | None, module: ModuleType = sse_relay) -> Iterator[Outcome]:
+def play_all(seeds: Iterable[int], source: str | None, module: ModuleType | None = None) -> Iterator[Outcome]:
     """Play one seed after the other."""
     for count, seed in enumerate(seeds):
         if count % RUNS_PER_COLLECTION == 0:

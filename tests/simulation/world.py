@@ -24,16 +24,21 @@ import psycopg2
 
 from simulation.clients import Client, write_data
 from simulation.kernel import NEAR, Counted, Link, Machine, Socket, Thread, Timeline, Timer
+from simulation.log import Log
 from simulation.plan import BUSY, Plan, Step
-from simulation.postgres import Server, look_at
+from simulation.postgres import Server, look_at, stat_file
 
 DSN = "postgresql://app:secret@db.example:5432/app"
 # When the world begins, in seconds since 1970.
 BEGINNING = 1_800_000_000.0
 FIRST_PORT = 8001
-# Seconds after the faults: until everybody is live, then for the last events to arrive.
-SETTLING = 25.0
+# Seconds: faults last at most so long; then everybody must become live, and get the last events.
+LONGEST_FAULT = 12.5
+SETTLING = 12.0
 ARRIVING = 10.0
+# A canary may be under way when the tasks are counted; each part of the relay has a timer.
+SPARE_TASKS = 3
+SPARE_TIMERS = 20
 # For everything to be gone after the last client has left.
 LEAVING = 8.0
 
@@ -86,6 +91,7 @@ def surroundings(module: ModuleType, world: World) -> Iterator[None]:
         (time, "time", wall),
         (select, "select", look_at),
         (os, "dup", lambda fd: fd),
+        (os, "fstat", stat_file),
         (socket, "socket", Socket),
         (signal, "signal", lambda *arguments: None),
         (secrets, "token_hex", lambda count=32: draws.randbytes(count).hex()),
@@ -126,6 +132,7 @@ class Process:
         self.name = name
         self.port = port
         self.ready = False
+        self.tasks = 0
         self.machine: Machine | None = None
         self._task: asyncio.Task[None] | None = None
         self._generation = itertools.count(1)
@@ -150,6 +157,8 @@ class Process:
     def _on_ready(self) -> None:
         self.ready = True
         self.world.timeline.note("relay", relay=self.name, state="ready")
+        assert self.machine is not None
+        self.tasks = len(asyncio.all_tasks(self.machine.loop))
 
     def _on_end(self, machine: Machine, task: asyncio.Task[None]) -> None:
         if not machine.alive:
@@ -194,7 +203,10 @@ class World:
         self.plan = plan
         self.timeline = Timeline(f"{plan['seed']}")
         self.chance = self.timeline.chance("world")
-        self.server = Server(self.timeline, module, None)
+        self.server = Server(self.timeline, module)
+        self.server.wall = lambda: BEGINNING + self.timeline.now
+        if plan["source"] == "log":
+            self.server.log = Log(self.server, plan["retention"], plan["batch"])
         self.server.delay = lambda: self.server.chance.uniform(NEAR, plan["delay"])
         self.machines: list[Machine] = []
         self.processes = {
@@ -206,7 +218,7 @@ class World:
         """Run the plan, and return the history."""
         timeline = self.timeline
         with surroundings(self.module, self):
-            timeline.note("run", source=self.plan["source"], relays=self.plan["relays"])
+            timeline.note("run", **{key: value for key, value in self.plan.items() if key != "steps"})
             for process in self.processes.values():
                 process.start()
             for step in self.plan["steps"]:
@@ -239,9 +251,15 @@ class World:
             step,
             self.plan["relays"],
             lambda door, link: self.processes[door].take(link),
+            self._load_page if step["born"] and self.server.log is not None else None,
         )
         self.clients.append(client)
         client.open()
+
+    def _load_page(self) -> tuple[str, int]:
+        """Return position() as a page has it, and how many commits the page shows."""
+        assert self.server.log is not None
+        return self.server.log.position(), len(self.server.commits)
 
     def _do_transact(self, step: Step) -> None:
         if not self.server.up:
@@ -310,6 +328,9 @@ class World:
             self.server.stop("terminating connection due to administrator command")
         else:
             self.server.stop("terminating connection because of crash of another server process", "57P02")
+            if self.server.log is not None:
+                log = self.server.log
+                (log.crash if step["how"] == "crash" else log.fail_over)()
         self.timeline.after(step["for"], self.server.start)
 
     def _do_relay(self, step: Step) -> None:
@@ -332,6 +353,18 @@ class World:
             self.timeline.note("fault", on=step["relay"], kind="clock")
             machine.ahead += step["by"]
 
+    def _do_wakeups(self, step: Step) -> None:
+        self.timeline.note("fault", on="server", kind="wake-ups lost")
+        self.server.losing = True
+        self.timeline.after(step["for"], setattr, self.server, "losing", False)
+
+    def _do_forge(self, step: Step) -> None:
+        """Notify what a stranger may: guesses of transactions to come, and what is no number."""
+        chance = self.timeline.chance(f"forgery {step['seed']}")
+        guesses = [str(self.server.next_xid + chance.randrange(20)) for _ in range(20)]
+        notes = [*guesses, "", "0", "007", "9" * 19, "9" * 30, "-1", "x" * 7_999, "１２"]
+        self.server.notify(99, [(self.module.LOG_CHANNEL, payload) for payload in notes])
+
     # The end.
 
     def _calm_down(self) -> None:
@@ -344,15 +377,14 @@ class World:
             timeline.after(3.0, process.ensure)
         for client in self.clients:
             client.settle()
-        end = timeline.now + SETTLING
+        timeline.run(timeline.now + LONGEST_FAULT)
         timeline.run(
-            end,
+            timeline.now + SETTLING,
             lambda: (
                 all(client.live for client in self.clients)
                 and all(process.ready for process in self.processes.values())
             ),
         )
-        timeline.run(timeline.now + 6.0)
         timeline.note("calm")
         for client in self.clients:
             if not client.live:
@@ -397,7 +429,9 @@ class World:
             if not name.startswith("sse_relay")
         ]
         links = [file for file in machine.files.values() if isinstance(file, Socket) and file.link]
-        if listening or links:
-            self.timeline.note(
-                "left", on=process.name, what=f"LISTEN {sorted(listening)}, {len(links)} connections"
-            )
+        tasks = len(asyncio.all_tasks(machine.loop)) - process.tasks
+        timers = sum(not handle._cancelled for handle in machine.loop._scheduled)
+        if listening or links or tasks > SPARE_TASKS or timers > SPARE_TIMERS:
+            what = f"LISTEN {sorted(listening)}, {len(links)} connections, {tasks} tasks more, {timers} timers"
+            self.timeline.note("left", on=process.name, what=what)
+        self.timeline.note("visits", on=process.name, count=self.server.visits.get(machine.name, 0))

@@ -1,0 +1,317 @@
+"""A model of the durable log's schema: its tables, and the statements that relays send."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from simulation.postgres import Connection, Row, Server, Transaction
+
+PAGE_BYTES = 4 * 1024 * 1024
+# A sequence is written ahead by so many values: after a crash it goes on behind them.
+SEQUENCE_AHEAD = 32
+
+
+class Pending(NamedTuple):
+    """A row of sse_relay.pending."""
+
+    xid: int
+    seq: int
+    pid: int
+    channel: str
+    event: str | None
+    data: str
+
+
+class Logged(NamedTuple):
+    """A row of sse_relay.events."""
+
+    id: int
+    xid: int
+    channel: str
+    event: str | None
+    data: str
+    created: float
+
+
+class Snapshot(NamedTuple):
+    """What a statement sees."""
+
+    xmin: int
+    xmax: int
+    running: tuple[int, ...]
+
+    def shows(self, xid: int) -> bool:
+        return xid < self.xmax and xid not in self.running
+
+    def __str__(self) -> str:
+        return f"{self.xmin}:{self.xmax}:{','.join(map(str, self.running))}"
+
+
+def read_snapshot(text: str) -> Snapshot:
+    xmin, xmax, running = text.split(":")
+    return Snapshot(int(xmin), int(xmax), tuple(map(int, filter(None, running.split(",")))))
+
+
+class Log:
+    """The tables, and what can be done to them.
+
+    Attributes:
+        retention: Seconds.
+        batch: Events that `advance` moves in one call.
+    """
+
+    def __init__(self, server: Server, retention: float, batch: int) -> None:
+        self.server = server
+        self.retention = retention
+        self.batch = batch
+        self.pending: list[Pending] = []
+        self.events: list[Logged] = []
+        self.pruned = 0
+        self.epoch = "e1"
+        self.timeline = self._epoch_timeline = 1
+        self._epochs = 1
+        self._next_id = 1
+        self._next_seq = 1
+        # How to take back what a crash, or the promotion of a standby that lags behind, would lose.
+        self._unflushed: list[Callable[[], None]] = []
+        self._unsent: list[Callable[[], None]] = []
+
+    def statements(self) -> dict[str, Callable[[Connection, Any], list[Row]]]:
+        """Return what answers the module's statements, by their names there."""
+        return {
+            "LOG_SESSION_SQL": lambda connection, values: [],
+            "LOG_VERSION_SQL": lambda connection, values: [(self.server.module.SCHEMA_VERSION,)],
+            "LOG_GRANTS_SQL": lambda connection, values: [],
+            "LOG_REVOCATIONS_SQL": lambda connection, values: [],
+            "LOG_ATTACH_SQL": lambda connection, values: self._attach(*values),
+            "LOG_WAITING_SQL": lambda connection, values: self._waiting(*values),
+            "LOG_ADVANCE_SQL": self._advance,
+            "LOG_READ_SQL": self._read,
+            "LOG_RECENT_SQL": lambda connection, values: self._recent(*values),
+            "LOG_REPLAY_SIZE_SQL": self._replay_size,
+            "LOG_REPLAY_SQL": self._replay,
+            "LOG_LAST_SQL": self._last,
+            "LOG_PRUNE_SQL": lambda connection, values: [(self.prune(),)],
+        }
+
+    # For applications.
+
+    def publish(self, transaction: Transaction, channel: str, data: str, event: str | None) -> None:
+        xid = self.server.assign_xid(transaction)
+        transaction.rows.append(Pending(xid, self._next_seq, transaction.pid, channel, event or None, data))
+        self._next_seq += 1
+        transaction.notes.append((self.server.module.LOG_CHANNEL, str(xid)))
+
+    def commit(self, transaction: Transaction) -> None:
+        rows = transaction.rows
+        self.pending += rows
+
+        def undo() -> None:
+            gone = set(rows)
+            self.pending = [row for row in self.pending if row not in gone]
+            tags = [tag_of(row) for row in rows]
+            if tags:
+                self.server.timeline.note("undone", tags=tags)
+
+        self._changed(undo, durable=transaction.durable)
+
+    def position(self) -> str:
+        """Return what sse_relay.position() does, to a transaction that has not published."""
+        return f"{self.epoch}-{self._newest()}@{self.snapshot()}"
+
+    # For relays.
+
+    def snapshot(self) -> Snapshot:
+        running = tuple(sorted(each.xid for each in self.server.running if each.xid))
+        return Snapshot(min(running, default=self.server.next_xid), self.server.next_xid, running)
+
+    def _attach(self, known_epoch: str | None, known_id: int | None) -> list[Row]:
+        behind = known_epoch == self.epoch and (known_id or 0) > self._newest()
+        if self._epoch_timeline != self.timeline or behind:
+            self.renew_epoch()
+        return [(self.epoch, self._newest(), self.pruned, self.retention)]
+
+    def renew_epoch(self) -> None:
+        self._epochs += 1
+        self.epoch = f"e{self._epochs}"
+        self._epoch_timeline = self.timeline
+        self.pruned = min(self.pruned, self._newest())
+        self.server.timeline.note("epoch", epoch=self.epoch)
+        self.server.notify(0, [(self.server.module.LOG_CHANNEL, "")])
+
+    def _waiting(self, since: str | None, after: int | None = None) -> list[Row]:
+        found = self.pending
+        if since is not None:
+            seen = read_snapshot(since)
+            found = [row for row in found if row.xid >= seen.xmax or row.xid in seen.running]
+        last: dict[tuple[int, int], int] = {}
+        for row in found:
+            last[row.xid, row.pid] = max(row.seq, last.get((row.xid, row.pid), 0))
+        order = sorted(last, key=lambda sender: last[sender])
+        row = (str(self.snapshot()), [str(xid) for xid, _ in order], [pid for _, pid in order])
+        windows = "upto" in self.server.module.LOG_WAITING_SQL
+        return [(*row, None) if windows else row]
+
+    def _advance(self, connection: Connection, values: Any) -> list[Row]:
+        xids, pids, sweep = values
+        wanted = dict.fromkeys(zip(map(int, xids), pids, strict=True))
+        rows = [row for sender in wanted for row in self._of(sender)][: self.batch]
+        size, taken = 0, []
+        for row in rows:
+            if size >= PAGE_BYTES:
+                break
+            size += len(row.data.encode())
+            taken.append(row)
+        if not taken:
+            return [(0, False)]
+        self.server.next_xid += 1
+        gone = set(taken)
+        self.pending = [row for row in self.pending if row not in gone]
+        created = self.server.wall()
+        first = self._next_id
+        moved = [
+            Logged(number, row.xid, row.channel, row.event, row.data, created)
+            for number, row in enumerate(taken, first)
+        ]
+        self._next_id += len(moved)
+        self.events += moved
+        tags = [tag_of(row) for row in taken]
+        epoch = self.epoch
+        self.server.timeline.note("number", epoch=epoch, first=first, tags=tags)
+
+        def undo() -> None:
+            self.events = [row for row in self.events if row not in moved]
+            self.pending = sorted([*self.pending, *taken], key=attrgetter("seq"))
+            self.server.timeline.note("unnumbered", epoch=epoch, first=first, count=len(tags))
+
+        self._changed(undo, durable=True)
+        if sweep:
+            self.server.notify(connection.pid, [(self.server.module.LOG_CHANNEL, "")])
+        return [(len(moved), len(taken) == self.batch or size >= PAGE_BYTES)]
+
+    def _of(self, sender: tuple[int, int]) -> list[Pending]:
+        return sorted((row for row in self.pending if (row.xid, row.pid) == sender), key=attrgetter("seq"))
+
+    def _read(self, connection: Connection, values: Any) -> list[Row]:
+        if isinstance(values, dict):
+            since, limit = values["id"], values["limit"]
+        else:
+            since, limit = values[0], self.server.module.LOG_PAGE_ROWS
+        start = self._place(since)
+        found = self._rows(self.events[start : start + limit], PAGE_BYTES)
+        if isinstance(values, dict):
+            here = self.events[start - 1].xid if start and self.events[start - 1].id == since else None
+            found = [(*row, self._newest(), here, False) for row in found]
+        return found
+
+    def _recent(self, most: int) -> list[Row]:
+        size, first = 0, None
+        for row in reversed(self.events[-10_000:]):
+            size += len(row.data.encode())
+            if size > most:
+                break
+            first = row.id - 1
+        return [(first,)]
+
+    def _replay_size(self, connection: Connection, values: Any) -> list[Row]:
+        found = self._between(values)[:10_001]
+        count = (len(found), sum(len(row.data.encode()) for row in found))
+        full = "h.epoch" in self.server.module.LOG_REPLAY_SIZE_SQL
+        return [(self.epoch, self.pruned, self._newest(), *count) if full else count]
+
+    def _replay(self, connection: Connection, values: Any) -> list[Row]:
+        rows = self._between(values)[: self.server.module.LOG_PAGE_ROWS]
+        return self._rows(rows, values.get("bytes", PAGE_BYTES))
+
+    def _last(self, connection: Connection, values: Any) -> list[Row]:
+        found: list[Row] = []
+        for channel, until, most in zip(values["channels"], values["until"], values["most"], strict=True):
+            ids = [row.id for row in self.events if row.channel == channel and row.id <= until][-most:]
+            found.append((channel, ids[0] - 1 if ids else until))
+        return found
+
+    def prune(self) -> int:
+        line = self.server.wall() - self.retention
+        old = 0
+        for row in self.events[:-1][:1_000]:
+            if row.created >= line:
+                break
+            old += 1
+        if not old:
+            return 0
+        gone, self.events = self.events[:old], self.events[old:]
+        before, self.pruned = self.pruned, gone[-1].id
+        self.server.timeline.note("pruned", epoch=self.epoch, upto=self.pruned)
+
+        def undo() -> None:
+            self.events = gone + self.events
+            self.pruned = before
+
+        self._changed(undo, durable=True)
+        return old
+
+    # Rows.
+
+    def _newest(self) -> int:
+        return self.events[-1].id if self.events else 0
+
+    def _place(self, since: int) -> int:
+        return bisect_right(self.events, since, key=attrgetter("id"))
+
+    def _between(self, values: Any) -> list[Logged]:
+        channels, since = values["channels"], values["since"]
+        starts = since if isinstance(since, (list, tuple)) else [since] * len(channels)
+        after = dict(zip(channels, starts, strict=True))
+        if not after:
+            return []
+        last = self._place(values["until"])
+        rows = self.events[self._place(min(after.values())) : last]
+        return [row for row in rows if row.id > after.get(row.channel, row.id)]
+
+    def _rows(self, rows: Iterable[Logged], most: int) -> list[Row]:
+        found: list[Row] = []
+        size = 0
+        for row in rows:
+            if size >= most:
+                break
+            size += len(row.data.encode())
+            found.append((self.epoch, self.pruned, *row))
+        return found or [(self.epoch, self.pruned, *[None] * 6)]
+
+    # What is lost.
+
+    def _changed(self, undo: Callable[[], None], *, durable: bool) -> None:
+        self._unsent.append(undo)
+        self._unflushed.append(undo)
+        if durable:
+            self._unflushed.clear()
+
+    def sent(self) -> None:
+        """The standby has come as far as this."""
+        self._unsent.clear()
+
+    def crash(self) -> None:
+        """Lose what was not flushed."""
+        self._take_back(self._unflushed)
+        self._next_id += self.server.chance.randrange(SEQUENCE_AHEAD)
+
+    def fail_over(self) -> None:
+        """Go on with a standby, which has not got everything."""
+        self._take_back(self._unsent)
+        self.timeline += 1
+        self._next_id = self._newest() + 1
+
+    def _take_back(self, undos: Sequence[Callable[[], None]]) -> None:
+        for undo in reversed(undos):
+            undo()
+        self._unflushed.clear()
+        self._unsent.clear()
+
+
+def tag_of(row: Pending | Logged) -> str:
+    """Return what `clients.write_data` put first."""
+    return row.data.partition(" ")[0]
