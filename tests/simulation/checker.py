@@ -239,7 +239,10 @@ class Checker:
                     self._blame("strange gap", record["t"], f"{record['client']}: {item}")
                 self._check_reason(record, watch, item)
                 if watch.last and set(channels) == set(watch.channels):
+                    # The newest events follow, which may be older than what was got.
                     watch.moved = True
+                    watch.position = None
+                    watch.born = ""
                 if reason == "start" and watch.began is None:
                     watch.began = sent
                 if mark:

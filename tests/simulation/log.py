@@ -152,9 +152,9 @@ class Log:
         for row in found:
             last[row.xid, row.pid] = max(row.seq, last.get((row.xid, row.pid), 0))
         order = sorted(last, key=lambda sender: last[sender])
-        row = (str(self.snapshot()), [str(xid) for xid, _ in order], [pid for _, pid in order])
+        answer = (str(self.snapshot()), [str(xid) for xid, _ in order], [pid for _, pid in order])
         windows = "upto" in self.server.module.LOG_WAITING_SQL
-        return [(*row, None) if windows else row]
+        return [(*answer, None) if windows else answer]
 
     def _advance(self, connection: Connection, values: Any) -> list[Row]:
         xids, pids, sweep = values

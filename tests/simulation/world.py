@@ -362,7 +362,7 @@ class World:
         """Notify what a stranger may: guesses of transactions to come, and what is no number."""
         chance = self.timeline.chance(f"forgery {step['seed']}")
         guesses = [str(self.server.next_xid + chance.randrange(20)) for _ in range(20)]
-        notes = [*guesses, "", "0", "007", "9" * 19, "9" * 30, "-1", "x" * 7_999, "１２"]
+        notes = [*guesses, "", "0", "007", "9" * 19, "9" * 30, "-1", "x" * 7_999, "\uff11\uff12"]
         self.server.notify(99, [(self.module.LOG_CHANNEL, payload) for payload in notes])
 
     # The end.
@@ -432,6 +432,8 @@ class World:
         tasks = len(asyncio.all_tasks(machine.loop)) - process.tasks
         timers = sum(not handle._cancelled for handle in machine.loop._scheduled)
         if listening or links or tasks > SPARE_TASKS or timers > SPARE_TIMERS:
-            what = f"LISTEN {sorted(listening)}, {len(links)} connections, {tasks} tasks more, {timers} timers"
+            what = (
+                f"LISTEN {sorted(listening)}, {len(links)} connections, {tasks} tasks more, {timers} timers"
+            )
             self.timeline.note("left", on=process.name, what=what)
         self.timeline.note("visits", on=process.name, count=self.server.visits.get(machine.name, 0))
