@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psycopg2
+from psycopg2 import errors
 
 if TYPE_CHECKING:
     from simulation.postgres import Connection, Row, Server, Transaction
@@ -13,6 +17,17 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4 * 1024 * 1024
 # A sequence is written ahead by so many values: after a crash it goes on behind them.
 SEQUENCE_AHEAD = 32
+
+
+@functools.cache
+def _error_class(code: str) -> type[psycopg2.Error]:
+    base = errors.lookup(code)
+    return type(base.__name__, (base,), {"pgcode": code})
+
+
+def sql_error(code: str, text: str) -> psycopg2.Error:
+    """Return an error as the server raises it, with its SQLSTATE."""
+    return _error_class(code)(text)
 
 
 class Pending(NamedTuple):
@@ -71,6 +86,8 @@ class Log:
         self.pending: list[Pending] = []
         self.events: list[Logged] = []
         self.pruned = 0
+        # Rows that cannot be read.
+        self.damaged: set[int] = set()
         self.epoch = "e1"
         self.timeline = self._epoch_timeline = 1
         self._epochs = 1
@@ -86,11 +103,13 @@ class Log:
             "LOG_SESSION_SQL": lambda connection, values: [],
             "LOG_VERSION_SQL": lambda connection, values: [(self.server.module.SCHEMA_VERSION,)],
             "LOG_GRANTS_SQL": lambda connection, values: [],
+            "LOG_LIMITS_SQL": lambda connection, values: [],
             "LOG_REVOCATIONS_SQL": lambda connection, values: [],
             "LOG_ATTACH_SQL": lambda connection, values: self._attach(*values),
             "LOG_WAITING_SQL": lambda connection, values: self._waiting(*values),
             "LOG_ADVANCE_SQL": self._advance,
             "LOG_READ_SQL": self._read,
+            "LOG_NEXT_SQL": lambda connection, values: self._next(*values),
             "LOG_RECENT_SQL": lambda connection, values: self._recent(*values),
             "LOG_REPLAY_SIZE_SQL": self._replay_size,
             "LOG_REPLAY_SQL": self._replay,
@@ -208,6 +227,10 @@ class Log:
             found = [(*row, self._newest(), here, False) for row in found]
         return found
 
+    def _next(self, since: int) -> list[Row]:
+        start = self._place(since)
+        return [(row.id, row.channel) for row in self.events[start : start + 1]]
+
     def _recent(self, most: int) -> list[Row]:
         size, first = 0, None
         for row in reversed(self.events[-10_000:]):
@@ -278,6 +301,8 @@ class Log:
         for row in rows:
             if size >= most:
                 break
+            if row.id in self.damaged:
+                raise sql_error("XX001", f"invalid page in block {row.id}")
             size += len(row.data.encode())
             found.append((self.epoch, self.pruned, *row))
         return found or [(self.epoch, self.pruned, *[None] * 6)]

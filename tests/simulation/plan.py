@@ -26,6 +26,7 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "LOG_PAGE_ROWS": (2, 9, 1_000),
     "LOG_ADVANCE_MOST": (1, 1_000),
     "PRUNE_INTERVAL": (2, 60),
+    "MAX_WOKEN": (3, 50_000),
 }
 
 FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery")
@@ -168,7 +169,12 @@ def _forgery(chance: random.Random, relays: list[str]) -> Step:
     return {"at": 1.0 + BUSY * chance.random(), "do": "forge", "seed": _seed(chance)}
 
 
+def _damage(chance: random.Random, relays: list[str]) -> Step:
+    return {"at": 1.0 + BUSY * chance.random(), "do": "damage", "seed": _seed(chance)}
+
+
 _FAULTS = {
+    "damage": _damage,
     "wakeups": _wakeup_fault,
     "forgery": _forgery,
     "session": _session_fault,

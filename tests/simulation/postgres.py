@@ -9,7 +9,6 @@ module under test, and one that is not known is an error.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import re
 import selectors
@@ -20,24 +19,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psycopg2
-from psycopg2 import errors
 from psycopg2.extensions import POLL_OK, POLL_READ, Notify, parse_dsn
 
 from simulation.kernel import FIRST_DESCRIPTOR, NEAR, Machine, Timeline
-from simulation.log import Log
+from simulation.log import Log, sql_error
 
 Row = tuple[Any, ...]
-
-
-@functools.cache
-def _error_class(code: str) -> type[psycopg2.Error]:
-    base = errors.lookup(code)
-    return type(base.__name__, (base,), {"pgcode": code})
-
-
-def sql_error(code: str, text: str) -> psycopg2.Error:
-    """Return an error as the server raises it, with its SQLSTATE."""
-    return _error_class(code)(text)
 
 
 @dataclass
@@ -209,6 +196,7 @@ class Server:
         table: dict[str, Callable[[Connection, Any], list[Row]]] = {
             "SELECT 1": lambda connection, values: [(1,)],
             "SELECT": lambda connection, values: [],
+            "SELECT pg_catalog.version()": lambda connection, values: [("PostgreSQL 15.0 on linux",)],
         }
         if self.log is not None:
             for name, method in self.log.statements().items():
@@ -262,6 +250,7 @@ class Connection:
         self.asynchronous = asynchronous
         self.autocommit = False
         self.closed = 0
+        self.server_version = 150_000
         self.notifies: Any = []
         self.listening: set[str] = set()
         self.armed = ""

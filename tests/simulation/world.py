@@ -365,6 +365,13 @@ class World:
         notes = [*guesses, "", "0", "007", "9" * 19, "9" * 30, "-1", "x" * 7_999, "\uff11\uff12"]
         self.server.notify(99, [(self.module.LOG_CHANNEL, payload) for payload in notes])
 
+    def _do_damage(self, step: Step) -> None:
+        """Make a row of the log unreadable, the newest or an older one."""
+        if self.server.log is not None and self.server.log.events:
+            self.timeline.note("fault", on="server", kind="damage")
+            row = self.timeline.chance(f"damage {step['seed']}").choice(self.server.log.events[-20:])
+            self.server.log.damaged.add(row.id)
+
     # The end.
 
     def _calm_down(self) -> None:
