@@ -361,7 +361,7 @@ class Checker:
     def _on_closed(self, record: Record) -> None:
         settings, knobs = self._plan["settings"], self._plan["knobs"]
         piece = max(settings["max_backlog"], knobs["RESUME_PIECE_BYTES"], HIGH_WATER)
-        most = settings["max_backlog"] + piece + self._largest
+        most = 4 * (settings["max_backlog"] + piece + self._largest)
         if record["held"] > most:
             text = f"{record['held']} bytes waited for {record['client']}, more than {most}"
             self._blame("held", record["t"], text)

@@ -216,6 +216,8 @@ class Server:
         if "pg_notification_queue_usage()" in statement and "pg_notify(%s, %s)" in statement:
             self.notify(connection.pid, [(values[0], values[1])])
             return [(0.0, "")]
+        if "has_function_privilege(" in statement:
+            return [(True,)]
         if "pg_is_in_recovery()" in statement:
             return [(self.standby, "UTF8")]
         if re.match(r"SET |SELECT (pg_catalog\.)?set_config\(", statement):
