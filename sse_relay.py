@@ -45,7 +45,8 @@ Contents, in the order in which an event travels:
     Embedded PostgreSQL         what ``demo`` runs on
     Doctor: PostgreSQL          one finding for each check, judged by tables
     Doctor: streams             the same for what a browser gets through the proxy
-    Command line                options, the log, ``run``
+    Log                         how a line looks
+    Command line                options, ``run``
     Commands                    publish, schema, token, doctor
     Demo                        what its page asks for
     Pages
@@ -6330,19 +6331,7 @@ class Seen:
     def away(self) -> bool:
         """Whether the proxy answers in the relay's place; a relay's own headers forbid to transform."""
         sent_back = self.status == 200 and self.ended is not None and not self.live and not self.refusal
-        return sent_back and "no-transform" not in self.headers.get("Cache-Control", "")
-
-    @property
-    def media(self) -> str:
-        return self.headers.get("Content-Type", "missing")
-
-    @property
-    def cache(self) -> str:
-        return self.headers.get("Cache-Control", "missing")
-
-    @property
-    def encoding(self) -> str:
-        return self.headers.get("Content-Encoding", "identity")
+        return sent_back and "no-transform" not in str(self.headers["Cache-Control"])
 
 
 IN_NGINX: Final = "in nginx, for this location: "
@@ -6389,11 +6378,11 @@ STREAM_TABLE: Final[Table] = (
         "if that is not meant, give the relay --jwt-key-file, or --allow-channel for what is public"),
     ("access", "ok", lambda s: s.readable == "this", "everybody can read this channel, but not others", ""),
     ("access", "ok", lambda s: s.live, "without a token nobody can read this channel", ""),
-    ("headers", "problem", lambda s: s.status == 200 and not s.media.startswith(EVENT_STREAM),
-        "Content-Type is {s.media}: EventSource gives up for good",
+    ("headers", "problem", lambda s: s.status == 200 and EVENT_STREAM not in str(s.headers["Content-Type"]),
+        "Content-Type is {s.headers[Content-Type]}: EventSource gives up for good",
         "correct the address, or let the proxy pass the relay's headers on"),
-    ("headers", "warning", lambda s: s.live and "no-store" not in s.cache,
-        "Cache-Control is {s.cache}: something may keep the stream",
+    ("headers", "warning", lambda s: s.live and "no-store" not in str(s.headers["Cache-Control"]),
+        "Cache-Control is {s.headers[Cache-Control]}: something may keep the stream",
         IN_NGINX + "proxy_cache off; and no expires or add_header for Cache-Control"),
     ("headers", "problem", lambda s: s.live and s.head == 403,
         "the relay takes pages of {s.origin} for pages of another origin",
@@ -6407,8 +6396,8 @@ STREAM_TABLE: Final[Table] = (
     ("upstream", "warning", lambda s: HTTP_10_COMMENT in s.body, "the proxy asks the relay by HTTP/1.0",
         IN_NGINX + 'proxy_http_version 1.1; proxy_set_header Connection "";'),
     ("upstream", "ok", lambda s: s.live, "the proxy asks the relay by HTTP/1.1", ""),
-    ("compression", "warning", lambda s: s.status == 200 and s.encoding != "identity",
-        "something compresses the stream ({s.encoding}) and may hold events back until a block is full",
+    ("compression", "warning", lambda s: s.status == 200 and s.headers["Content-Encoding"],
+        "something compresses the stream ({s.headers[Content-Encoding]}) and may hold events back",
         IN_NGINX + "gzip off;"),
     ("compression", "ok", lambda s: s.live, "the stream is not compressed", ""),
     ("delay", "unknown", lambda s: s.live and s.unpublished, "no event was published: {s.unpublished}",
@@ -6555,9 +6544,58 @@ def channels_of(url: str) -> tuple[str, ...]:
     return parse_target(f"{parts.path}?{parts.query}", prefix or "/").channels
 
 
+# ==== Log =====================================================================
+#
+# How a line of the log looks, and what is kept out of it.
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines for journald, which keeps the time itself and reads the severity from a prefix.
+
+    https://www.freedesktop.org/software/systemd/man/sd-daemon.html
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        severity = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+        return "\n".join(f"<{severity}>{line}" for line in super().format(record).splitlines())
+
+
+def start_log(level: str, form: str = "text") -> None:
+    """Write the log to standard error, one line an entry."""
+    handler = logging.StreamHandler(sys.stderr)
+    status = os.fstat(sys.stderr.fileno())
+    if form == "json":
+        handler.setFormatter(JsonFormatter())
+    elif os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # At debug level it quotes cookies.
+    logging.getLogger("aiohttp").setLevel(logging.WARNING)
+    # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
+    logger = logging.getLogger("asyncio")
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], psycopg2.Error)))
+
+
 # ==== Command line ============================================================
 #
-# What the commands take, and how they log. Options of `run` have the defaults of `Settings`.
+# What the commands take. Options of `run` have the defaults of `Settings`.
 
 HELP_NAMES: Final = ["-h", "--help"]
 COMMAND_SETTINGS: Final = {"auto_envvar_prefix": "SSE_RELAY", "show_default": True}
@@ -6694,50 +6732,6 @@ def unknown_variables() -> Iterator[str]:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean SSE_RELAY_{near[0]}?" if near else ""
             yield f"the environment variable {variable} is unknown and does nothing{hint}"
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-class JournalFormatter(logging.Formatter):
-    """Lines for journald, which keeps the time itself and reads the severity from a prefix.
-
-    https://www.freedesktop.org/software/systemd/man/sd-daemon.html
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        severity = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
-        return "\n".join(f"<{severity}>{line}" for line in super().format(record).splitlines())
-
-
-def start_log(level: str, form: str = "text") -> None:
-    """Write the log to standard error, one line an entry."""
-    handler = logging.StreamHandler(sys.stderr)
-    status = os.fstat(sys.stderr.fileno())
-    if form == "json":
-        handler.setFormatter(JsonFormatter())
-    elif os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
-        handler.setFormatter(JournalFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    # At debug level it quotes cookies.
-    logging.getLogger("aiohttp").setLevel(logging.WARNING)
-    # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
-    logger = logging.getLogger("asyncio")
-    logger.setLevel(logging.ERROR)
-    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], psycopg2.Error)))
 
 
 def run_relay(
@@ -7232,8 +7226,46 @@ def doctor(
 # A PostgreSQL, a relay and a page to try them. What the page asks for is done here.
 
 
+def read_event(body: bytes) -> tuple[str, str, str | None]:
+    """Read channel, data and name of an event that the page publishes.
+
+    Raises:
+        UnsendableError: They are not there.
+    """
+    try:
+        fields = json.loads(body)
+        channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
+        if all(isinstance(text, str) for text in (channel, data, event or "")):
+            return channel, data, event
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UnsendableError("the request is no JSON object with channel, data and event")
+
+
+def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: str) -> PageHandler:
+    """Return a handler that does something for the demo's own page, and tells it what went wrong."""
+
+    async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            if foreign_origin(request.headers) is not None:
+                raise UnsendableError("only the demo's own page may do this")
+            await act(relay, await request.read())
+            return web.Response(status=204)
+        except click.ClickException as error:
+            detail = error.message
+        except (RelayError, psycopg2.Error) as error:
+            detail = one_line(error, dsn)
+        return web.json_response(
+            {"title": "not done", "status": 400, "detail": detail},
+            status=400,
+            content_type="application/problem+json",
+        )
+
+    return answer
+
+
 def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
-    """Serve the demo's page, and do what it asks for."""
+    """Return what serves the demo's page and does what it asks for."""
     restarting = threading.Lock()
 
     def restart() -> None:
@@ -7247,15 +7279,7 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         return answer_status(relay)
 
     async def publish(relay: Relay, body: bytes) -> None:
-        detail = "the request is no JSON object with channel, data and event"
-        try:
-            fields = json.loads(body)
-            channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UnsendableError(detail) from None
-        if not all(isinstance(text, str) for text in (channel, data, event or "")):
-            raise UnsendableError(detail)
-        await asyncio.to_thread(send_event, postgres.dsn, source, channel, data, event)
+        await asyncio.to_thread(send_event, postgres.dsn, source, *read_event(body))
 
     async def restart_relay(relay: Relay, body: bytes) -> None:
         relay.restart()
@@ -7263,34 +7287,13 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
     async def restart_postgres(relay: Relay, body: bytes) -> None:
         await asyncio.to_thread(restart)
 
-    def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, None]]) -> PageHandler:
-        async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-            try:
-                if foreign_origin(request.headers) is not None:
-                    raise UnsendableError("only the demo's own page may do this")
-                await act(relay, await request.read())
-                return web.Response(status=204)
-            except UnsendableError as error:
-                detail = str(error)
-            except click.ClickException as error:
-                detail = error.message
-            except (UnusableDatabaseError, psycopg2.Error) as error:
-                detail = one_line(error, postgres.dsn)
-            return web.json_response(
-                {"title": "not done", "status": 400, "detail": detail},
-                status=400,
-                content_type="application/problem+json",
-            )
-
-        return answer
-
     return {
         ("GET", "/"): show,
         ("HEAD", "/"): show,
         ("GET", "/status"): status,
-        ("POST", "/publish"): only_here(publish),
-        ("POST", "/restart-relay"): only_here(restart_relay),
-        ("POST", "/restart-postgresql"): only_here(restart_postgres),
+        ("POST", "/publish"): only_here(publish, postgres.dsn),
+        ("POST", "/restart-relay"): only_here(restart_relay, postgres.dsn),
+        ("POST", "/restart-postgresql"): only_here(restart_postgres, postgres.dsn),
     }
 
 

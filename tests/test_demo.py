@@ -186,12 +186,14 @@ def first_event(browser: Browser) -> float:
         end(fresh)
 
 
+@pytest.mark.slow
 def test_from_nothing_to_the_first_event_takes_less_than_10_s(browser: Browser) -> None:
     # Where others use the machine too, as much longer as there are more of them than processors.
     seconds = first_event(browser)
     assert seconds < 10 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_others_publish(page: Page, demo: Relay) -> None:
     database = Database(dsn_of(demo))
     try:
@@ -202,12 +204,14 @@ def test_the_page_shows_what_others_publish(page: Page, demo: Relay) -> None:
         database.close()
 
 
+@pytest.mark.slow
 def test_the_page_shows_named_events_that_it_publishes(page: Page) -> None:
     publish(page, "of a name", name="created")
     wait_row(page, "of a name")
     assert "created" in page.evaluate("document.querySelector('#events li').textContent")
 
 
+@pytest.mark.slow
 def test_the_page_tells_what_cannot_be_published(page: Page) -> None:
     for channel, name, message in (
         ("sse_relay_x", "", "the relay's own"),
@@ -219,6 +223,7 @@ def test_the_page_tells_what_cannot_be_published(page: Page) -> None:
     assert "refused" not in rows(page)
 
 
+@pytest.mark.slow
 def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
     publish(page, "before")
     wait_row(page, "before")
@@ -233,6 +238,7 @@ def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
     assert gaps(page) == []
 
 
+@pytest.mark.slow
 def test_the_figures_move_when_events_are_published(page: Page) -> None:
     harness.wait_until(lambda: figures(page)["Clients"][0] == "1", what="the page among the clients")
     for number in range(3):
@@ -276,6 +282,7 @@ def test_each_event_tells_its_delay(page: Page, demo: Relay) -> None:
     assert re.fullmatch(r"delay [1-9][0-9.]* s", delay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
 def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: Browser, folder: Path) -> None:
     fresh = start("--source", source, temporary=folder)
@@ -289,7 +296,8 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
             click(page, "Restart the relay")
             wait_state(page, "waiting")
             harness.wait_until(lambda: publish_anyhow(fresh, "meanwhile"), what="the relay's return")
-            assert (status(fresh)["position"].partition("-")[0] == epoch) == (source == "log")
+            position = harness.wait_until(lambda: status(fresh)["position"], what="a position")
+            assert (position.partition("-")[0] == epoch) == (source == "log")
             wait_state(page, "live")
             publish(page, "after")
             wait_row(page, "after")
@@ -317,6 +325,7 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_for_everybody(
@@ -404,6 +413,7 @@ def test_a_body_without_end_is_refused(demo: Relay) -> None:
     assert response.status_code == 413
 
 
+@pytest.mark.slow
 def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
     body = json.dumps({"channel": "orders", "data": "forged"})
     for origin in ("http://evil.example", "http://127.0.0.1:1", "null"):
@@ -428,6 +438,7 @@ def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
 # ==== In the terminal =========================================================
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
 def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> None:
     harness.require("psql")
@@ -454,6 +465,7 @@ def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> No
         end(fresh)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
     fresh = start(temporary=folder)
     try:
@@ -468,6 +480,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("sign", ["sse-relay-*", "sse-relay-*/data/base", "sse-relay-*/data/postmaster.pid"])
 def test_a_signal_while_it_starts_leaves_nothing_behind(
@@ -520,6 +533,7 @@ def test_it_is_for_this_machine_alone(bind: str, message: str) -> None:
     assert message in error
 
 
+@pytest.mark.slow
 def test_several_demos_run_side_by_side(demo: Relay) -> None:
     other = start()
     try:
