@@ -4966,7 +4966,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
         return web.Response(status=405, headers={**headers, "Allow": "GET, HEAD"})
     path = split_target(request.raw_path)[1].partition("?")[0]
     if is_stream_path(path, ADMIN_STREAMS):
-        return await relay.streams.handle(request, ADMIN_STREAMS, relay.only_tokens_at_admin)
+        return await relay.streams.handle(request, ADMIN_STREAMS, relay.sockets.admin_is_wider())
     match path:
         case "/":
             return answer_page("admin")
@@ -5108,26 +5108,20 @@ def _open_tcp_sockets(host: str, port: int) -> list[socket.socket]:
         None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     targets = dict.fromkeys((family, target) for family, _, _, _, target in found)
+    # [::] alone is both families.
+    alone = len(targets) == 1 and socket.has_dualstack_ipv6()
     sockets: list[socket.socket] = []
     failure: OSError | None = None
-    for family, target in targets:
+    for family, (address, _, *more) in targets:
         # One port for all, where the system chooses it.
-        chosen = sockets[0].getsockname()[1] if sockets else port
+        target = (address, sockets[0].getsockname()[1] if sockets else port, *more)
+        both = alone and family == socket.AF_INET6
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            # It listens from now on: two relays must not both believe they have it.
+            sockets.append(
+                socket.create_server(target, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
+            )
         except OSError as error:
-            failure = error
-            continue
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6 and len(targets) > 1:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((target[0], chosen, *target[2:]))
-            # Now, not when serving begins: two relays must not both believe they have it.
-            sock.listen(LISTEN_BACKLOG)
-            sockets.append(sock)
-        except OSError as error:
-            sock.close()
             failure = error
             if error.errno == errno.EADDRINUSE:
                 break
@@ -5169,6 +5163,68 @@ def file_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+class Sockets:
+    """A relay's listening sockets, and who can reach them."""
+
+    def __init__(self, bind: Sequence[str], admin: str | None) -> None:
+        inherited = inherited_sockets()
+        self.streams = [sock for name, sock in inherited if name != "admin"]
+        self.admin = [sock for name, sock in inherited if name == "admin"]
+        # Without a socket from systemd or an option, the default.
+        self._bind = tuple(bind) or (() if self.streams else ("127.0.0.1:8008",))
+        self._admin = () if admin is None else (admin,)
+        # Where streams are served, before `open` too; in the form of --bind.
+        self.addresses = [*map(address_of, self.streams), *self._bind]
+        self._own = [split_address(address) for address in (*self._bind, *self._admin)]
+        self._paths: dict[Path, tuple[int, int] | None] = {}
+        self._loopback: set[tuple[Any, ...]] = set()
+
+    def open(self) -> None:
+        """Bind those that systemd does not hold; raise what `open_sockets` raises."""
+        for bind in self._bind:
+            self.streams += open_sockets(bind)
+        for bind in self._admin:
+            self.admin += open_sockets(bind, option="--admin")
+        self._paths = {path: file_identity(path) for path in self._own if isinstance(path, Path)}
+        self._loopback = {
+            sock.getsockname()
+            for sock in (*self.streams, *self.admin)
+            if sock.family != socket.AF_UNIX and is_local(address_of(sock))
+        }
+
+    def admin_is_wider(self) -> bool:
+        """Return whether others can reach the admin listener than reach the streams.
+
+        An administrator's network, or users of this machine where the streams are behind a unix
+        socket that only nginx can open.
+        """
+        return not all(is_local(address_of(sock)) for sock in self.admin) or all(
+            sock.family == socket.AF_UNIX for sock in self.streams
+        )
+
+    def is_foreign(self, request: web.BaseRequest) -> bool:
+        """Return whether a request to a loopback address is for another host.
+
+        Any page can have its own name resolve to 127.0.0.1 (DNS rebinding).
+        """
+        if request.transport is None:
+            raise ConnectionResetError("the client has left")
+        if request.transport.get_extra_info("sockname") not in self._loopback:
+            return False
+        # "the authority of the absolute-form … MUST ignore the received Host" (RFC 9112, section 3.2.2)
+        authority, _ = split_target(request.raw_path)
+        hosts = request.headers.getall("Host", ()) if authority is None else (authority,)
+        bound = {address[0].lower() for address in self._own if isinstance(address, tuple)}
+        return not all(is_local_host(host, bound) for host in hosts)
+
+    def remove_paths(self) -> None:
+        """Remove the unix sockets, while they are open, unless another relay has taken the path."""
+        for path, identity in self._paths.items():
+            # The number of an inode is not used again while it is open.
+            if identity is not None and file_identity(path) == identity:
+                path.unlink(missing_ok=True)
 
 
 TOO_LARGE: Final = (
@@ -5420,8 +5476,8 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         addresses: Where streams are served, in the form of --bind.
 
     Raises:
-        click.UsageError: Strangers could reach the relay, and nothing says what they may read.
-        click.UsageError: A key cannot be read.
+        click.UsageError: Strangers could reach the relay, and nothing says what they may read; or a
+            key cannot be read.
     """
     if settings.jwt_cookie and not settings.jwt_key_file:
         raise click.UsageError("--jwt-cookie needs --jwt-key-file FILE, to verify the cookie's token with")
@@ -5483,14 +5539,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def loopback_address(sock: socket.socket) -> tuple[Any, ...] | None:
-    """Return what a socket is bound to, None if other machines or only a proxy can reach it."""
-    if sock.family == socket.AF_UNIX or not is_local(address_of(sock)):
-        return None
-    address: tuple[Any, ...] = sock.getsockname()
-    return address
-
-
 class Relay:
     """The whole, wired; the one place that orders start and stop."""
 
@@ -5504,34 +5552,11 @@ class Relay:
         """
         self.settings = settings
         self._pages = {**client_module(settings.path), **live_page(settings.path), **(pages or {})}
-        most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
-        inherited = inherited_sockets()
-        self._sockets = [sock for name, sock in inherited if name != "admin"]
-        self._admin_sockets = [sock for name, sock in inherited if name == "admin"]
-        addresses = [address_of(sock) for sock in self._sockets]
-        # Without a socket from systemd or an option, the default.
-        own = settings.bind or (() if self._sockets else ("127.0.0.1:8008",))
-        self.access = make_access(settings, [*addresses, *own])
-        for bind in own:
-            self._sockets += open_sockets(bind)
-        if settings.admin is not None:
-            self._admin_sockets += open_sockets(settings.admin, option="--admin")
-        # Who reaches that listener may not reach this one: an administrator's network, or users of
-        # this machine where streams are behind a unix socket that only nginx can open.
-        self.only_tokens_at_admin = not all(
-            is_local(address_of(sock)) for sock in self._admin_sockets
-        ) or all(sock.family == socket.AF_UNIX for sock in self._sockets)
-        own_addresses = [split_address(bind) for bind in (*own, *filter(None, [settings.admin]))]
-        self._own_paths = {path: file_identity(path) for path in own_addresses if isinstance(path, Path)}
-        self._bound_names = {address[0].lower() for address in own_addresses if isinstance(address, tuple)}
-        # Where a Host of another machine is refused, and what helps.
-        self._local_only = dict.fromkeys(
-            map(loopback_address, self._admin_sockets), "let it send Host: localhost"
-        )
-        if pages or not (settings.allow_channel or settings.jwt_key_file):
-            remedy = "start the relay with --allow-channel '*' or --jwt-key-file"
-            self._local_only |= dict.fromkeys(map(loopback_address, self._sockets), remedy)
-        self._local_only.pop(None, None)
+        # Connections that may be open at once.
+        self._most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
+        self.sockets = Sockets(settings.bind, settings.admin)
+        self.access = make_access(settings, self.sockets.addresses)
+        self.sockets.open()
         self.hub = Hub(settings.max_backlog, settings.heartbeat)
         memory = Memory(settings.memory)
         self.source: Source
@@ -5547,7 +5572,7 @@ class Relay:
             self.access,
             path=settings.path,
             retry=settings.retry,
-            max_clients=min(settings.max_clients or most * 3 // 4, most),
+            max_clients=min(settings.max_clients or self._most * 3 // 4, self._most),
             max_backlog=settings.max_backlog,
             max_age=settings.max_age,
         )
@@ -5555,9 +5580,7 @@ class Relay:
             self.source.on_revoked = self.streams.revoke
         # Whether it stops for another to take its place.
         self.again = False
-        self._most = most
-        # The demo's page publishes events of up to 1 MiB.
-        self._max_request = 8 * MIB if pages else MAX_REQUEST_BYTES
+        self._is_demo = pages is not None
         self._told = False
         self._ending = asyncio.Event()
 
@@ -5574,25 +5597,13 @@ class Relay:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        # Some turns of the loop lie between accept and work: a storm of clients needs its room.
-        waiting = max(8 * ACCEPTS_PER_TURN, min(MAX_WAITING, self._most // 4))
-        door = Door(
-            self._guarded(self._handle),
-            lambda: min(waiting, self._most - len(self.hub.subscribers)),
-            self.streams.count_refusal,
-            self._max_request,
-        )
-        admin_door = Door(
-            self._guarded(functools.partial(answer_admin, self)),
-            lambda: MAX_WAITING_ADMIN,
-            self.streams.count_refusal,
-        )
         log.info("sse-relay %s, source %s", __version__, self.settings.source)
-        runner = await serve_on(door, self._sockets)
-        admin = await serve_on(admin_door, self._admin_sockets)
-        for sock in self._sockets:
+        door, admin_door = self._doors()
+        runner = await serve_on(door, self.sockets.streams)
+        admin_runner = await serve_on(admin_door, self.sockets.admin)
+        for sock in self.sockets.streams:
             log.info("listening on %s, path %s", address_of(sock), self.settings.path)
-        for sock in self._admin_sockets:
+        for sock in self.sockets.admin:
             log.info("listening on %s, admin", address_of(sock))
         # Most objects that exist now stay for ever; collecting them again and again slows
         # down the arrival of clients, and so does collecting after every 700 new objects.
@@ -5612,7 +5623,30 @@ class Relay:
             )
         finally:
             await self._stop(runner)
-            await admin.cleanup()
+            await admin_runner.cleanup()
+
+    def _doors(self) -> tuple[Door, Door]:
+        """Return what serves the streams, and what serves the admin listener."""
+        # Some turns of the loop lie between accept and work: a storm of clients needs its room.
+        waiting = max(8 * ACCEPTS_PER_TURN, min(MAX_WAITING, self._most // 4))
+        handle: Handler = self._handle
+        if self._is_demo or not (self.settings.allow_channel or self.settings.jwt_key_file):
+            handle = self._local_only(handle, "start the relay with --allow-channel '*' or --jwt-key-file")
+        admin: Handler = functools.partial(answer_admin, self)
+        return (
+            Door(
+                handle,
+                lambda: min(waiting, self._most - len(self.hub.subscribers)),
+                self.streams.count_refusal,
+                # The demo's page publishes events of up to 1 MiB.
+                8 * MIB if self._is_demo else MAX_REQUEST_BYTES,
+            ),
+            Door(
+                self._local_only(admin, "let it send Host: localhost"),
+                lambda: MAX_WAITING_ADMIN,
+                self.streams.count_refusal,
+            ),
+        )
 
     async def _report(self) -> None:
         """Keep systemd informed: that the loop turns, and what it does or waits for."""
@@ -5669,23 +5703,16 @@ class Relay:
         on_ready()
         await asyncio.Event().wait()
 
-    def _guarded(self, handler: Handler) -> Handler:
-        """Return a handler that refuses pages whose name was made to point here (DNS rebinding)."""
+    def _local_only(self, handler: Handler, remedy: str) -> Handler:
+        """Return a handler that refuses hosts of other machines; with what helps behind a proxy."""
 
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            if request.transport is None:
-                raise ConnectionResetError("the client has left")
-            remedy = self._local_only.get(request.transport.get_extra_info("sockname"))
-            if remedy is not None:
-                # "the authority of the absolute-form … MUST ignore the received Host" (RFC 9112, 3.2.2)
-                authority, _ = split_target(request.raw_path)
-                hosts = request.headers.getall("Host", ()) if authority is None else (authority,)
-                if not all(is_local_host(host, self._bound_names) for host in hosts):
-                    refused = RefusedError(
-                        421, f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
-                    )
-                    return self.streams.refuse(request, refused)
-            return await handler(request)
+            if not self.sockets.is_foreign(request):
+                return await handler(request)
+            refused = RefusedError(
+                421, f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
+            )
+            return self.streams.refuse(request, refused)
 
         return answer
 
@@ -5702,13 +5729,10 @@ class Relay:
 
         # Stop accepting. asyncio resets what it accepted in the turn in which a server is
         # closed, so take the readers away and let that turn pass.
-        for sock in self._sockets:
+        for sock in self.sockets.streams:
             loop.remove_reader(sock.fileno())
         await asyncio.sleep(0)
-        # Another relay may have taken the path; an inode's number is not used again while it is open.
-        for path, identity in self._own_paths.items():
-            if identity is not None and file_identity(path) == identity:
-                path.unlink(missing_ok=True)
+        self.sockets.remove_paths()
         for site in tuple(runner.sites):
             await site.stop()
 
