@@ -1376,57 +1376,44 @@ class Counts:
 NOT_LIVE: Final = 2**64
 
 
+@dataclass(slots=True, eq=False)
 class Subscriber(asyncio.Protocol):
     """One open stream, and the protocol of its connection once aiohttp has let go of it."""
 
-    __slots__ = (
-        "channels",
-        "chunked",
-        "expires",
-        "heartbeats",
-        "hub",
-        "issued",
-        "key",
-        "last_event_at",
-        "last_heartbeat_at",
-        "last_position_at",
-        "live_from",
-        "room",
-        "sent",
-        "subject",
-        "taken",
-        "taken_at",
-        "task",
-        "transport",
-    )
+    hub: Hub
+    # The names it asked for, each once.
+    channels: tuple[str, ...]
+    # Whom it seems to come from, to know a client that is cut again and again.
+    key: int
+    # Loop time of the last events; below, of the last heartbeat and the last position.
+    last_event_at: float
+    last_heartbeat_at: float = field(init=False)
+    last_position_at: float = field(init=False)
+    # None until aiohttp has let go of the connection.
+    transport: asyncio.Transport | None = None
+    chunked: bool = True
+    # Everything up to this number had been written when it became live; the hub writes what
+    # comes after. `NOT_LIVE` while it is opening or catching up.
+    live_from: int = NOT_LIVE
+    # What catches up; only while the stream is not live.
+    task: asyncio.Task[None] | None = None
+    # Done when the socket takes more; None while it does.
+    room: asyncio.Future[None] | None = None
+    # The second since 1970 in which it ends.
+    expires: int | None = None
+    # Whose token opened it, and when that was issued, in seconds since 1970.
+    subject: str | None = None
+    issued: float = 0.0
+    # Whether it asked for relay.heartbeat events.
+    heartbeats: bool = False
+    # Bytes given to the transport; how many of these the socket had taken when this last changed,
+    # and the loop time of that.
+    sent: int = 0
+    taken: int = 0
+    taken_at: float = field(init=False)
 
-    def __init__(self, hub: Hub, channels: tuple[str, ...], key: int, now: float) -> None:
-        self.hub = hub
-        # The names it asked for, each once.
-        self.channels = channels
-        # Whom it seems to come from, to know a client that is cut again and again.
-        self.key = key
-        # None until aiohttp has let go of the connection.
-        self.transport: asyncio.Transport | None = None
-        self.chunked = True
-        # Everything up to this number had been written when it became live; the hub writes what
-        # comes after. `NOT_LIVE` while it is opening or catching up.
-        self.live_from = NOT_LIVE
-        # What catches up; only while the stream is not live.
-        self.task: asyncio.Task[None] | None = None
-        # Done when the socket takes more; None while it does.
-        self.room: asyncio.Future[None] | None = None
-        # The second since 1970 in which it ends.
-        self.expires: int | None = None
-        # Whose token opened it, and when that was issued, in seconds since 1970.
-        self.subject: str | None = None
-        self.issued = 0.0
-        # Whether it asked for relay.heartbeat events.
-        self.heartbeats = False
-        # Loop times.
-        self.last_event_at = self.last_heartbeat_at = self.last_position_at = self.taken_at = now
-        # Bytes given to the transport, and how many of these the socket had taken at `taken_at`.
-        self.sent = self.taken = 0
+    def __post_init__(self) -> None:
+        self.last_heartbeat_at = self.last_position_at = self.taken_at = self.last_event_at
 
     def write(self, block: bytes, head: bytes = b"") -> None:
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
