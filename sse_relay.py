@@ -3859,6 +3859,24 @@ class LogPage(NamedTuple):
     full: bool
 
 
+def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
+    """Encode the events of a page as of LOG_READ_SQL or LOG_REPLAY_SQL."""
+    epoch = (rows[0][0] or "").encode()
+    frames = []
+    for _, _, number, xid, channel, event, data, *_ in rows:
+        if number is not None and channel != REVOCATION_CHANNEL:
+            name = sendable_name(event)
+            block = encode_event(Event(data, name), b"%b-%d" % (epoch, number))
+            frames.append(Frame(number, channel, block, name is not None, xid))
+    return frames
+
+
+def is_full(rows: Sequence[tuple[Any, ...]], count: int, size: int) -> bool:
+    """Return whether more may follow a page of at most so many rows and bytes of data."""
+    # A character has at most four bytes; an empty page too many costs less than counting them.
+    return len(rows) >= count or sum(len(row[6] or "") for row in rows) * 4 >= size
+
+
 def unseen(frames: Sequence[Frame], snapshot: Snapshot | None) -> Sequence[Frame]:
     """Return the frames without those that a snapshot showed already."""
     if snapshot is None:
@@ -3971,7 +3989,7 @@ class LogSource:
         gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
         if gaps:
             return tell(self, cursor, channels, gaps)
-        number = read.frames[-1].number if read.full else max(until, cursor.number)
+        number = read.frames[-1].number if read.full and read.frames else max(until, cursor.number)
         return Page(cursor._replace(number=number, counted=True), {}, unseen(read.frames, cursor.snapshot))
 
     async def _find_newest(self, cursor: Cursor, channels: Sequence[str]) -> Page:
@@ -4000,7 +4018,7 @@ class LogSource:
 
         def read(rows: list[tuple[Any, ...]]) -> LogPage:
             epoch, pruned = rows[0][:2]
-            return LogPage(epoch, pruned, *self._read_rows(rows, limit))
+            return LogPage(epoch, pruned, encode_rows(rows), is_full(rows, LOG_PAGE_ROWS, limit))
 
         page: LogPage = await self._share(LOG_REPLAY_SQL, values, read)
         return page
@@ -4016,7 +4034,7 @@ class LogSource:
             except (psycopg2.Error, UnicodeDecodeError) as error:
                 if not is_damage(error):
                     raise
-                log.warning("channel %r cannot be read from the log: %s", name, one_line(error, ""))
+                self._warn("channel %r cannot be read from the log: %s", name, one_line(error, ""))
                 gaps[name] = "failed"
         return gaps
 
@@ -4075,8 +4093,10 @@ class LogSource:
             self._warn("doing without: %s; %s", what, remedy)
         self._swept_up = self._swept = None
         await self._attach()
-        # What takes longer is gone on with while notifications and canaries are heard.
+        # A backlog that takes longer is gone on with while notifications and canaries are heard.
         self._sweep_due = not await self._sweep(windows=1)
+        self._hub.stand(self.epoch, self.number)
+        self._connected.set()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         for notification in notifications:
@@ -4140,8 +4160,8 @@ class LogSource:
                 rows = await self.listener.query(LOG_READ_SQL, {"id": number, "limit": LOG_PAGE_ROWS})
                 if rows[0][0] != self.epoch or rows[0][1] > number:
                     return
-                page, full = self._encode(rows)
-                frames += page
+                frames += encode_rows(rows)
+                full = is_full(rows, LOG_PAGE_ROWS, LOG_PAGE_BYTES)
                 number = rows[-1][2] or number
         except (psycopg2.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
@@ -4186,8 +4206,6 @@ class LogSource:
         if done:
             for event in asked:
                 event.set()
-            self._hub.stand(self.epoch, self.number)
-            self._connected.set()
         return done
 
     async def _sweep_windows(self, windows: float) -> bool:
@@ -4246,24 +4264,22 @@ class LogSource:
                 continue
             if first is None:
                 return
-            frames, _ = self._encode(rows)
             for row in rows:
                 if row[4] == REVOCATION_CHANNEL:
                     self.on_revoked(row[6], row[7])
                     self._revoked = row[2]
             self.number, self._xid = rows[-1][2:4]
+            frames = encode_rows(rows)
             for frame in frames:
                 self._memory.append(frame)
+            if not frames:
+                self._hub.stand(self.epoch, self.number)
+                continue
             # To all, though the connection is lost meanwhile: the next one reads on behind
             # these events.
             await asyncio.shield(self._hub.broadcast(frames, self.epoch))
             now = time.time()
             self._hub.counts.observe(now - created, frames, now)
-
-    def _encode(self, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Frame], bool]:
-        """Encode the events of a page as of LOG_READ_SQL; return whether more may follow."""
-        frames, full = self._read_rows([row[:8] for row in rows if row[4] != REVOCATION_CHANNEL])
-        return frames, full or len(rows) >= LOG_PAGE_ROWS
 
     async def _read_page(self) -> tuple[Sequence[Any], bool]:
         """Read the next page and return whether more may follow; step over an event that cannot be read.
@@ -4277,9 +4293,7 @@ class LogSource:
         while True:
             try:
                 rows = await self.listener.query(LOG_READ_SQL, {"id": self.number, "limit": limit})
-                return rows, len(rows) >= limit or sum(
-                    len(row[6] or "") for row in rows
-                ) * 4 >= LOG_PAGE_BYTES
+                return rows, is_full(rows, limit, LOG_PAGE_BYTES)
             except (psycopg2.Error, UnicodeDecodeError) as error:
                 if not is_damage(error):
                     raise
@@ -4317,22 +4331,6 @@ class LogSource:
             self._memory.begin(channel, number)
         lost = None if channel is None else [channel]
         await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number, lost))
-
-    def _read_rows(
-        self, rows: Sequence[tuple[Any, ...]], limit: int = LOG_PAGE_BYTES
-    ) -> tuple[list[Frame], bool]:
-        """Encode the rows of a page; return whether the page was full, so that more may follow."""
-        epoch = (rows[0][0] or "").encode()
-        frames = []
-        size = 0
-        for _, _, number, xid, channel, event, data, _ in rows:
-            if number is None:
-                break
-            name = sendable_name(event)
-            block = encode_event(Event(data, name), b"%b-%d" % (epoch, number))
-            frames.append(Frame(number, channel, block, name is not None, xid))
-            size += len(block)
-        return frames, len(frames) >= LOG_PAGE_ROWS or size >= limit
 
     async def _prune(self) -> None:
         assert self.listener is not None
