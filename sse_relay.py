@@ -971,6 +971,9 @@ def sign_token(
     return token
 
 
+REVOKED: Final = "the token has been revoked"
+
+
 @dataclass
 class Access:
     """Who may read what."""
@@ -1019,7 +1022,7 @@ class Access:
         grant = verify_token(token, self.keys, now)
         if self.revoked is not None and grant.subject is not None:
             if grant.issued <= self.revoked.get(grant.subject, -math.inf):
-                raise RefusedError(401, "the token was revoked: its subject has signed out")
+                raise RefusedError(401, REVOKED)
             if 0 < grant.issued < now - REVOCATION_KEPT:
                 raise RefusedError(401, "the token was issued more than 30 days ago (iat)")
         if not all(grant.channels.fullmatch(channel) for channel in closed):
@@ -4367,7 +4370,6 @@ class LogSource:
 # connection's end takes it out of the hub, and a client that takes nothing for half a minute is cut.
 
 EVENT_STREAM: Final = "text/event-stream"
-REVOKED: Final = "the token has been revoked"
 STREAM_HEADERS: Final = {
     "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
     # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
@@ -4452,11 +4454,13 @@ class Streams:
         max_clients: int,
         max_backlog: int,
         max_age: float | None,
+        max_per_subject: int | None = None,
     ) -> None:
         """Args:
         path: Where the stream routes begin: ``/events``, or ``/``.
         retry: The least ``retry:`` in milliseconds.
         max_clients: Streams open at once.
+        max_per_subject: Those of them whose tokens name the same subject; None: any number.
         max_backlog: Bytes that may wait for one slow client.
         max_age: Seconds after which a stream ends, more or less a tenth; None: never.
         """
@@ -4467,6 +4471,7 @@ class Streams:
         self._path = path
         self._retry = retry
         self.max_clients = max_clients
+        self._max_per_subject = max_per_subject
         self._max_backlog = max_backlog
         # In the present second.
         self._refusals = 0
@@ -4508,6 +4513,9 @@ class Streams:
             )
             if len(self._hub.subscribers) >= self.max_clients:
                 raise RefusedError(503, "too many clients are connected at present")
+            owned = self._hub.subjects.get(grant.subject, ()) if grant and grant.subject else ()
+            if self._max_per_subject is not None and len(owned) >= self._max_per_subject:
+                raise RefusedError(429, "this user has too many streams open (--max-per-subject)")
             if request.method == "HEAD":
                 return web.Response(headers={**STREAM_HEADERS, **headers})
             await self._open(request, target, headers, grant)
@@ -4544,7 +4552,7 @@ class Streams:
         path = path or self._path
         is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
         self.count_refusal(refused, lambda: _asked(request, path if is_stream else None))
-        passing = refused.status == 503
+        passing = refused.status in (429, 503)
         retry = retry_after(self._retry, len(self._hub.subscribers))
         accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
         if is_stream and accepts and request.method == "GET":
@@ -4797,7 +4805,7 @@ ADMIN_STREAMS: Final = "/events"
 GAP_REASONS: Final = (
     "start", "restart", "evicted", "pruned", "failed", "unreadable", "ahead", "too-many", "outage",
 )  # fmt: skip
-REFUSAL_STATUSES: Final = (400, 401, 403, 404, 405, 421, 431, 503)
+REFUSAL_STATUSES: Final = (400, 401, 403, 404, 405, 421, 429, 431, 503)
 
 
 def metric_families(relay: Relay) -> list[Any]:
@@ -5415,6 +5423,7 @@ class Settings:
     memory: int = 64 * MIB
     linger: float = 60.0
     max_clients: int | None = None
+    max_per_subject: int | None = None
     max_channels: int = 10_000
     max_backlog: int = 256 * KIB
     max_age: float | None = None
@@ -5560,6 +5569,7 @@ class Relay:
             max_clients=min(settings.max_clients or self._most * 3 // 4, self._most),
             max_backlog=settings.max_backlog,
             max_age=settings.max_age,
+            max_per_subject=settings.max_per_subject,
         )
         if isinstance(self.source, LogSource):
             self.source.on_revoked = self.streams.revoke
@@ -6844,6 +6854,13 @@ def command() -> Callable[[Callable[..., Any]], click.Command]:
     metavar="COUNT",
     show_default="what the limit of open files allows",
     help="Streams open at once.",
+)
+@setting(
+    "--max-per-subject",
+    type=click.IntRange(1),
+    metavar="COUNT",
+    show_default="any number",
+    help="Streams open at once whose tokens have the same subject (sub).",
 )
 @setting("--max-channels", type=click.IntRange(1), metavar="COUNT", help="Channels listened to at once.")
 @setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -214,6 +215,37 @@ def test_refusals_have_their_true_status_or_come_in_the_stream(guarded: Relay) -
             assert refused.retry == 86_400_000
             assert reader.status == 200
             reader.wait_for_end()
+
+
+def test_one_subject_has_so_many_streams_and_no_more(
+    start_relay: StartRelay, database: Database, secret_file: Path
+) -> None:
+    options = ("--jwt-key-file", str(secret_file), "--max-per-subject", "2", "--allow-channel", "open")
+    relay = start_relay(*options, dsn=database.dsn)
+
+    def token(subject: object) -> dict[str, str]:
+        return bearer(forge({"channels": ["*"], "exp": time.time() + 60, "sub": subject, "iat": time.time()}))
+
+    def is_full(subject: object) -> bool:
+        answer = HTTP.head(relay.url("orders"), headers=token(subject))
+        assert answer.status_code in (200, 429)
+        assert ("retry-after" in answer.headers) is (answer.status_code == 429)
+        return answer.status_code == 429
+
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(SseReader(relay.url("orders"), token("7"))) for _ in range(2))
+        first.wait_for_id()
+        second.wait_for_id()
+        assert is_full("7")
+        assert is_full(7)
+        assert not is_full("8")
+        assert ask(relay, "open", token("7")).status_code == 200
+        with SseReader(relay.url("orders"), token("7")) as third:
+            third.wait_for_end()
+            assert [block.retry for block in third.blocks] != [86_400_000]
+            assert third.events == []
+        first.close()
+        harness.wait_until(lambda: not is_full("7"), what="room")
 
 
 def test_public_channels_need_no_token_and_a_bad_one_does_no_harm(guarded: Relay) -> None:
