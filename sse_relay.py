@@ -6074,13 +6074,11 @@ NOTIFICATIONS_TABLE: Final[Table] = (
     ("notifications", "warning", always, ROUND_TRIP, "run the relay near PostgreSQL; look at its load"),
 )  # fmt: skip
 # Statements that return one row, each with what that means.
-SERVER_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
-    ("SELECT pg_notification_queue_usage() AS usage", (
-        ("queue", "ok", lambda s: s.usage < 0.1, QUEUE, ""),
-        ("queue", "warning", lambda s: s.usage < 0.5, QUEUE, EMPTY_QUEUE),
-        ("queue", "problem", always, QUEUE, EMPTY_QUEUE),
-    )),
-)  # fmt: skip
+QUEUE_LOOK: Final[tuple[str, Table]] = ("SELECT pg_notification_queue_usage() AS usage", (
+    ("queue", "ok", lambda s: s.usage < 0.1, QUEUE, ""),
+    ("queue", "warning", lambda s: s.usage < 0.5, QUEUE, EMPTY_QUEUE),
+    ("queue", "problem", always, QUEUE, EMPTY_QUEUE),
+))  # fmt: skip
 GRANTS_LOOK: Final[tuple[str, Table]] = (DOCTOR_ROLE_SQL, (
     ("schema", "problem", lambda s: not s.installed, *NOT_INSTALLED),
     ("grants", "unknown", lambda s: s.lacking and s.other,
@@ -6110,8 +6108,6 @@ LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
         ("retention", "ok", always, KEPT, ""),
     )),
 )  # fmt: skip
-
-
 # Statements whose rows (what, remedy) are each a warning, and what is so without any.
 WITHHELD: Final = ("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures")
 LOG_WARNINGS: Final = (
@@ -6186,6 +6182,25 @@ def examine_machine() -> Iterator[Finding]:
     return judge(HERE_TABLE, types.SimpleNamespace(limit=limit, clients=clients))
 
 
+def examine_log(cursor: psycopg2.extensions.cursor) -> Iterator[Finding]:
+    """Check the durable log, as far as this role may look at it."""
+    grants = list(look(cursor, *GRANTS_LOOK))
+    yield from grants
+    if grants[0].level != "ok":
+        return
+    try:
+        check_log(cursor)
+    except UnusableDatabaseError as error:
+        yield as_finding("schema", error)
+        return
+    yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
+    for statement, table in LOG_LOOKS:
+        yield from look(cursor, statement, table)
+    for check, statement, fine in LOG_WARNINGS:
+        yield warn(cursor, check, statement, fine)
+    yield check_backlog(cursor)
+
+
 def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
     """Check all that a relay needs of PostgreSQL, until a problem hides the rest.
 
@@ -6202,22 +6217,11 @@ def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
         named = psycopg2.extras.NamedTupleCursor
         with visit(pinned, 60) as connection, connection.cursor(cursor_factory=named) as cursor:
             yield warn(cursor, *WITHHELD)
-            for statement, table in SERVER_LOOKS:
-                yield from look(cursor, statement, table)
-            source = source or source_of(cursor)
-            grants = list(look(cursor, *GRANTS_LOOK)) if source == "log" else []
-            yield from grants
-            if not grants or grants[0].level != "ok":
-                return
-            check_log(cursor)
-            yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
-            for statement, table in LOG_LOOKS:
-                yield from look(cursor, statement, table)
-            for check, statement, fine in LOG_WARNINGS:
-                yield warn(cursor, check, statement, fine)
-            yield check_backlog(cursor)
+            yield from look(cursor, *QUEUE_LOOK)
+            if (source or source_of(cursor)) == "log":
+                yield from examine_log(cursor)
     except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
-        yield as_finding("schema" if "cursor" in locals() else "connection", error, dsn)
+        yield as_finding("connection", error, dsn)
 
 
 # ==== Doctor: streams =========================================================
@@ -6326,7 +6330,7 @@ class Seen:
     ended: float | None = None
     """From the request to the end of the stream, if it ended by itself."""
     readable: str = ""
-    """Without a token: "all" channels, "this" one, or "" for none."""
+    """Without a token: "all" channels, "this" one, or "none"; "" if that did not show."""
     unpublished: str = ""
     """Why no event was published."""
     commit: float = 0.0
@@ -6343,8 +6347,8 @@ class Seen:
     @property
     def refusal(self) -> str:
         """The relay's true status and reason, if it refuses in the stream."""
-        found = re.search(rb"event: relay\.refused\ndata: (.*)", self.body)
-        return "{status}: {reason}".format(**json.loads(found[1])) if found else ""
+        found = re.search(rb'relay\.refused\ndata: \{"status": ?(\d+), ?"reason": ?"(.*)"\}', self.body)
+        return b": ".join(found.groups()).decode(errors="replace") if found else ""
 
     @property
     def away(self) -> bool:
@@ -6396,7 +6400,9 @@ STREAM_TABLE: Final[Table] = (
         "everybody who reaches this address can read every channel, without a token",
         "if that is not meant, give the relay --jwt-key-file, or --allow-channel for what is public"),
     ("access", "ok", lambda s: s.readable == "this", "everybody can read this channel, but not others", ""),
-    ("access", "ok", lambda s: s.live, "without a token nobody can read this channel", ""),
+    ("access", "ok", lambda s: s.readable == "none", "without a token nobody can read this channel", ""),
+    ("access", "unknown", lambda s: s.live, "what can be read without a token did not show",
+        "open this address without its token"),
     ("headers", "problem", lambda s: s.status == 200 and EVENT_STREAM not in str(s.headers["Content-Type"]),
         "Content-Type is {s.headers[Content-Type]}: EventSource gives up for good",
         "correct the address, or let the proxy pass the relay's headers on"),
@@ -6492,21 +6498,21 @@ def observe_events(stream: Exchange, seen: Seen, publish: Callable[[str], object
 
 
 def readable_without_token(url: str, trust: Path | None) -> str:
-    """Return what can be read without a token: "all" channels, "this" one, or ""."""
+    """Return `Seen.readable`: try any other channel, then these."""
     parts = urllib.parse.urlsplit(url)
     query = [pair for pair in urllib.parse.parse_qsl(parts.query) if pair[0] != "access_token"]
-    other = f"doctor-{secrets.token_hex(8)}"
-    path = parts.path
+    other, path, others = f"doctor-{secrets.token_hex(8)}", parts.path, query
     if any(name == "channel" for name, _ in query):
         others = [("channel", other)]
     else:
-        others, path = query, f"{path.rpartition('/')[0]}/{other}"
+        path = f"{path.rpartition('/')[0]}/{other}"
     for word, place, pairs in (("all", path, others), ("this", parts.path, query)):
         bare = parts._replace(path=place, query=urllib.parse.urlencode(pairs)).geturl()
         with Exchange(bare, trust) as stream:
             if stream.goes_live():
                 return word
-    return ""
+            refused = stream.holds(b"relay.refused") or stream.answer.status in (401, 403)
+    return "none" if refused else ""
 
 
 def negotiate(host: str, port: int, trust: Path | None) -> str | None:
@@ -6520,20 +6526,16 @@ def negotiate(host: str, port: int, trust: Path | None) -> str | None:
         return secured.selected_alpn_protocol()
 
 
-def examine_stream(url: str, trust: Path | None, dsn: str | None, source: str | None) -> Iterator[Finding]:
-    """Open the stream at an address, publish to its first channel, and judge what comes.
-
-    Args:
-        dsn: None if PostgreSQL cannot be reached.
-    """
+def examine_stream(url: str, trust: Path | None, dsn: str, source: str | None) -> Iterator[Finding]:
+    """Open the stream at an address, publish to its first channel, and judge what comes."""
     with contextlib.ExitStack() as stack:
-        if dsn is None:
-            yield from judge(STREAM_TABLE, observe(url, trust, None))
-            return
-        # Connected before, so that the delay is the event's alone.
-        cursor = stack.enter_context(stack.enter_context(visit(dsn, 3 * DOCTOR_HEARTBEAT_WAIT)).cursor())
-        source = source or source_of(cursor)
-        publish = functools.partial(publish_event, cursor, source, channels_of(url)[0], event=DOCTOR_EVENT)
+        publish = None
+        with contextlib.suppress(UnusableDatabaseError, psycopg2.Error):
+            # Connected before, so that the delay is the event's alone.
+            connection = stack.enter_context(visit(dsn, 3 * DOCTOR_HEARTBEAT_WAIT))
+            cursor = stack.enter_context(connection.cursor())
+            send = functools.partial(publish_event, cursor, source or source_of(cursor), channels_of(url)[0])
+            publish = functools.partial(send, event=DOCTOR_EVENT)
         yield from judge(STREAM_TABLE, observe(url, trust, publish))
 
 
@@ -7232,8 +7234,7 @@ def doctor(
         yield from examine_machine()
         yield from examine_database(dsn, source)
         if url is not None:
-            reachable = not any(f.check == "connection" and f.level == "problem" for f in findings)
-            yield from examine_stream(url, ca_file, dsn if reachable else None, source)
+            yield from examine_stream(url, ca_file, dsn, source)
 
     for finding in examine():
         findings.append(finding)

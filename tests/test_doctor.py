@@ -333,8 +333,9 @@ def seen(body: bytes = b":\nretry: 1\n\nid: a-1\n\n", **how: Any) -> dict[str, F
     for name, value in (sent | how.pop("headers", {})).items():
         headers[name] = value
     good = Seen(
-        "https://app.example", "h2", None, 200, 200, 11, headers, body, 0.01, None, "", "", 0.001, 0.005, 15
-    )
+        "https://app.example", alpn="h2", head=200, status=200, version=11, headers=headers, body=body,
+        opened=0.01, readable="none", commit=0.001, delay=0.005, silence=15,
+    )  # fmt: skip
     return {finding.check: finding for finding in judge(STREAM_TABLE, dataclasses.replace(good, **how))}
 
 
@@ -345,6 +346,7 @@ OBSERVED: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({}, {"restart": "unknown"}),
     ({"readable": "all"}, {"restart": "unknown", "access": "warning"}),
     ({"readable": "this"}, {"restart": "unknown"}),
+    ({"readable": ""}, {"restart": "unknown", "access": "unknown"}),
     # A refusal is not the answer of a proxy whose relay is away, and neither is that of a full relay.
     ({"body": REFUSED, "ended": 0.1}, {"answer": "problem", "restart": "unknown"}),
     ({"body": SENT_BACK, "ended": 0.1}, {"answer": "problem", "restart": "unknown"}),
