@@ -297,6 +297,20 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
     assert given == set(re.findall(r"^\| `(sse_relay_\w+)", pages()[REFERENCE], re.MULTILINE))
 
 
+@pytest.mark.parametrize(
+    ("heading", "cells"),
+    [
+        ("Control events", [f"`{reason}`" for reason in sse_relay.GAP_REASONS]),
+        ("Control events", ["`relay.gap`", "`relay.refused`", "`relay.heartbeat`"]),
+        ("Refusals", [str(status) for status in sse_relay.REFUSAL_STATUSES]),
+    ],
+)
+def test_each_word_of_the_wire_has_its_row(heading: str, cells: list[str]) -> None:
+    section = pages()[REFERENCE].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    first = re.findall(r"^\| (\S+) \|", section, re.MULTILINE)
+    assert set(cells) <= set(first)
+
+
 def in_words(value: float) -> str:
     """Return a number as the reference writes it."""
     for unit, size in (("MiB", MIB), ("KiB", KIB)):
