@@ -6965,13 +6965,24 @@ class UnsendableError(RelayError):
     """An event that no stream could carry, or that PostgreSQL did not take."""
 
 
-def explain(error: UnusableDatabaseError | psycopg2.Error, dsn: str) -> str:
-    """Return in one line what PostgreSQL says, and what helps."""
-    if isinstance(error, UnusableDatabaseError):
+def explain(error: RelayError | psycopg2.Error, dsn: str) -> str:
+    """Return in one line what is wrong, and what helps."""
+    if isinstance(error, RelayError):
         return str(error)
     hint = REMEDIES.get(error.pgcode or "", error.diag.message_hint)
     text = error.diag.message_primary or str(error)
     return one_line(psycopg2.Error(f"{text}: {hint}" if hint else text), dsn)
+
+
+@contextlib.contextmanager
+def explained(what: str, dsn: str) -> Iterator[None]:
+    """End a command with one line if PostgreSQL cannot be reached, or refuses."""
+    try:
+        yield
+    except UnsendableError as error:
+        raise click.ClickException(str(error)) from None
+    except (UnusableDatabaseError, psycopg2.Error) as error:
+        raise click.ClickException(f"{what}: {explain(error, dsn)}") from None
 
 
 def send_event(dsn: str, source: str, channel: str, data: str, event: str | None) -> str:
@@ -7003,12 +7014,7 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
             "and let the page fetch the rest, or use source log"
         )
     with visit(dsn) as connection, connection.cursor() as cursor:
-        try:
-            publish_event(cursor, source, channel, data, event or None)
-        except (psycopg2.errors.UndefinedFunction, psycopg2.errors.InvalidSchemaName):
-            raise UnsendableError(*NOT_INSTALLED) from None
-        except (psycopg2.DataError, psycopg2.errors.NullValueNotAllowed) as error:
-            raise UnsendableError(error.diag.message_primary or str(error)) from None
+        publish_event(cursor, source, channel, data, event or None)
         return source_of(cursor)
 
 
@@ -7036,18 +7042,13 @@ def publish(
     if data == "-":
         data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = data.removesuffix("\n").removesuffix("\r")
-    try:
+    with explained("PostgreSQL did not take the event", dsn):
         made_for = send_event(dsn, source, channel, data, event)
-    except UnsendableError as error:
-        raise click.ClickException(str(error)) from None
-    except (UnusableDatabaseError, psycopg2.Error) as error:
-        raise click.ClickException(f"PostgreSQL did not take the event: {explain(error, dsn)}") from None
-    if made_for != source:
-        click.echo(
-            "Warning: this database has the durable log, and a relay with --source log does not hear this "
-            "event: publish with --source log",
-            err=True,
+    if (source, made_for) == ("notify", "log"):
+        what = (
+            "Warning: this database has the durable log; a relay with --source log does not hear this event"
         )
+        click.echo(f"{what}: publish with --source log", err=True)
 
 
 # Seconds. An upgrade may rewrite a large log.
@@ -7104,20 +7105,16 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool, renew_epoch: boo
         click.echo(f"BEGIN READ WRITE;\n{SCHEMA_SQL}\nCOMMIT;")
         return
     dsn = resolve_dsn(dsn, dsn_file)
-    try:
-        if apply:
+    if apply:
+        with explained("the schema was not applied", dsn):
             for warning in apply_schema(dsn):
                 click.echo(warning, err=True)
-            click.echo(
-                f"The durable log is installed, version {SCHEMA_VERSION}. Run the relay with --source log."
-            )
-        if renew_epoch:
-            with visit(dsn) as connection, connection.cursor() as cursor:
-                cursor.execute("SELECT sse_relay.renew_epoch()")
-            click.echo("The log has a new epoch: clients that come back to an older position get relay.gap.")
-    except (UnusableDatabaseError, psycopg2.Error) as error:
-        what = "the schema was not applied" if apply else "the epoch was not renewed"
-        raise click.ClickException(f"{what}: {explain(error, dsn)}") from None
+        done = f"The durable log is installed, version {SCHEMA_VERSION}."
+        click.echo(f"{done} Run the relay with --source log.")
+    if renew_epoch:
+        with explained("the epoch was not renewed", dsn), visit(dsn) as connection:
+            connection.cursor().execute("SELECT sse_relay.renew_epoch()")
+        click.echo("The log has a new epoch: clients that come back get relay.gap.")
 
 
 @command()
@@ -7281,7 +7278,7 @@ def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: s
         except click.ClickException as error:
             detail = error.message
         except (RelayError, psycopg2.Error) as error:
-            detail = one_line(error, dsn)
+            detail = explain(error, dsn)
         return web.json_response(
             {"title": "not done", "status": 400, "detail": detail},
             status=400,
