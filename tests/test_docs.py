@@ -311,6 +311,14 @@ def test_each_word_of_the_wire_has_its_row(heading: str, cells: list[str]) -> No
     assert set(cells) <= set(first)
 
 
+def test_each_check_of_the_doctor_has_its_row(log_database: Database) -> None:
+    done = CliRunner().invoke(cli, ["doctor", "--json", "--dsn", log_database.dsn])
+    named = {finding["check"] for finding in json.loads(done.stdout)["findings"]}
+    named |= {check for check, *_ in sse_relay.STREAM_TABLE}
+    section = pages()[REFERENCE].partition("\n### Doctor's checks\n")[2].partition("\n### ")[0]
+    assert named <= set(re.findall(r"`([\w ]+)`", section))
+
+
 def in_words(value: float) -> str:
     """Return a number as the reference writes it."""
     for unit, size in (("MiB", MIB), ("KiB", KIB)):
