@@ -2330,8 +2330,13 @@ class Listener:
     async def _watch(self, connection: aiopg.Connection) -> None:
         # Raises when the connection ends. A transaction pooler may hand this session what
         # the other one listens to.
-        while True:
-            await connection.notifies.get()
+        with contextlib.suppress(psycopg2.Error):
+            while True:
+                await connection.notifies.get()
+        if connection is self._listening or connection.closed:
+            raise LostConnectionError("the connection to PostgreSQL was closed")
+        # A statement that fails closes aiopg's queue, and nothing else. The canaries watch now.
+        await asyncio.Event().wait()
 
     async def _work(self, dsn: str) -> None:
         assert self._listening is not None
@@ -3356,8 +3361,10 @@ BEGIN
     SELECT (SELECT max(f.seq) FROM found AS f HAVING count(*) = 50000),
         coalesce(array_agg(s.xid ORDER BY last), '{}'), coalesce(array_agg(s.pid ORDER BY last), '{}')
         INTO upto, xids, pids FROM senders AS s
-        WHERE pg_visible_in_snapshot(s.xid, snapshot) AND NOT EXISTS (SELECT FROM sse_relay.pending AS q
-            WHERE q.xid = s.xid AND q.pid = s.pid AND q.seq > (SELECT max(f.seq) FROM found AS f));
+        -- A value, not EXISTS: that could be planned as a join, which reads the whole table.
+        WHERE pg_visible_in_snapshot(s.xid, snapshot) AND (SELECT q.seq FROM sse_relay.pending AS q
+            WHERE q.xid = s.xid AND q.pid = s.pid AND q.seq > (SELECT max(f.seq) FROM found AS f)
+            LIMIT 1) IS NULL;
 END $$;
 
 -- Numbers the events of these transactions, as far as their senders match, in the order of the list:

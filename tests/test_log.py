@@ -5,6 +5,7 @@ The two stress tests and the hand-over are short forms of ``stress_log.py``, whi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -16,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg2
 import psycopg2.extensions
 import pytest
@@ -27,7 +29,9 @@ import stress_log
 
 import harness
 import pages
+import sse_relay
 from harness import Crowd, Database, FreezableProxy, RawStream, Relay, Server, SseReader, wait_until
+from log_session import Session
 from sse_relay import SCHEMA_VERSION, SWEEP_INTERVAL, apply_schema, find_postgres, raise_file_limit
 
 LOG = ("--source", "log")
@@ -426,6 +430,165 @@ def test_a_truncated_log_is_another_history(log: Database, start_relay: RelaySta
             assert resuming.data == []
 
 
+# ==== What cannot be read, or is gone =========================================
+
+
+def test_rows_hidden_by_row_level_security_are_no_silence(
+    log: Database, start_relay: RelayStarter, make_role: Callable[[], str]
+) -> None:
+    role = make_role()
+    for statement in grants("relay"):
+        log.execute(statement + role)
+    admin = f"127.0.0.1:{harness.free_port()}"
+    relay = start_relay(*LOG, "--admin", admin, dsn=as_role(log, role))
+
+    def ready() -> int:
+        return httpx.get(f"http://{admin}/ready").status_code
+
+    wait_until(lambda: ready() == 200)
+    with SseReader(relay.url("a")) as reader:
+        position = reader.wait_for_id()
+        for table in ("events", "settings", "epoch"):
+            log.execute(f"ALTER TABLE sse_relay.{table} ENABLE ROW LEVEL SECURITY")
+            publish(log, "a", f"hidden by {table}")
+            wait_until(lambda: ready() == 503, what="the relay to see that it sees nothing")
+            wait_until(lambda: "DISABLE ROW LEVEL SECURITY" in httpx.get(f"http://{admin}/ready").text)
+            log.execute(f"ALTER TABLE sse_relay.{table} DISABLE ROW LEVEL SECURITY")
+            reader.wait_for_data(f"hidden by {table}", 20)
+            wait_until(lambda: ready() == 200)
+        assert gaps(reader) == []
+    with SseReader(relay.url("a"), last_event_id=position) as resuming:
+        resuming.wait_for_data("hidden by epoch")
+        assert resuming.data == [f"hidden by {table}" for table in ("events", "settings", "epoch")]
+
+
+@pytest.mark.parametrize("count", [2, 8], ids=["behind", "beyond"])
+def test_ids_that_restart_beside_a_running_relay_are_told(
+    log: Database, start_relay: RelayStarter, count: int
+) -> None:
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        publish(log, "a", *words("event", 5))
+        reader.wait_for_data("event 4")
+        relay.suspend()
+        log.execute("SET session_replication_role = replica; DELETE FROM sse_relay.events")
+        log.execute("RESET session_replication_role; ALTER TABLE sse_relay.events ALTER COLUMN id RESTART")
+        publish(log, "a", *words("new", count))
+        with Session(log) as other:
+            other.sweep()
+        relay.resume()
+        reader.wait_for(lambda event: event.event == "relay.gap")
+        publish(log, "a", "last")
+        reader.wait_for_data("last")
+        assert gaps(reader) == ["restart"]
+
+
+def test_a_client_behind_deleted_events_gets_a_gap(log: Database, start_relay: RelayStarter) -> None:
+    relay = start_relay(*TABLE, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        start = reader.wait_for_id()
+        publish(log, "a", *words("event", 100))
+        middle = before(reader.wait_for_data("event 99").id, 40)
+        log.execute("DELETE FROM sse_relay.events WHERE id <= 50")
+        publish(log, "a", "last")
+        reader.wait_for_data("last")
+        assert gaps(reader) == []
+    with SseReader(relay.url("a"), last_event_id=start) as reader:
+        reader.wait_for(lambda event: event.event == "relay.gap")
+        assert gaps(reader) == ["pruned"]
+    with SseReader(relay.url("a"), last_event_id=middle) as reader:
+        reader.wait_for_data("last")
+        assert reader.data == [*words("event", 100)[60:], "last"]
+        assert gaps(reader) == []
+
+
+def damage(database: Database, table: str) -> None:
+    """Make the newest value of a table that PostgreSQL keeps apart from its row impossible to read."""
+    ((toast,),) = database.execute("SELECT reltoastrelid FROM pg_class WHERE oid = %s::regclass", (table,))
+    ((name,),) = database.execute("SELECT %s::regclass::text", (toast,))
+    # Nobody may write to it, unless it says that it is an ordinary table.
+    database.execute("SET allow_system_table_mods = on")
+    database.execute("UPDATE pg_class SET relkind = 'r' WHERE oid = %s", (toast,))
+    database.execute(f"DELETE FROM {name} WHERE chunk_id = (SELECT max(chunk_id) FROM {name})")
+    database.execute("UPDATE pg_class SET relkind = 't' WHERE oid = %s", (toast,))
+
+
+def test_a_damaged_event_is_stepped_over_and_told(log: Database, start_relay: RelayStarter) -> None:
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        relay.suspend()
+        publish(log, "b", *words("before", 300))
+        publish(log, "a", random.Random(1).randbytes(50_000).hex())
+        with Session(log) as other:
+            other.sweep()
+        damage(log, "sse_relay.events")
+        publish(log, "a", "after")
+        relay.resume()
+        reader.wait_for_data("after")
+        assert [event.event for event in reader.events].index("relay.gap") < len(reader.events) - 1
+        assert set(gaps(reader)) == {"failed"}
+    assert "lost PostgreSQL" not in relay.log
+    # A relay that starts finds it among those to remember.
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        publish(log, "a", "to the new one")
+        reader.wait_for_data("to the new one")
+
+
+def test_a_damaged_event_that_waits_to_be_numbered_holds_up_nobody(
+    log: Database, start_relay: RelayStarter
+) -> None:
+    publish(log, "a", random.Random(1).randbytes(50_000).hex())
+    damage(log, "sse_relay.pending")
+    publish(log, "a", "one")
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        publish(log, "a", "two")
+        reader.wait_for_data("two")
+    assert log.execute("SELECT data FROM sse_relay.events ORDER BY id") == [("one",), ("two",)]
+    assert "lost PostgreSQL" not in relay.log
+
+
+def test_pruning_that_fails_ends_no_session(log: Database, start_relay: RelayStarter) -> None:
+    log.execute(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"
+        " CREATE TRIGGER fail BEFORE UPDATE ON sse_relay.settings EXECUTE FUNCTION fail()"
+    )
+    publish(log, "a", "one", "two")
+    with Session(log) as other:
+        other.sweep()
+    log.execute("UPDATE sse_relay.events SET created = created - interval '25 hours'")
+    relay = start_relay(*LOG, dsn=log.dsn)
+    relay.wait_for_log("was not pruned")
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        publish(log, "a", "three")
+        reader.wait_for_data("three")
+    assert "lost PostgreSQL" not in relay.log
+
+
+@pytest.mark.slow
+def test_a_lock_on_the_log_leaves_no_sessions_behind(log: Database, start_relay: RelayStarter) -> None:
+    """Takes 40 s: three times the limit of a statement."""
+    relay = start_relay(*LOG, dsn=log.dsn)
+    most = 0
+    with contextlib.closing(log.connect()) as locking, locking.cursor() as cursor:
+        cursor.execute("BEGIN; LOCK TABLE sse_relay.events")
+        publish(log, "a", "one")
+        end = time.monotonic() + 40
+        while time.monotonic() < end:
+            most = max(most, sum(name == "sse-relay" for _, name, _ in log.backends()))
+            time.sleep(0.2)
+        cursor.execute("ROLLBACK")
+    assert relay.log.count("lost PostgreSQL") >= 1
+    assert most <= 4
+    numbered(log, 1)
+
+
 # ==== Notifications that lie or stay away =====================================
 
 
@@ -461,6 +624,69 @@ def test_a_stranger_cannot_reorder_or_disturb(
         assert reader.data == [*pairs, "last"]
         assert gaps(reader) == []
     assert "lost PostgreSQL" not in relay.log
+
+
+class Answers:
+    """In the place of the listener: answers the statements of a source, and notes them."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.on_waiting: Callable[[], Coroutine[Any, Any, list[str] | None]] | None = None
+        self.numbered_last = asyncio.Event()
+
+    async def query(self, statement: str, values: Any = ()) -> list[tuple[Any, ...]]:
+        self.asked.append((statement, values))
+        if statement == sse_relay.LOG_WAITING_SQL:
+            waiting = (await self.on_waiting() if self.on_waiting else None) or ["1", "2"]
+            return [("1:9:", waiting, [7] * len(waiting), None)]
+        if statement == sse_relay.LOG_ADVANCE_SQL:
+            if "99999" in values[0]:
+                self.numbered_last.set()
+            return [(0, False)]
+        if statement == sse_relay.LOG_READ_SQL:
+            return [("e", 0, *[None] * 6, 0, None, False)]
+        if statement == sse_relay.LOG_ATTACH_SQL:
+            return [("e", 0, 0, 0.0)]
+        if statement == sse_relay.LOG_RECENT_SQL:
+            return [(None,)]
+        return []
+
+    @property
+    def numbered(self) -> list[str]:
+        """Which transactions were to be numbered, in order, and where it was looked for more."""
+        short = {
+            sse_relay.LOG_WAITING_SQL: lambda _: ["sweep"],
+            sse_relay.LOG_ADVANCE_SQL: lambda values: values[0],
+        }
+        return [
+            name
+            for statement, values in self.asked
+            if statement in short
+            for name in short[statement](values)
+        ]
+
+
+async def test_wake_ups_dropped_during_a_sweep_are_found_before_later_ones_are_numbered() -> None:
+    source = sse_relay.LogSource(sse_relay.Hub(1 << 20, 15.0), sse_relay.Memory(1 << 20))
+    answers = Answers()
+    source.listener = answers  # type: ignore[assignment]  # all that it asks is `query`
+    await source.connected()
+    answers.asked.clear()
+
+    async def flood() -> list[str] | None:
+        if len(answers.numbered) > 1:
+            return ["100", "101"]
+        for names in (range(100, 50_200), ["99999"]):
+            await source.deliver([psycopg2.extensions.Notify(7, "sse_relay", str(n)) for n in names], 0.0)
+        return None
+
+    answers.on_waiting = flood
+    source._sweep_due = True
+    serving = asyncio.create_task(source._read_on())
+    async with asyncio.timeout(10):
+        await answers.numbered_last.wait()
+    serving.cancel()
+    assert answers.numbered == ["sweep", "1", "2", "sweep", "100", "101", "99999"]
 
 
 def test_an_event_without_a_notification_is_out_within_the_sweep_interval(
