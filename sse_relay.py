@@ -3320,13 +3320,11 @@ END $$;
 --     If that is not all, `upto` is not NULL: call again with this snapshot and `after` = `upto`. Each
 -- call takes the next 50,000 rows in order of insertion. It lists the transactions whose last row is
 -- among them, and only those that the snapshot shows: what has been committed since could have seen
--- what a later window holds.
+-- what a later window holds. `events` is about how many wait, the list's and later ones.
 CREATE OR REPLACE FUNCTION sse_relay.waiting(since pg_snapshot DEFAULT NULL, after bigint DEFAULT NULL,
-    OUT snapshot pg_snapshot, OUT xids xid8[], OUT pids int[], OUT upto bigint)
+    OUT snapshot pg_snapshot, OUT xids xid8[], OUT pids int[], OUT upto bigint, OUT events bigint)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
-DECLARE
-    counted bigint;
 BEGIN
     PERFORM sse_relay.check_visible();
     snapshot := pg_current_snapshot();
@@ -3344,8 +3342,8 @@ BEGIN
         )
         SELECT (SELECT count(*) FROM found),
             coalesce(array_agg(s.xid ORDER BY last), '{}'), coalesce(array_agg(s.pid ORDER BY last), '{}')
-            INTO counted, xids, pids FROM senders AS s;
-        IF counted <= 50000 THEN
+            INTO events, xids, pids FROM senders AS s;
+        IF events <= 50000 THEN
             RETURN;
         END IF;
     END IF;
@@ -3365,6 +3363,10 @@ BEGIN
         WHERE pg_visible_in_snapshot(s.xid, snapshot) AND (SELECT q.seq FROM sse_relay.pending AS q
             WHERE q.xid = s.xid AND q.pid = s.pid AND q.seq > (SELECT max(f.seq) FROM found AS f)
             LIMIT 1) IS NULL;
+    events := cardinality(xids);
+    IF upto IS NOT NULL THEN
+        events := 50000 - upto + (SELECT p.seq FROM sse_relay.pending AS p ORDER BY p.seq + 0 DESC LIMIT 1);
+    END IF;
 END $$;
 
 -- Numbers the events of these transactions, as far as their senders match, in the order of the list:
@@ -3669,11 +3671,12 @@ WHERE id > %s ORDER BY id LIMIT 10000
 REVOCATION_CHANNEL: Final = "sse_relay_revoked"
 
 # (snapshot text | None, after int | None) -> (snapshot text, xids list[str], pids list[int],
-# upto int | None): a sweep's list, possibly empty, for LOG_ADVANCE_SQL. No lock, no write.
+# upto int | None, about how many events wait int): a sweep's list, possibly empty, for LOG_ADVANCE_SQL.
+# No lock, no write.
 # First the snapshot of the last sweep that was finished, or None on a new connection, with None. While
 # `upto` is not None, number the list, and go on with this snapshot and `after` = `upto`.
 LOG_WAITING_SQL: Final = """
-SELECT snapshot::text, xids::text[], pids, upto FROM sse_relay.waiting(%s::pg_snapshot, %s)
+SELECT snapshot::text, xids::text[], pids, upto, events FROM sse_relay.waiting(%s::pg_snapshot, %s)
 """
 # Wake-ups that are kept; beyond that a sweep finds what they named.
 MAX_WOKEN: Final = 50_000
@@ -3920,6 +3923,9 @@ class LogSource:
         # The snapshot of the last sweep: all that it shows has been numbered and read.
         self._swept_up: str | None = None
         self._swept: Snapshot | None = None
+        # About how many events the sweep that is going on has found, and since when some have waited.
+        self._unswept = 0
+        self._waiting_since: float | None = None
         # The transaction of the event with the last number: another there is another history.
         self._xid: int | None = None
         # Called with each subject that is signed out and the time of that, before later events.
@@ -4114,6 +4120,8 @@ class LogSource:
             # it is PostgreSQL's own word: a stranger cannot name another's transaction.
             if WAKE_UP.fullmatch(notification.payload):
                 self._woken[notification.payload, notification.pid] = None
+        if self._woken and self._waiting_since is None:
+            self._waiting_since = asyncio.get_running_loop().time()
         if len(self._woken) > MAX_WOKEN:
             self._woken.clear()
             self._sweep_due = True
@@ -4125,6 +4133,19 @@ class LogSource:
     def lost(self) -> None:
         self._connected.clear()
         self._woken.clear()
+        if self._waiting_since is None:
+            self._waiting_since = asyncio.get_running_loop().time()
+
+    @property
+    def pending(self) -> int:
+        """About how many transactions or events are known that wait to be numbered."""
+        return self._unswept + len(self._woken)
+
+    @property
+    def oldest_pending(self) -> float:
+        """For how many seconds some may have waited: also while there is no connection to see them."""
+        since = self._waiting_since
+        return 0.0 if since is None else asyncio.get_running_loop().time() - since
 
     async def _attach(self, *, replaced: bool = False) -> None:
         """Learn the log's epoch; begin anew, with a gap for all, if it is another.
@@ -4200,6 +4221,8 @@ class LogSource:
                 due = loop.time() + SWEEP_INTERVAL
             woken, self._woken = self._woken, {}
             await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
+            if not self._woken and not self._sweep_due:
+                self._waiting_since = None
             await asyncio.sleep(NUMBERING_PAUSE)
 
     async def _sweep(self, windows: float = math.inf) -> bool:
@@ -4223,9 +4246,13 @@ class LogSource:
         snapshot, after = self._swept_up, None
         while windows > 0:
             windows -= 1
-            ((snapshot, xids, pids, after),) = await self.listener.query(LOG_WAITING_SQL, (snapshot, after))
+            values = snapshot, after
+            ((snapshot, xids, pids, after, self._unswept),) = await self.listener.query(
+                LOG_WAITING_SQL, values
+            )
             await self._number_and_read(xids, pids, sweep=True)
             if after is None:
+                self._unswept = 0
                 self._swept_up, self._swept = snapshot, parse_snapshot(snapshot)
                 return True
         return False

@@ -53,7 +53,7 @@ class Session:
         return self.run(LOG_ATTACH_SQL, (epoch, newest))[0]
 
     def waiting(self, since: str | None = None) -> tuple[str, list[str], list[int]]:
-        snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (since, None))[0]
+        snapshot, xids, pids, upto, _ = self.run(LOG_WAITING_SQL, (since, None))[0]
         assert upto is None
         return snapshot, xids, pids
 
@@ -68,7 +68,7 @@ class Session:
     def sweep(self, since: str | None = None) -> str:
         snapshot, upto = since, None
         while True:
-            snapshot, xids, pids, upto = self.run(LOG_WAITING_SQL, (snapshot, upto))[0]
+            snapshot, xids, pids, upto, _ = self.run(LOG_WAITING_SQL, (snapshot, upto))[0]
             for start in range(0, len(xids), 1000):
                 self.advance(xids[start : start + 1000], pids[start : start + 1000], sweep=True)
             if upto is None:

@@ -638,7 +638,7 @@ class Answers:
         self.asked.append((statement, values))
         if statement == sse_relay.LOG_WAITING_SQL:
             waiting = (await self.on_waiting() if self.on_waiting else None) or ["1", "2"]
-            return [("1:9:", waiting, [7] * len(waiting), None)]
+            return [("1:9:", waiting, [7] * len(waiting), None, 0)]
         if statement == sse_relay.LOG_ADVANCE_SQL:
             if "99999" in values[0]:
                 self.numbered_last.set()
@@ -654,7 +654,7 @@ class Answers:
     @property
     def numbered(self) -> list[str]:
         """Which transactions were to be numbered, in order, and where it was looked for more."""
-        short = {
+        short: dict[str, Callable[[Any], list[str]]] = {
             sse_relay.LOG_WAITING_SQL: lambda _: ["sweep"],
             sse_relay.LOG_ADVANCE_SQL: lambda values: values[0],
         }
@@ -673,11 +673,13 @@ async def test_wake_ups_dropped_during_a_sweep_are_found_before_later_ones_are_n
     await source.connected()
     answers.asked.clear()
 
+    notification: Any = psycopg2.extensions.Notify
+
     async def flood() -> list[str] | None:
         if len(answers.numbered) > 1:
             return ["100", "101"]
         for names in (range(100, 50_200), ["99999"]):
-            await source.deliver([psycopg2.extensions.Notify(7, "sse_relay", str(n)) for n in names], 0.0)
+            await source.deliver([notification(7, "sse_relay", str(n)) for n in names], 0.0)
         return None
 
     answers.on_waiting = flood
