@@ -43,6 +43,7 @@ from sse_relay import (
     LOG_ATTACH_SQL,
     LOG_CHANNEL,
     LOG_GRANTS_SQL,
+    LOG_LAST_SQL,
     LOG_LIMITS_SQL,
     LOG_PRUNE_SQL,
     LOG_PUBLISH_SQL,
@@ -263,7 +264,7 @@ def use_as_relay(database: Database, role: str) -> None:
         session.attach()
         session.sweep()
         assert session.read()
-        channels = {"channels": ["orders"], "since": 0, "until": 100}
+        channels = {"channels": ["orders"], "since": [0], "until": 100, "bytes": 1 << 22}
         assert session.value(LOG_REPLAY_SIZE_SQL, channels)
         assert session.value(LOG_REPLAY_SQL, channels)
         session.run(LOG_PRUNE_SQL)
@@ -401,7 +402,8 @@ def test_a_good_channel_is_kept_as_it_is(log: Session, channel: str) -> None:
     publish(log, channel)
     log.sweep()
     assert [row[4] for row in log.read()] == [channel]
-    assert log.run(LOG_REPLAY_SQL, {"channels": [channel], "since": 0, "until": 9})[0][4] == channel
+    replay = {"channels": [channel], "since": [0], "until": 9, "bytes": 1}
+    assert log.run(LOG_REPLAY_SQL, replay)[0][4] == channel
 
 
 @pytest.mark.parametrize("channel", BAD_CHANNELS)
@@ -591,7 +593,7 @@ def test_a_call_moves_and_a_page_shows_about_four_mebibytes(log: Session) -> Non
     assert calls == [(4, True), (4, True), (1, False)]
     assert [len(log.page(after)) for after in (0, 4, 8)] == [4, 4, 1]
     assert [row[6][-1] for row in log.read()] == list("012345678")
-    replay = {"channels": ["orders"], "since": 0, "until": 100}
+    replay = {"channels": ["orders"], "since": [0], "until": 100, "bytes": 1 << 22}
     assert len(log.run(LOG_REPLAY_SQL, replay)) == 4
 
 
@@ -738,7 +740,8 @@ def test_a_large_backlog_is_numbered_in_time_that_grows_with_its_size_only(log: 
 def test_a_page_after_the_newest_event_is_one_row_without_an_event(log: Session) -> None:
     epoch = log.attach()[0]
     assert log.page(0) == [(epoch, 0, *[None] * 6, 0, None, False)]
-    assert log.run(LOG_REPLAY_SQL, {"channels": ["a"], "since": 0, "until": 9}) == [(epoch, 0, *[None] * 6)]
+    replay = {"channels": ["a"], "since": [0], "until": 9, "bytes": 1}
+    assert log.run(LOG_REPLAY_SQL, replay) == [(epoch, 0, *[None] * 6)]
 
 
 def test_rows_carry_what_the_relay_needs(log: Session) -> None:
@@ -759,14 +762,16 @@ def test_a_replay_reads_its_channels_alone_and_within_its_bounds(log: Session) -
         "FROM generate_series(1, 300) AS i"
     )
     log.sweep()
-    wanted = {"channels": ["a", "c", "never"], "since": 30, "until": 240}
-    expected = [i for i in range(31, 241) if i % 3 in (0, 2)]
+    wanted = {"channels": ["a", "c", "never"], "since": [30, 90, 0], "until": 240, "bytes": 1 << 20}
+    expected = [i for i in range(31, 241) if i % 3 == 0 or (i % 3 == 2 and i > 90)]
     assert [row[2] for row in log.run(LOG_REPLAY_SQL, wanted)] == expected
-    epoch, pruned, newest, events, size = log.run(LOG_REPLAY_SIZE_SQL, wanted)[0]
-    assert (epoch, pruned, newest) == (log.attach()[0], 0, 300)
-    assert (events, size) == (len(expected), sum(len(str(i)) for i in expected))
-    nothing = {"channels": [], "since": 0, "until": 9}
-    assert log.run(LOG_REPLAY_SIZE_SQL, nothing)[0][3:] == (0, 0)
+    assert log.run(LOG_REPLAY_SIZE_SQL, wanted) == [(len(expected), sum(len(str(i)) for i in expected))]
+    # A row, then as many as begin within the limit.
+    for most, count in ((0, 0), (1, 1), (2, 1), (3, 2), (1 << 20, len(expected))):
+        rows = log.run(LOG_REPLAY_SQL, {**wanted, "bytes": most})
+        assert [row[2] for row in rows if row[2]] == expected[:count]
+    nothing = {"channels": [], "since": [], "until": 9}
+    assert log.run(LOG_REPLAY_SIZE_SQL, nothing) == [(0, 0)]
 
 
 def test_a_replay_of_a_rare_channel_does_not_read_the_busy_ones(log: Session) -> None:
@@ -779,7 +784,7 @@ def test_a_replay_of_a_rare_channel_does_not_read_the_busy_ones(log: Session) ->
     for statistics in ("SELECT 1", "ANALYZE sse_relay.events"):
         log.run(statistics)
         for sql in (LOG_REPLAY_SQL, LOG_REPLAY_SIZE_SQL):
-            replay = {"channels": ["rare", "none"], "since": 0, "until": 10**9}
+            replay = {"channels": ["rare", "none"], "since": [0, 0], "until": 10**9, "bytes": 1 << 22}
             plan = log.value("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + sql, replay)[0]["Plan"]
             assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 50, json.dumps(plan, indent=1)
 
@@ -789,8 +794,19 @@ def test_a_resume_is_counted_to_ten_thousand_and_one(log: Session) -> None:
         "INSERT INTO sse_relay.events (xid, channel, data) "
         "SELECT '1', 'a', 'x' FROM generate_series(1, 12000)"
     )
-    assert log.run(LOG_REPLAY_SIZE_SQL, {"channels": ["a"], "since": 0, "until": 10**9})[0][3] == 10_001
-    assert log.run(LOG_REPLAY_SIZE_SQL, {"channels": ["a"], "since": 2000, "until": 10**9})[0][3] == 10_000
+    for since, counted in ((0, 10_001), (2000, 10_000)):
+        resume = {"channels": ["a"], "since": [since], "until": 10**9}
+        assert log.value(LOG_REPLAY_SIZE_SQL, resume) == counted
+
+
+def test_the_newest_events_of_each_channel_are_found_from_the_index(log: Session) -> None:
+    log.run("INSERT INTO sse_relay.events (xid, channel, data)"
+            " SELECT '1', CASE WHEN i % 1000 = 0 THEN 'rare' ELSE 'busy' END, 'x'"
+            " FROM generate_series(1, 20000) AS i")  # fmt: skip
+    wanted = {"channels": ["busy", "rare", "none"], "until": [20_000, 15_000, 7], "most": [3, 20, 5]}
+    assert log.run(LOG_LAST_SQL, wanted) == [("busy", 19_996), ("rare", 999), ("none", 7)]
+    plan = log.value("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + LOG_LAST_SQL, wanted)[0]["Plan"]
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 60, json.dumps(plan, indent=1)
 
 
 # ---------------------------------------------------------------- epoch
