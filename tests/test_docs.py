@@ -270,6 +270,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 UNCHECKED = {"text", "sql", "dockerfile", "nginx", "caddy", "haproxy", "apache", "http"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", CHECKS)
 def test_code_is_read_by_its_own_tool(language: str, tmp_path: Path) -> None:
     CHECKS[language](tmp_path)
@@ -363,6 +364,7 @@ def without_chance(text: str, bind: str = "127.0.0.1:8008") -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_the_readme_shows() -> None:
     bind = f"127.0.0.1:{free_port()}"
     command = [sys.executable, str(PROGRAM), "demo", "--bind", bind]

@@ -87,6 +87,7 @@ EXAMPLES: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", EXAMPLES)
 @pytest.mark.parametrize("source", ["notify", "log"])
 def test_the_example_publishes(source: str, language: str, log_database: Database, tmp_path: Path) -> None:
