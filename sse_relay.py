@@ -29,7 +29,8 @@ Contents, in the order in which an event travels:
     Constants and errors
     Events and frames           pure: notification to event, event to bytes
     Channels and positions      pure: what a client may ask for, where it stands
-    Tokens                      pure: who may read what, and until when
+    Tokens                      pure: keys, and what a token opens
+    Access                      pure: who may read what, from which pages and hosts
     Replay memory               pure: recent frames, for clients that come back
     Counts                      pure: what the metrics say
     Hub                         subscribers, one write for each and burst
@@ -38,9 +39,12 @@ Contents, in the order in which an event travels:
     Source notify               numbers what the listener hears
     SQL                         schema and statements of the durable log
     Source log                  numbers what was published, reads it back
+    Refusals                    how a request is answered that gets no stream
     Streams                     HTTP request to subscriber
     Admin                       liveness, readiness, metrics, channels, the page
     systemd                     notifications and inherited sockets
+    Sockets                     addresses, and who can reach them
+    Door                        what strangers may hold open
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
     Doctor: PostgreSQL          one finding for each check, judged by tables
@@ -124,17 +128,6 @@ log = logging.getLogger("sse_relay")
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
 
-# Longer tokens do not fit into a request's headers either.
-MAX_TOKEN_BYTES: Final = 8_000
-# RFC 7518, section 3.2: as many bits as the hash.
-MIN_SECRET_BYTES: Final = 32
-# Seconds. Milliseconds in place of seconds would make a token that never ends.
-MAX_LIFETIME: Final = 10 * 366 * 86_400
-# The clock of the application may be ahead by this much. A token from later could not be revoked.
-MAX_ISSUED_AHEAD: Final = 60
-# How long a revocation is kept; older tokens that have a subject are refused.
-REVOCATION_KEPT: Final = 30 * 86_400
-
 # What a browser waits that is told to stop. Longer values overflow a 32-bit timer in
 # Node's clients, which then loop; one day is safe in every client that was tried.
 NEVER_MS: Final = 86_400_000
@@ -176,26 +169,6 @@ STALL_TIMEOUT: Final = 30.0
 # The kernel otherwise takes 4 MB for a client that has stopped reading, before the
 # backlog in this process shows anything.
 SEND_BUFFER_BYTES: Final = 64 * KIB
-# asyncio accepts as many connections per turn of the loop as the backlog it is given:
-# few, so that those who are connected do not wait. The queue itself is set afterwards.
-ACCEPTS_PER_TURN: Final = 16
-# Sockets that are looked at in one turn of the loop: some 5 ms of work if each is a new client.
-SOCKETS_PER_TURN: Final = 64
-LISTEN_BACKLOG: Final = 4096
-# Connections without a request in work, some 6 KiB each, and what they may have sent of one.
-MAX_WAITING: Final = 10_000
-MAX_WAITING_BYTES: Final = 16 * MIB
-# On the admin listener: among the descriptors that clients cannot take.
-MAX_WAITING_ADMIN: Final = 32
-# A real site's cookies; more are refused in the stream, up to the most that one header may have, and
-# all of a request's headers together.
-MAX_COOKIE_BYTES: Final = 32 * KIB
-MAX_FIELD_BYTES: Final = 64 * KIB
-MAX_REQUEST_BYTES: Final = 96 * KIB
-# What a preflight asks for; the names are sent back.
-MAX_ASKED_HEADERS_BYTES: Final = KIB
-# Descriptors that clients cannot take: the database, the log, listening sockets.
-RESERVED_DESCRIPTORS: Final = 64
 
 # Seconds.
 CONNECT_TIMEOUT: Final = 5
@@ -205,18 +178,6 @@ CANARY_TIMEOUT: Final = 3.0
 QUERY_TIMEOUT: Final = 10.0
 BACKOFF_FIRST: Final = 0.1
 BACKOFF_MOST: Final = 5.0
-# Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
-KEEPALIVE_TIMEOUT: Final = 75.0
-# A page loads the module from its cache meanwhile, also while the relay is away.
-MODULE_MAX_AGE: Final = 600
-# How often systemd is told the status. Each time it waits for us, it is asked for more.
-STATUS_INTERVAL: Final = 5.0
-# For a connection's first request to arrive whole.
-REQUEST_TIMEOUT: Final = 10.0
-# Lines of the log about refusals in one second; a stranger can cause 20,000.
-MAX_REFUSAL_LINES: Final = 10
-STOP_TIMEOUT: Final = 1.5
-LATE_REQUESTS: Final = 0.2
 # A client that is cut again within this time waits longer before it comes back.
 CUT_MEMORY: Final = 600.0
 MAX_CUT_FACTOR: Final = 16
@@ -755,9 +716,18 @@ def _decode_target(target: str, prefix: str) -> tuple[str, list[tuple[str, str]]
         raise RefusedError(400, "the query has too many fields") from None
 
 
-# ==== Access ==================================================================
+# ==== Tokens ==================================================================
 
-# Who may read what: keys, tokens, origins and hosts. Pure; a request's headers come as a mapping.
+# Keys, and what a token signed with one opens. Pure.
+
+# Longer tokens do not fit into a request's headers either.
+MAX_TOKEN_BYTES: Final = 8_000
+# RFC 7518, section 3.2: as many bits as the hash.
+MIN_SECRET_BYTES: Final = 32
+# Seconds. Milliseconds in place of seconds would make a token that never ends.
+MAX_LIFETIME: Final = 10 * 366 * 86_400
+# The clock of the application may be ahead by this much. A token from later could not be revoked.
+MAX_ISSUED_AHEAD: Final = 60
 
 
 class Grant(NamedTuple):
@@ -971,7 +941,15 @@ def sign_token(
     return token
 
 
+# ==== Access ==================================================================
+
+# Who may read what, from which pages and by which hosts. Pure; headers come as a mapping.
+
+# How long a revocation is kept; older tokens that have a subject are refused.
+REVOCATION_KEPT: Final = 30 * 86_400
 REVOKED: Final = "the token has been revoked"
+# What a preflight asks for; the names are sent back.
+MAX_ASKED_HEADERS_BYTES: Final = KIB
 
 
 @dataclass
@@ -4388,6 +4366,113 @@ class LogSource:
             log.warning("%s", text)
 
 
+# ==== Refusals ================================================================
+
+# How a request is answered that gets no stream. Knows HTTP and whom to count; not why it is refused.
+
+EVENT_STREAM: Final = "text/event-stream"
+STREAM_HEADERS: Final = {
+    "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
+    # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+}
+# Lines of the log about refusals in one second; a stranger can cause 20,000.
+MAX_REFUSAL_LINES: Final = 10
+
+
+def _asked(request: web.BaseRequest, path: str | None) -> str:
+    """Return channel and origin of a request for the log.
+
+    Of nothing else that a client sends is it known that it holds no token.
+
+    Args:
+        path: Where the stream routes begin, None if it asks for something else.
+    """
+    text = ""
+    with contextlib.suppress(RefusedError):
+        if path is not None:
+            first, *others = parse_target(split_target(request.raw_path)[1], path).channels
+            text = f"; channel {first!a}" + (f" and {len(others)} more" if others else "")
+    origin = request.headers.get("Origin")
+    if origin is not None:
+        text += f"; origin {origin if ORIGIN.fullmatch(origin) else 'unreadable'}"
+    return text
+
+
+class Refusals:
+    """Answers what gets no stream; counts all of it, and logs some."""
+
+    def __init__(self, hub: Hub, path: str, retry: int) -> None:
+        """Args:
+        path: Where the stream routes begin.
+        retry: The least ``retry:`` in milliseconds.
+        """
+        self._hub = hub
+        self._path = path
+        self._retry = retry
+        # In the present second.
+        self._in_second = 0
+
+    def answer(
+        self,
+        request: web.BaseRequest,
+        refused: RefusedError,
+        path: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> web.Response:
+        """Answer a request that gets no stream.
+
+        A client that asks for an event stream cannot read a status, and many hammer on
+        one: it is told in the stream, to wait for a day or, if the reason will pass, to
+        come back.
+
+        Args:
+            path: Where the stream routes begin; those of --path if None.
+            headers: For a page of another origin.
+        """
+        headers = headers or {}
+        path = path or self._path
+        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
+        self.count(refused, lambda: _asked(request, path if is_stream else None))
+        passing = refused.status in (429, 503)
+        retry = retry_after(self._retry, len(self._hub.subscribers))
+        accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
+        if is_stream and accepts and request.method == "GET":
+            body = encode_retry(retry) if passing else encode_refused(refused.status, refused.reason)
+            return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
+        fields = {"Cache-Control": "no-store", **headers}
+        if passing:
+            fields["Retry-After"] = str(-(-retry // 1000))
+        if refused.status == 405:
+            fields["Allow"] = "GET, HEAD, OPTIONS"
+        problem = {"title": "refused", "status": refused.status, "detail": refused.reason}
+        return web.Response(
+            status=refused.status,
+            text=json.dumps(problem) + "\n",
+            content_type="application/problem+json",
+            headers=fields,
+        )
+
+    def count(self, refused: RefusedError, asked: Callable[[], str] = str) -> None:
+        """Count a refusal, and log it unless this second's lines are used up.
+
+        Args:
+            asked: Returns what the line adds about the request.
+        """
+        self._hub.counts.refusals[refused.status] += 1
+        if not self._in_second:
+            asyncio.get_running_loop().call_later(1.0, self._end_second)
+        self._in_second += 1
+        if self._in_second <= MAX_REFUSAL_LINES:
+            log.info("refused with %d: %s%s", refused.status, refused.reason, asked())
+
+    def _end_second(self) -> None:
+        more, self._in_second = self._in_second - MAX_REFUSAL_LINES, 0
+        if more > 0:
+            log.info("refused %d more requests within one second", more)
+
+
 # ==== Streams =================================================================
 #
 # From a request to a live stream. Knows HTTP and the hub; of a source no more than `blocked`,
@@ -4403,13 +4488,8 @@ class LogSource:
 # A live stream that is behind by more than --max-backlog is catching up again. In every state the
 # connection's end takes it out of the hub, and a client that takes nothing for half a minute is cut.
 
-EVENT_STREAM: Final = "text/event-stream"
-STREAM_HEADERS: Final = {
-    "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
-    # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
-    "Cache-Control": "no-store, no-transform",
-    "X-Accel-Buffering": "no",
-}
+# A real site's cookies; more, up to MAX_FIELD_BYTES, is refused in the stream.
+MAX_COOKIE_BYTES: Final = 32 * KIB
 # Begins a stream that was asked for by HTTP/1.0: only so can `doctor` tell, behind a proxy.
 HTTP_10_COMMENT: Final = b": HTTP/1.0\n"
 
@@ -4451,25 +4531,6 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
     subscriber.transport = transport
 
 
-def _asked(request: web.BaseRequest, path: str | None) -> str:
-    """Return channel and origin of a request for the log.
-
-    Of nothing else that a client sends is it known that it holds no token.
-
-    Args:
-        path: Where the stream routes begin, None if it asks for something else.
-    """
-    text = ""
-    with contextlib.suppress(RefusedError):
-        if path is not None:
-            first, *others = parse_target(split_target(request.raw_path)[1], path).channels
-            text = f"; channel {first!a}" + (f" and {len(others)} more" if others else "")
-    origin = request.headers.get("Origin")
-    if origin is not None:
-        text += f"; origin {origin if ORIGIN.fullmatch(origin) else 'unreadable'}"
-    return text
-
-
 class Streams:
     """Turns HTTP requests into subscribers.
 
@@ -4499,6 +4560,7 @@ class Streams:
         max_age: Seconds after which a stream ends, more or less a tenth; None: never.
         """
         self.draining = False
+        self.refusals = Refusals(hub, path, retry)
         self._hub = hub
         self._source = source
         self._access = access
@@ -4507,8 +4569,6 @@ class Streams:
         self.max_clients = max_clients
         self._max_per_subject = max_per_subject
         self._max_backlog = max_backlog
-        # In the present second.
-        self._refusals = 0
         self._max_age = max_age
         # Streams that waited for the same thing go on a few at a time.
         self._turns = asyncio.Semaphore(RESUMES_PER_TURN)
@@ -4563,65 +4623,7 @@ class Streams:
             places = "".join(traceback.format_tb(bug.__traceback__))
             log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
             refused = RefusedError(503, "an error of sse-relay's own")
-        return self.refuse(request, refused, path, headers)
-
-    def refuse(
-        self,
-        request: web.BaseRequest,
-        refused: RefusedError,
-        path: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> web.Response:
-        """Answer a request that gets no stream.
-
-        A client that asks for an event stream cannot read a status, and many hammer on
-        one: it is told in the stream, to wait for a day or, if the reason will pass, to
-        come back.
-
-        Args:
-            path: Where the stream routes begin; those of --path if None.
-            headers: For a page of another origin.
-        """
-        headers = headers or {}
-        path = path or self._path
-        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
-        self.count_refusal(refused, lambda: _asked(request, path if is_stream else None))
-        passing = refused.status in (429, 503)
-        retry = retry_after(self._retry, len(self._hub.subscribers))
-        accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
-        if is_stream and accepts and request.method == "GET":
-            body = encode_retry(retry) if passing else encode_refused(refused.status, refused.reason)
-            return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
-        fields = {"Cache-Control": "no-store", **headers}
-        if passing:
-            fields["Retry-After"] = str(-(-retry // 1000))
-        if refused.status == 405:
-            fields["Allow"] = "GET, HEAD, OPTIONS"
-        problem = {"title": "refused", "status": refused.status, "detail": refused.reason}
-        return web.Response(
-            status=refused.status,
-            text=json.dumps(problem) + "\n",
-            content_type="application/problem+json",
-            headers=fields,
-        )
-
-    def count_refusal(self, refused: RefusedError, asked: Callable[[], str] = str) -> None:
-        """Count a refusal, and log it unless this second's lines are used up.
-
-        Args:
-            asked: Returns what the line adds about the request.
-        """
-        self._hub.counts.refusals[refused.status] += 1
-        if not self._refusals:
-            asyncio.get_running_loop().call_later(1.0, self._end_refusals)
-        self._refusals += 1
-        if self._refusals <= MAX_REFUSAL_LINES:
-            log.info("refused with %d: %s%s", refused.status, refused.reason, asked())
-
-    def _end_refusals(self) -> None:
-        more, self._refusals = self._refusals - MAX_REFUSAL_LINES, 0
-        if more > 0:
-            log.info("refused %d more requests within one second", more)
+        return self.refusals.answer(request, refused, path, headers)
 
     def drain(self) -> None:
         """Tell every request to come back, those included that wait for LISTEN: the relay is stopping."""
@@ -4842,72 +4844,52 @@ GAP_REASONS: Final = (
 REFUSAL_STATUSES: Final = (400, 401, 403, 404, 405, 421, 429, 431, 503)
 
 
+def plain_metrics(relay: Relay) -> Iterator[tuple[str, str, str, float]]:
+    """Yield kind, name, explanation and value of each metric without labels."""
+    counts, listener, source = relay.hub.counts, relay.listener, relay.source
+    queue = "How full PostgreSQL's notification queue is; at 1, NOTIFY fails."
+    ready = "1 while notifications make the round trip through PostgreSQL."
+    yield "gauge", "clients", "Open streams.", len(relay.hub.subscribers)
+    yield "gauge", "max_clients", "Streams that may be open at once.", relay.streams.max_clients
+    yield "gauge", "channels", "Channels with clients.", len(relay.hub.channels)
+    yield "gauge", "ready", ready, listener.ready.is_set()
+    yield "gauge", "round_trip_seconds", "Time that the last of these trips took.", listener.round_trip
+    yield "gauge", "notification_queue_usage_ratio", queue, listener.queue_usage
+    pending, oldest = getattr(source, "pending", 0), getattr(source, "oldest_pending", 0.0)
+    yield "gauge", "pending_events", "Events published and not yet numbered.", pending
+    yield "gauge", "oldest_pending_seconds", "How long the oldest of these has waited.", oldest
+    yield "counter", "events", "Events from the source.", counts.events
+    yield "counter", "deliveries", "Events written to clients, live or replayed.", counts.deliveries
+    yield "counter", "replayed_events", "Events written to clients that came back.", counts.replayed
+    yield "counter", "sent_bytes", "Bytes written to streams.", counts.sent_bytes
+    yield "counter", "cut_clients", "Slow clients that were cut.", counts.cut_clients
+    yield "counter", "reconnects", "Lost connections to PostgreSQL.", listener.reconnects
+
+
 def metric_families(relay: Relay) -> list[Any]:
     """Return all metrics, for prometheus-client to write; names and units by its conventions."""
     from prometheus_client import core
 
-    counts, listener, source = relay.hub.counts, relay.listener, relay.source
-    gauge, counter = core.GaugeMetricFamily, core.CounterMetricFamily
-    plain = (
-        (gauge, "clients", "Open streams.", len(relay.hub.subscribers)),
-        (gauge, "max_clients", "Streams that may be open at once.", relay.streams.max_clients),
-        (gauge, "channels", "Channels with clients.", len(relay.hub.channels)),
-        (
-            gauge,
-            "ready",
-            "1 while notifications make the round trip through PostgreSQL.",
-            listener.ready.is_set(),
-        ),
-        (
-            gauge,
-            "round_trip_seconds",
-            "Time that the last canary took through PostgreSQL.",
-            listener.round_trip,
-        ),
-        (
-            gauge,
-            "notification_queue_usage_ratio",
-            "How full PostgreSQL's notification queue is; at 1, NOTIFY fails.",
-            listener.queue_usage,
-        ),
-        (gauge, "pending_events", "Events published and not yet numbered.", getattr(source, "pending", 0)),
-        (
-            gauge,
-            "oldest_pending_seconds",
-            "How long the oldest of these has waited.",
-            getattr(source, "oldest_pending", 0.0),
-        ),
-        (counter, "events", "Events from the source.", counts.events),
-        (counter, "deliveries", "Events written to clients, live or replayed.", counts.deliveries),
-        (counter, "replayed_events", "Events written to clients that came back.", counts.replayed),
-        (counter, "sent_bytes", "Bytes written to streams.", counts.sent_bytes),
-        (counter, "cut_clients", "Slow clients that were cut.", counts.cut_clients),
-        (
-            counter,
-            "reconnects",
-            "Connections to PostgreSQL that were lost and made anew.",
-            listener.reconnects,
-        ),
-    )
-    families: list[Any] = [kind(f"sse_relay_{name}", text, value) for kind, name, text, value in plain]
+    counts = relay.hub.counts
+    kinds = {"gauge": core.GaugeMetricFamily, "counter": core.CounterMetricFamily}
+    families: list[Any] = [
+        kinds[kind](f"sse_relay_{name}", text, value) for kind, name, text, value in plain_metrics(relay)
+    ]
     gaps = {**dict.fromkeys(GAP_REASONS, 0), **counts.gaps}
     refusals = {**dict.fromkeys(REFUSAL_STATUSES, 0), **counts.refusals}
     for name, text, label, values in (
         ("gaps", "Gap events sent; those of the reason start tell of no loss.", "reason", gaps),
         ("refusals", "Requests refused.", "status", refusals),
     ):
-        families.append(counter(f"sse_relay_{name}", text, labels=[label]))
+        families.append(core.CounterMetricFamily(f"sse_relay_{name}", text, labels=[label]))
         for value, count in values.items():
             families[-1].add_metric([str(value)], count)
     build = {"version": __version__, "source": relay.settings.source}
     families.append(core.InfoMetricFamily("sse_relay_build", "Which relay this is.", build))
     buckets = zip([*map(str, DELAY_BUCKETS), "+Inf"], itertools.accumulate(counts.delays), strict=True)
     text = "From the arrival (source notify) or the numbering (source log) of an event to its write."
-    families.append(
-        core.HistogramMetricFamily(
-            "sse_relay_delivery_delay_seconds", text, buckets=list(buckets), sum_value=counts.delay_sum
-        )
-    )
+    name = "sse_relay_delivery_delay_seconds"
+    families.append(core.HistogramMetricFamily(name, text, list(buckets), counts.delay_sum))
     return families
 
 
@@ -5060,12 +5042,13 @@ def watchdog_interval() -> float | None:
     return int(microseconds) / 2e6 if microseconds.isdigit() else None
 
 
-# ==== Listening ===============================================================
+# ==== Sockets =================================================================
 
-# Addresses, sockets, and what strangers may hold open before they ask for anything. Knows aiohttp,
-# and nothing of streams.
+# Addresses, the sockets that listen there, and who can reach them.
 
-Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+LISTEN_BACKLOG: Final = 4096
+# Descriptors that clients cannot take: the database, the log, listening sockets.
+RESERVED_DESCRIPTORS: Final = 64
 
 
 def raise_file_limit() -> int:
@@ -5254,6 +5237,30 @@ class Sockets:
                 path.unlink(missing_ok=True)
 
 
+# ==== Door ====================================================================
+
+# What strangers may hold open before they ask for anything, and turns that are fair. Knows aiohttp,
+# and nothing of streams.
+
+Handler = Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+
+# asyncio accepts as many connections per turn of the loop as the backlog it is given:
+# few, so that those who are connected do not wait. The queue itself is set afterwards.
+ACCEPTS_PER_TURN: Final = 16
+# Sockets that are looked at in one turn of the loop: some 5 ms of work if each is a new client.
+SOCKETS_PER_TURN: Final = 64
+# Connections without a request in work, some 6 KiB each, and what they may have sent of one.
+MAX_WAITING: Final = 10_000
+MAX_WAITING_BYTES: Final = 16 * MIB
+# On the admin listener: among the descriptors that clients cannot take.
+MAX_WAITING_ADMIN: Final = 32
+# Of one header or target, and of a whole request.
+MAX_FIELD_BYTES: Final = 64 * KIB
+MAX_REQUEST_BYTES: Final = 96 * KIB
+# For a connection's first request to arrive whole.
+REQUEST_TIMEOUT: Final = 10.0
+# Longer than nginx keeps its idle upstream connections (60 s), so that nginx closes first.
+KEEPALIVE_TIMEOUT: Final = 75.0
 TOO_LARGE: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 )
@@ -5441,6 +5448,14 @@ async def serve_on(server: web.Server, sockets: Iterable[socket.socket]) -> web.
 # ==== Relay ===================================================================
 
 # Wires the parts, and orders start and stop.
+
+# A page loads the module from its cache meanwhile, also while the relay is away.
+MODULE_MAX_AGE: Final = 600
+# How often systemd is told the status. Each time it waits for us, it is asked for more.
+STATUS_INTERVAL: Final = 5.0
+# Seconds that stopping takes at most, and in which late requests are answered.
+STOP_TIMEOUT: Final = 1.5
+LATE_REQUESTS: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -5666,14 +5681,14 @@ class Relay:
             Door(
                 handle,
                 lambda: min(waiting, self._most - len(self.hub.subscribers)),
-                self.streams.count_refusal,
+                self.streams.refusals.count,
                 # The demo's page publishes events of up to 1 MiB.
                 8 * MIB if self._is_demo else MAX_REQUEST_BYTES,
             ),
             Door(
                 self._local_only(admin, "let it send Host: localhost"),
                 lambda: MAX_WAITING_ADMIN,
-                self.streams.count_refusal,
+                self.streams.refusals.count,
             ),
         )
 
@@ -5741,7 +5756,7 @@ class Relay:
             refused = RefusedError(
                 421, f"only names of this machine are answered here (Host); behind a proxy, {remedy}"
             )
-            return self.streams.refuse(request, refused)
+            return self.streams.refusals.answer(request, refused)
 
         return answer
 
