@@ -4651,6 +4651,8 @@ class Streams:
         subscriber = Subscriber(self._hub, target.channels, self._key(request, target), now)
         subscriber.chunked = bool(version)
         subscriber.heartbeats = target.heartbeat
+        if target.heartbeat:
+            subscriber.last_heartbeat_at = 0.0  # the next is due: a page learns the interval from it
         self._hub.enter(subscriber)
         try:
             if grant is not None and grant.subject is not None:
@@ -4940,10 +4942,8 @@ def answer_status(relay: Relay) -> web.Response:
 
 @functools.cache
 def read_page(place: Literal["admin", "demo"]) -> tuple[str, str]:
-    """Give the page without what only the other place has, and its Content-Security-Policy."""
-    other = "demo" if place == "admin" else "admin"
-    text = re.sub(rf"^.*\[{other}\].*\n(?s:.*?)\[/{other}\].*\n", "", PAGE, flags=re.MULTILINE)
-    text = re.sub(r"^.*\[/?(?:admin|demo)\].*\n", "", text, flags=re.MULTILINE).replace("[place]", place)
+    """Return the page for one of its two places, and its Content-Security-Policy."""
+    text = PAGE.replace("[module]", CLIENT_MODULE).replace("[place]", place)
     policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     policy += "frame-ancestors 'none'"
     for tag in ("script", "style"):
@@ -5547,10 +5547,22 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
 
 
 def client_module(path: str) -> Pages:
-    """Serve the module for pages beside the streams at ``path``, as a public file; not at the root."""
-    if path == "/":
-        return {}
-    body = CLIENT_MODULE.replace("VERSION", __version__).encode()
+    """Return the routes of the module for pages and its types, beside the streams at ``path``."""
+    files = {".js": ("text/javascript", CLIENT_MODULE), ".d.ts": ("text/plain", CLIENT_TYPES)}
+    # At the root there are channels only.
+    return (
+        {}
+        if path == "/"
+        else {
+            (method, path + ending): public_file(kind, text.replace("VERSION", __version__).encode())
+            for ending, (kind, text) in files.items()
+            for method in ("GET", "HEAD")
+        }
+    )
+
+
+def public_file(content_type: str, body: bytes) -> PageHandler:
+    """Return what answers with a file that pages of any origin may read, and keep for a while."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
     headers = {
         "Access-Control-Allow-Origin": "*",
@@ -5564,9 +5576,9 @@ def client_module(path: str) -> Pages:
         # nginx weakens the tag where it compresses.
         if request.headers.get("If-None-Match", "").removeprefix("W/") == tag:
             return web.Response(status=304, headers=headers)
-        return web.Response(body=body, content_type="text/javascript", charset="utf-8", headers=headers)
+        return web.Response(body=body, content_type=content_type, charset="utf-8", headers=headers)
 
-    return {("GET", f"{path}.js"): show, ("HEAD", f"{path}.js"): show}
+    return show
 
 
 def live_page(path: str) -> Pages:
@@ -7431,31 +7443,34 @@ def main() -> None:
 
 
 # ==== Pages ===================================================================
+# Text that browsers get. Nothing here knows the rest of the program but by what it sends.
 
-# Less than 2 kB, as it is served. Two rules are not obvious. An EventSource keeps to itself the
-# positions that come without an event, so an opening anew can only name that of the last event; a stream
-# that had none yet asks for one that cannot be read, and is told of the gap. And the address keeps the
-# position that the page was made with, for its snapshot.
+# At most 3 kB, as it is served. An EventSource hides the position of a block without data, so what the
+# module resumes by is the id of the last event, heartbeats included. The address keeps the position that
+# the page was made with, for its snapshot.
 CLIENT_MODULE: Final = r"""// sse-relay VERSION (MIT): an EventSource that comes back whatever ended it.
-//
-//   const stream = openStream("/events/orders", {
-//     on: { message: show, open: refetch },   // by the names of events
-//     onGap: ({ channel, reason, since }) => refetch(),
-//     onRefused: ({ status, reason }) => {},  // closed until stream.open()
-//     position,                               // where to start
-//     withCredentials,                        // cookies to another origin
-//   });
-//   stream.close();
+// Its options stand in events.d.ts.
 
 export function openStream(url, options = {}) {
-  const { on = {}, position, withCredentials } = options;
+  const { on = {}, position, withCredentials, renew } = options;
   const { onGap = console.warn, onRefused = console.error } = options;
   const start = new URL(url, location);
+  start.searchParams.set("heartbeat", "event");
   if (position) start.searchParams.set("lastEventId", position);
   let source, timer, last;
-  let failures = 0;
+  let interval = 0; // of heartbeats, once known
+  let [failures, turn] = [0, 0];
+
+  function after(seconds, jitter, work) {
+    clearTimeout(timer);
+    timer = setTimeout(work, 1000 * seconds * (1 + jitter * Math.random()));
+  }
+  const tryAgain = (work) => after(Math.min(2 * 2 ** failures++, 60), 0.5, work);
+  // A browser does not notice a connection that is silently gone.
+  const watch = () => (interval ? after(2.5 * interval, 0.1, open) : clearTimeout(timer));
 
   function close() {
+    turn++;
     clearTimeout(timer);
     source?.close();
   }
@@ -7466,37 +7481,91 @@ export function openStream(url, options = {}) {
     // The relay goes by the last of two.
     if (last) address.searchParams.append("lastEventId", last);
     source = new EventSource(address, { withCredentials });
+    const patience = Math.max(interval, 15);
+    after(2.5 * patience, 0.1, open);
 
     const listen = (name, handle) =>
       source.addEventListener(name, (event) => {
-        last = event.lastEventId || last;
+        if ("lastEventId" in event && name !== "relay.refused") {
+          last = event.lastEventId || last;
+          failures = 0;
+          watch();
+        }
         handle(event);
       });
-    listen("open", () => {
-      failures = 0;
-      // Nothing to resume by yet: opened anew, ask for the gap.
-      if (!start.searchParams.get("lastEventId")) last ||= "none";
-    });
+    listen("open", watch);
     listen("error", ({ target }) => {
-      if (target.readyState !== EventSource.CLOSED) return;
-      const wait = Math.min(2000 * 2 ** failures++, 60000);
-      timer = setTimeout(open, wait * (0.5 + Math.random() / 2));
+      if (target.readyState === EventSource.CLOSED) tryAgain(open);
+      // The browser comes back when the relay told it to.
+      else after(10 * patience, 0.1, open);
     });
-    listen("relay.gap", ({ data }) => onGap(JSON.parse(data)));
     listen("relay.refused", ({ data }) => {
       close();
-      onRefused(JSON.parse(data));
+      const refusal = JSON.parse(data);
+      if (renew && refusal.status === 401) tryAgain(() => enter(refusal));
+      else onRefused(refusal);
     });
+    listen("relay.heartbeat", ({ data }) => {
+      ({ interval } = JSON.parse(data));
+      watch();
+    });
+    listen("relay.gap", ({ data }) => onGap(JSON.parse(data)));
     for (const name in on) listen(name, on[name]);
   }
 
-  open();
+  async function enter(refusal) {
+    const mine = ++turn;
+    const allowed = await Promise.resolve().then(renew).catch(() => null);
+    if (mine !== turn) return;
+    if (allowed) open();
+    else if (allowed === null) tryAgain(() => enter(refusal));
+    else onRefused(refusal);
+  }
+
+  renew ? enter({ status: 401, reason: "signed out" }) : open();
   return { open, close };
+}
+
+// For onGap: at once when a page begins, within seconds when all come back.
+export function spread(refetch, seconds = 5) {
+  let timer;
+  return (gap) => {
+    clearTimeout(timer);
+    timer = setTimeout(refetch, gap.reason === "start" ? 0 : 1000 * seconds * Math.random(), gap);
+  };
 }
 """
 
-# For the demo and the admin listener: what one of them has alone stands between lines with
-# [demo] and [/demo], [admin] and [/admin]. [place] is which of them it is.
+CLIENT_TYPES: Final = r"""// Types of sse-relay's events.js, VERSION (MIT).
+
+type Reason = "restart" | "evicted" | "pruned" | "failed" | "unreadable" | "ahead" | "too-many" | "outage";
+/** Fetch the state. Events may be missing here, unless the reason is that the stream has started. */
+export type Gap = { channels: string[]; reason: "start" | Reason; since: string | null };
+/** `status` is the HTTP status that it stands for. */
+export type Refusal = { status: number; reason: string };
+
+export interface StreamOptions {
+  /** Handlers by the names of events; `message` gets those without one. */
+  on?: Record<string, (event: MessageEvent<string>) => void>;
+  onGap?: (gap: Gap) => void;
+  /** The stream is closed until `open()`. */
+  onRefused?: (refusal: Refusal) => void;
+  /** Fetch a new cookie, before the first opening and after each 401; false: the user is signed out. */
+  renew?: () => boolean | Promise<boolean>;
+  /** Where to start: what `sse_relay.position()` returned. */
+  position?: string;
+  /** Send cookies to another origin. */
+  withCredentials?: boolean;
+}
+
+/** `open` goes on where the stream was. */
+export type Stream = { open(): void; close(): void };
+export function openStream(url: string | URL, options?: StreamOptions): Stream;
+/** Return an `onGap` that calls `refetch` at once on `start`, else within `seconds`, 5 by default. */
+export function spread(refetch: (gap: Gap) => void, seconds?: number): (gap: Gap) => void;
+"""
+
+# For the demo and the admin listener; [place] is which of them. What only one of them has goes by its class.
 PAGE: Final = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -7507,78 +7576,64 @@ PAGE: Final = r"""<!doctype html>
 <style>
 :root {
   color-scheme: light dark;
-  --page: #f6f7f8; --card: #fff; --text: #1b1f24; --quiet: #57606a; --line: #d0d5da; --field: #8a929a;
-  --action: #0b5cad; --on-action: #fff; --good: #176b34; --wait: #8a5300; --bad: #b3261e;
+  --page: light-dark(#f6f7f8, #14171a); --card: light-dark(#fff, #1d2125);
+  --text: light-dark(#1b1f24, #e6e9ec); --quiet: light-dark(#57606a, #a4adb6);
+  --line: light-dark(#d0d5da, #3a4148); --field: light-dark(#8a929a, #7b858f);
+  --action: light-dark(#0b5cad, #7db8f5); --good: light-dark(#176b34, #6fd08c);
+  --wait: light-dark(#8a5300, #f0b45a); --bad: light-dark(#b3261e, #ff9a92);
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171a; --card: #1d2125; --text: #e6e9ec; --quiet: #a4adb6; --line: #3a4148; --field: #7b858f;
-    --action: #7db8f5; --on-action: #10243a; --good: #6fd08c; --wait: #f0b45a; --bad: #ff9a92;
-  }
-}
-* { box-sizing: border-box; }
+* { box-sizing: border-box; min-width: 0; }
+.demo .admin-only, .admin .demo-only { display: none; }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif; }
 header, main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
 header { padding-bottom: 0; }
 h1, h2, p { margin: 0 0 .5rem; }
 h1 { font-size: 1.4rem; }
 h2 { font-size: 1.05rem; }
-main { display: grid; gap: 1rem; align-items: start; }
-main > * { min-width: 0; }
-@media (min-width: 50rem) {
-  main { grid-template-columns: 22rem minmax(0, 1fr); }
-  .wide { grid-column: 1 / span 2; }
-}
-.controls { display: grid; gap: 1rem; }
+main, .controls { display: grid; gap: 1rem; align-items: start; }
+@media (min-width: 50rem) { main { grid-template-columns: 22rem 1fr; } .wide { grid-column: 1 / span 2; } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
-form { display: grid; gap: .6rem; }
-label { display: grid; gap: .2rem; font-weight: 600; font-size: .9rem; }
+form, label { display: grid; gap: .5rem; }
+label, summary { font-weight: 600; font-size: .9rem; }
 input, textarea, button { font: inherit; border-radius: .3rem; padding: .4rem .6rem; width: 100%; }
-input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; font-weight: 400; }
-textarea { resize: vertical; }
+input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; resize: vertical; }
 button { border: 1px solid var(--action); background: var(--card); color: var(--action); font-weight: 600; }
-button.primary { background: var(--action); color: var(--on-action); }
 button, summary { cursor: pointer; }
-summary { font-weight: 600; font-size: .9rem; }
 summary h2 { display: inline; }
-details[open] > summary { margin-bottom: .5rem; }
 :focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
 .buttons { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; }
 .buttons button { flex: 1 1 auto; width: auto; max-width: 100%; overflow-wrap: anywhere; }
-.quiet { color: var(--quiet); font-size: .85rem; }
+.quiet, .facts, dt { color: var(--quiet); font-size: .85rem; }
 code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
 .state strong { color: var(--wait); }
 .state strong::before { content: "●"; margin-right: .4rem; }
 [data-state="live"] strong, .good { color: var(--good); }
-[data-state="refused"] strong, [data-state="closed"] strong, .bad { color: var(--bad); }
-#figures { display: grid; gap: .75rem; grid: auto-flow / repeat(auto-fit, minmax(8.5rem, 1fr)); margin: 0; }
-#figures dt { font-size: .85rem; color: var(--quiet); }
-#figures dd { margin: 0; }
-#figures .now { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-#figures svg { display: block; width: 100%; height: 2.5rem; border-bottom: 1px solid var(--line); }
-#figures path { fill: none; stroke: var(--action); stroke-width: 2; vector-effect: non-scaling-stroke; }
-#figures path { stroke-linecap: round; stroke-linejoin: round; }
-#events { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
-#events li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; min-width: 0; }
-#events .facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .85rem; color: var(--quiet); }
-#events .facts, #events .data { margin: 0; }
-#events .facts > * { overflow-wrap: anywhere; min-width: 0; }
-#events .facts b { color: var(--text); }
-#events .data { white-space: pre-wrap; }
-#events .note { color: var(--quiet); }
-#events .start { border-color: var(--good); }
-#events .gap { border-color: var(--wait); color: var(--wait); }
-#events .refused { border-color: var(--bad); color: var(--bad); }
+[data-state="refused"] strong, .bad { color: var(--bad); }
+dl { display: grid; gap: .75rem; grid: auto-flow / repeat(auto-fit, minmax(8.5rem, 1fr)); margin: 0; }
+dd { margin: 0; }
+.now { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: 2.5rem; border-bottom: 1px solid var(--line); }
+path { fill: none; stroke: var(--action); stroke-width: 2; vector-effect: non-scaling-stroke; }
+path { stroke-linecap: round; stroke-linejoin: round; }
+ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
+li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; overflow-wrap: anywhere; }
+li p { margin: 0; }
+.facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; }
+.facts b { color: var(--text); }
+.data { white-space: pre-wrap; }
+.start { border-color: var(--good); }
+.gap { border-color: var(--wait); color: var(--wait); }
+.refused { border-color: var(--bad); color: var(--bad); }
 </style>
 </head>
-<body>
+<body class="[place]">
 <header>
   <h1>sse-relay [place]</h1>
   <p>Each event goes through PostgreSQL's <code>NOTIFY</code> and comes out as a Server-Sent Event.</p>
 </header>
 <main spellcheck="false">
   <section class="card wide" aria-labelledby="figures-title">
-    <h2 id="figures-title">Figures of the last five minutes</h2>
+    <h2 id="figures-title">The last five minutes</h2>
     <div role="status"><p id="relay" class="state"><strong></strong> <span></span></p></div>
     <dl id="figures"></dl>
   </section>
@@ -7588,241 +7643,179 @@ code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem
       <div role="status"><p id="state" class="state"><strong></strong> <span></span></p></div>
       <p class="quiet"><code id="address"></code></p>
       <div class="buttons"><button type="button" id="cut"></button></div>
-      <!-- [demo] -->
-      <div class="buttons">
+      <div class="buttons demo-only">
         <button type="button" data-restart="Relay">Restart the relay</button>
         <button type="button" data-restart="PostgreSQL">Restart PostgreSQL</button>
       </div>
       <div role="status"><p id="restarted"></p></div>
-      <!-- [/demo] -->
     </section>
-    <!-- [demo] -->
-    <section class="card" aria-labelledby="publish-title">
+    <section class="card demo-only" aria-labelledby="publish-title">
       <h2 id="publish-title">Publish</h2>
       <form id="publish" autocomplete="off">
         <label>Channel <input name="channel" value="orders" required></label>
         <label>Event name, or empty <input name="event"></label>
-        <label>Data
-          <textarea name="data" rows="3" aria-describedby="hint">{"id": 42, "state": "paid"}</textarea>
-        </label>
-        <button class="primary">Publish</button>
-        <p class="quiet" id="hint">Ctrl+Enter in the data publishes too. The page listens for the name.</p>
+        <label>Data, Ctrl+Enter publishes it <textarea name="data" rows="3">{"id": 42}</textarea></label>
+        <button>Publish</button>
       </form>
       <div role="status"><p id="published"></p></div>
     </section>
-    <!-- [/demo] -->
     <details class="card">
       <summary><h2>Watch</h2></summary>
       <form id="watch" autocomplete="off">
-        <label>Channels, one on a line
-          <textarea name="channels" rows="2" required aria-describedby="channels-hint"></textarea>
-        </label>
-        <p class="quiet" id="channels-hint">With several, an event without a name carries its channel as its
-          name. One with a name does not tell its channel.</p>
-        <label>Listen for names, with blanks between
-          <input name="names" aria-describedby="names-hint">
-        </label>
-        <p class="quiet" id="names-hint">EventSource gives a page only events without a name, and those whose
-          names it listens for.</p>
-        <!-- [admin] -->
-        <details id="watched"><summary>Channels with clients</summary><div class="buttons"></div></details>
-        <label>Token, for channels that need one
-          <input name="token" type="password" autocomplete="off" aria-describedby="token-hint">
-        </label>
-        <p class="quiet" id="token-hint">Who watches here is a client like any other.</p>
-        <!-- [/admin] -->
+        <label>Channels, one on a line <textarea name="channels" rows="2" required></textarea></label>
+        <label>Names of events to listen for, beside those without a name <input name="names"></label>
+        <details id="watched" class="admin-only">
+          <summary>Channels with clients</summary><div class="buttons"></div>
+        </details>
+        <label class="admin-only">Token, where one is needed <input name="token" type="password"></label>
         <button>Watch</button>
       </form>
     </details>
   </div>
   <section class="card" aria-labelledby="events-title">
     <h2 id="events-title">Events</h2>
-    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay. An event's delay
-      begins when the relay hears of it, or numbers it in the log, and ends on this page.</p>
-    <div role="log" aria-labelledby="events-title" aria-live="polite" aria-relevant="additions">
-      <ol id="events"></ol>
-    </div>
+    <p class="quiet"><span id="count">None yet.</span> Newest first; the newest 200 stay.</p>
+    <div role="log" aria-labelledby="events-title" aria-relevant="additions"><ol id="events"></ol></div>
   </section>
 </main>
 <script type="module">
-const MOST_ROWS = 200;
+[module]
+const DEMO = document.body.className === "demo";
+const MAX_ROWS = 200;
 const WINDOW_MS = 300_000;
 const LOOK_MS = matchMedia("(prefers-reduced-motion: reduce)").matches ? 10_000 : 1_000;
-// Names that are EventSource's own, or the relay's.
-const RESERVED = /^(error|open|relay\..*)$/;
-const DEMO = "[place]" === "demo";
-// A position of no history. The relay answers it with a gap, and that carries the present
-// position: without it, a page that has seen no event yet could not resume after a cut.
-// Elsewhere nobody cuts, and the gap would be counted among the true ones.
-const START = DEMO ? "start-0" : "";
 const STATES = {
   idle: ["not watching", "choose channels to see their events."],
   connecting: ["connecting", ""],
   live: ["live", "connected to the relay."],
-  waiting: ["waiting to retry", "the connection is lost; the browser comes back by itself."],
-  cut: ["cut", "publish something, then resume: it has not been lost."],
+  waiting: ["waiting to retry", "the connection is lost; the page comes back by itself."],
+  cut: ["cut", "publish something, then resume: it is not lost."],
   refused: ["refused", ""],
-  closed: ["closed", "the browser does not come back by itself."],
-};
-const GAPS = {
-  restart: "the relay was started anew",
-  evicted: "the relay no longer has them in memory",
-  outage: "the relay had no connection to PostgreSQL",
-  "too-many": "too many were missed",
-  pruned: "they were deleted from the log",
-  unreadable: "the position cannot be read",
-  ahead: "the position lies ahead of the relay",
 };
 
 const element = (id) => document.getElementById(id);
-const split = (text, by) => text.split(by).filter(Boolean);
-
-let source = null;
+const { watch, publish } = document.forms;
+let stream, state;
 let channels = [];
 let token = "";
-let position = START;
 let count = 0;
 let rows = [];
-// Events whose delay is not known yet: id, time, place on the page, how often it was looked for.
-let undated = [];
-const names = new Set(["message"]);
+// Handlers by the names of events, as openStream takes them.
+const on = {
+  message: onEvent,
+  open() {
+    if (state === "waiting") addRow("note", "", "", "", "It is back, and resumes.");
+    show("live");
+  },
+  error() {
+    if (state === "live") addRow("note", "", "", "", "The connection was lost.");
+    show("waiting");
+  },
+};
 
-function tellState(id, state, label, detail) {
+function tell(id, kind, label, detail) {
   const [first, second] = element(id).children;
   // What has not changed is not to be read out again.
   if (first.textContent === label && second.textContent === detail) return;
-  element(id).dataset.state = state;
-  first.textContent = label;
-  second.textContent = detail;
+  element(id).dataset.state = kind;
+  [first.textContent, second.textContent] = [label, detail];
 }
 
-function show(state, detail = STATES[state][1]) {
-  tellState("state", state, STATES[state][0], detail);
-  const stop = DEMO ? "Cut the connection" : "Stop watching";
+function show(next, detail = STATES[next][1]) {
+  state = next;
+  tell("state", state, STATES[state][0], detail);
   element("cut").hidden = state === "idle";
-  element("cut").textContent = source ? stop : state === "cut" ? "Resume" : "Try again";
+  const stop = DEMO ? "Cut the connection" : "Stop watching";
+  element("cut").textContent = { cut: "Resume", refused: "Try again" }[state] ?? stop;
 }
 
 function make(tag, className, text) {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
-
-function drawRows() {
-  element("events").prepend(...rows.reverse());
-  rows = [];
-  while (element("events").children.length > MOST_ROWS) element("events").lastChild.remove();
-  element("count").textContent = count === 1 ? "1 event." : `${count} events.`;
+  return Object.assign(document.createElement(tag), { className, textContent: text });
 }
 
 function addRow(kind, channel, name, id, data) {
   const now = new Date();
-  const thousandths = String(now.getMilliseconds()).padStart(3, "0");
-  const time = make("time", "", `${now.toTimeString().slice(0, 8)}.${thousandths}`);
+  const milliseconds = String(now.getMilliseconds()).padStart(3, "0");
+  const time = make("time", "", `${now.toTimeString().slice(0, 8)}.${milliseconds}`);
   time.dateTime = now.toISOString();
   const facts = make("p", "facts", "");
-  const delay = make("span", "delay", "");
-  const parts = [time, make("b", "", channel), make("span", "", name), make("span", "position", id), delay];
+  const parts = [time, make("b", "", channel), make("span", "", name), make("span", "position", id)];
   // Blanks, so that it reads as words where the layout does not count.
   facts.append(...parts.flatMap((part) => [part, " "]));
   const row = make("li", kind, "");
   row.append(facts, make("p", "data", data));
   if (rows.length === 0) requestAnimationFrame(drawRows);
   rows.push(row);
-  if (rows.length > MOST_ROWS) rows.shift();
-  if (kind === "event") undated.push([id, now.getTime(), delay, 0]);
-  if (undated.length > MOST_ROWS) undated.shift();
+  if (rows.length > MAX_ROWS) rows.shift();
 }
 
-function onEvent(event) {
+function drawRows() {
+  element("events").prepend(...rows.reverse());
+  rows = [];
+  while (element("events").children.length > MAX_ROWS) element("events").lastChild.remove();
+  element("count").textContent = count === 1 ? "1 event." : `${count} events.`;
+}
+
+function onEvent({ type, lastEventId, data }) {
   count += 1;
-  position = event.lastEventId || position;
-  const told = channels.find((name) => name === event.type || `channel:${name}` === event.type);
-  const channel = channels.length === 1 ? channels[0] : told ?? "(one of several)";
-  addRow("event", channel, event.type, event.lastEventId, event.data);
+  const [channel, ...name] = channels.length === 1 ? [channels[0], type] : type.split(":");
+  addRow("event", decodeURIComponent(channel), name.join(":"), lastEventId, data);
 }
 
-function onGap(event) {
-  const { channel, reason, since } = JSON.parse(event.data);
-  position = event.lastEventId || position;
-  const text = `Events may be missing here: ${GAPS[reason] ?? "see the reason"} (${reason}).`;
-  if (!since || since !== START) addRow("gap", channel, event.type, event.lastEventId, text);
-  else addRow("start", channel, "start", event.lastEventId, "Live from here on.");
+function onGap({ channels, reason }) {
+  const text = reason === "start" ? "Live from here on." : `Events may be missing here (${reason}).`;
+  addRow(reason === "start" ? "start" : "gap", channels.join(" "), reason, "", text);
 }
 
-function onRefused(event) {
-  const { status, reason } = JSON.parse(event.data);
-  disconnect();
+function onRefused({ status, reason }) {
   show("refused", `${status}: ${reason}`);
-  addRow("refused", channels.join(" "), event.type, "", `${status}: ${reason}`);
+  addRow("refused", channels.join(" "), "refused", "", `${status}: ${reason}`);
 }
 
-function listenFor(name) {
-  if (RESERVED.test(name) || names.has(name)) return;
-  names.add(name);
-  source?.addEventListener(name, onEvent);
-}
-
-function disconnect() {
-  source?.close();
-  source = null;
+// Of several channels an event is named CHANNEL, CHANNEL: or CHANNEL:NAME.
+function listenFor(...names) {
+  const prefixes = channels.map((channel) => channel.replaceAll("%", "%25").replaceAll(":", "%3A"));
+  const endings = ["", ":", ...names.map((name) => `:${name}`)];
+  const all = prefixes.flatMap((prefix) => endings.map((ending) => prefix + ending));
+  const added = (channels.length > 1 ? all : names).filter((name) => !(name in on || /^relay\./.test(name)));
+  for (const name of added) on[name] = onEvent;
+  return added.length > 0;
 }
 
 function connect() {
-  disconnect();
   const url = new URL("/events", location.origin);
-  const [first] = channels;
-  const inPath = channels.length === 1 && first !== "." && first !== "..";
-  if (inPath) url.pathname += `/${encodeURIComponent(first)}`;
+  if (channels.length === 1 && /^[\w-]+$/.test(channels[0])) url.pathname += `/${channels[0]}`;
   else for (const channel of channels) url.searchParams.append("channel", channel);
   element("address").textContent = url;
-  if (position) url.searchParams.set("lastEventId", position);
   if (token) url.searchParams.set("access_token", token);
-  source = new EventSource(url);
-  source.onopen = () => {
-    if (element("state").dataset.state === "waiting") addRow("note", "", "", "", "It is back, and resumes.");
-    show("live");
-  };
-  source.onerror = () => {
-    if (element("state").dataset.state === "live") addRow("note", "", "", "", "The connection was lost.");
-    if (source.readyState === EventSource.CONNECTING) return show("waiting");
-    disconnect();
-    show("closed");
-  };
-  source.addEventListener("relay.gap", onGap);
-  source.addEventListener("relay.refused", onRefused);
-  for (const name of names) source.addEventListener(name, onEvent);
   show("connecting");
+  stream = openStream(url, { on, onGap, onRefused });
 }
 
 element("cut").onclick = () => {
-  if (!source) return connect();
-  disconnect();
+  if (state === "cut" || state === "refused") {
+    show("connecting");
+    return stream.open();
+  }
+  stream.close();
   show(DEMO ? "cut" : "idle");
-  if (!DEMO) element("watch").elements.channels.focus();
+  if (!DEMO) watch.channels.focus();
 };
 
-element("watch").onsubmit = (event) => {
+const split = (text, by) => [...new Set(text.split(by).filter(Boolean))];
+
+watch.onsubmit = (event) => {
   event.preventDefault();
-  const fields = event.target.elements;
-  const asked = [...new Set(split(fields.channels.value, /\n/))];
-  const given = fields.token?.value ?? "";
-  for (const name of split(fields.names.value, /\s+/)) listenFor(name);
-  if (asked.length > 1) for (const name of asked) listenFor(RESERVED.test(name) ? `channel:${name}` : name);
-  if (asked.join("\n") !== channels.join("\n") || given !== token || !DEMO) {
-    disconnect();
-    channels = asked;
-    token = given;
-    position = START;
-  }
-  if (!source) connect();
+  stream?.close();
+  channels = split(watch.channels.value, /\n/);
+  token = watch.token.value;
+  listenFor(...split(watch.names.value, /\s+/));
+  connect();
 };
 
 const round = (value) => String(Number(value.toFixed(value < 10 ? 1 : 0)));
 const asText = (ms) => (ms < 1000 ? `${round(ms)} ms` : `${round(ms / 1000)} s`);
-// Label, how it is written, and what it is between two looks; null where there is nothing to tell.
+// Label, how it is written, and what it is between two looks; null where there is nothing to show.
 const FIGURES = [
   ["Clients", String, (now) => now.clients],
   ["Channels", String, (now) => now.channels],
@@ -7857,44 +7850,21 @@ function drawFigure({ write, current, most, path, points }, when) {
 
 let before = null;
 let timer = 0;
-// The relay's clock against this one's, from the quickest answer so far. What may be the
-// answer's way alone is no difference.
-let clock = { took: Infinity, ahead: 0 };
-
-function fillDelays({ position, recent }) {
-  const epoch = position.slice(0, position.lastIndexOf("-"));
-  undated = undated.filter((event) => {
-    const [, its, number] = event[0].match(/^(\w+)-(\d+)/) ?? [];
-    const burst = its === epoch && recent.find(([first, last]) => first <= number && number <= last);
-    const delay = burst && event[1] + clock.ahead - burst[2] * 1000;
-    // A page's clock has no finer grain.
-    if (burst) event[2].textContent = `delay ${delay < 1 ? "under 1 ms" : asText(Math.round(delay))}`;
-    // It may still be on its way to others. Else it is of the past.
-    else if ((event[3] += 1) > 2) event[2].textContent = "delay not known";
-    return !event[2].textContent;
-  });
-}
 
 async function look() {
   if (document.hidden) return;
-  const asked = Date.now();
-  let now = null;
-  try {
-    now = await (await fetch("/status", { signal: AbortSignal.timeout(5000) })).json();
-  } catch {}
+  const answer = fetch("/status", { signal: AbortSignal.timeout(5000) });
+  const now = await answer.then((response) => response.json()).catch(() => null);
   const when = Date.now();
   const problem = now ? now.reason ?? "" : "the relay cannot be reached";
-  tellState("relay", now?.ready ? "live" : "waiting", now?.ready ? "ready" : "not ready", problem);
+  tell("relay", now?.ready ? "live" : "waiting", now?.ready ? "ready" : "not ready", problem);
   if (now) {
-    const [took, ahead] = [when - asked, now.time * 1000 - (when + asked) / 2];
-    if (took <= clock.took) clock = { took, ahead: Math.abs(ahead) <= took / 2 + 1 ? 0 : ahead };
-    // A relay that was started anew counts from 0.
-    const anew = before && before.events_total > now.events_total;
-    const since = anew ? { events_total: 0, delivery_delay_seconds_sum: 0 } : before ?? now;
+    // A relay that was restarted counts from 0.
+    const restarted = before && before.events_total > now.events_total;
+    const since = restarted ? { events_total: 0, delivery_delay_seconds_sum: 0 } : before ?? now;
     now.when = when;
     now.events = now.events_total - since.events_total;
     now.delay = now.delivery_delay_seconds_sum - since.delivery_delay_seconds_sum;
-    fillDelays(now);
   }
   for (const figure of FIGURES) {
     figure.points.push([when, now && figure.read(now, before)]);
@@ -7908,50 +7878,39 @@ async function look() {
 document.addEventListener("visibilitychange", look);
 look();
 
-// [admin]
-element("watched").ontoggle = async (event) => {
-  if (!event.target.open) return;
+element("watched").ontoggle = async ({ target }) => {
+  if (!target.open) return;
   const counted = Object.entries((await (await fetch("/channels")).json()).channels);
   const most = counted.sort(([, a], [, b]) => b - a).slice(0, 50);
-  const field = element("watch").elements.channels;
   const buttons = most.map(([name, clients]) => {
-    const button = make("button", "", `${name} (${clients})`);
-    button.type = "button";
-    button.onclick = () => (field.value = [...new Set([...split(field.value, /\n/), name])].join("\n"));
+    const button = Object.assign(make("button", "", `${name} (${clients})`), { type: "button" });
+    const add = () => split(`${watch.channels.value}\n${name}`, /\n/).join("\n");
+    button.onclick = () => (watch.channels.value = add());
     return button;
   });
-  event.target.lastChild.replaceChildren(...buttons, buttons.length ? "" : "There are none.");
+  target.lastElementChild.replaceChildren(...buttons, buttons.length ? "" : "There are none.");
 };
 
-element("watch").parentNode.open = true;
-show("idle");
-// [/admin]
-// [demo]
 async function ask(path, fields, output, done, failed) {
-  let problem = "";
-  try {
-    const headers = { "Content-Type": "application/json" };
-    const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(fields) });
-    if (!response.ok) problem = (await response.json()).detail;
-  } catch {
-    problem = "the relay cannot be reached";
-  }
+  const headers = { "Content-Type": "application/json" };
+  const problem = await fetch(path, { method: "POST", headers, body: JSON.stringify(fields) })
+    .then(async (response) => (response.ok ? "" : (await response.json()).detail))
+    .catch(() => "the relay cannot be reached");
   element(output).className = problem ? "bad" : "good";
   element(output).textContent = problem ? `${failed}: ${problem}.` : done;
 }
 
-element("publish").onsubmit = (event) => {
+publish.onsubmit = (event) => {
   event.preventDefault();
-  const fields = event.target.elements;
-  const [channel, name, data] = ["channel", "event", "data"].map((field) => fields[field].value);
-  if (name) listenFor(name);
+  const [channel, name, data] = ["channel", "event", "data"].map((field) => publish.elements[field].value);
+  if (name && listenFor(name)) stream.open();
   const unseen = channels.includes(channel) ? "" : " This page does not watch that channel.";
   const done = `Published to ${channel}.${unseen}`;
   ask("/publish", { channel, event: name, data }, "published", done, "Not published");
 };
 
-element("publish").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.currentTarget.requestSubmit();
+publish.onkeydown = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) publish.requestSubmit();
 };
 
 for (const button of document.querySelectorAll("[data-restart]")) {
@@ -7962,9 +7921,13 @@ for (const button of document.querySelectorAll("[data-restart]")) {
   };
 }
 
-element("watch").elements.channels.value = "orders";
-element("watch").requestSubmit();
-// [/demo]
+if (DEMO) {
+  watch.channels.value = "orders";
+  watch.requestSubmit();
+} else {
+  element("watched").closest(".card").open = true;
+  show("idle");
+}
 </script>
 </body>
 </html>

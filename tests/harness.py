@@ -369,6 +369,7 @@ class FreezableProxy:
         self.bytes_per_second = bytes_per_second
         self._flowing = threading.Event()
         self._flowing.set()
+        self._flows: dict[socket.socket, threading.Event] = {}
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
@@ -407,6 +408,12 @@ class FreezableProxy:
         """Forward again, what has waited first."""
         self._flowing.set()
 
+    def forget(self) -> None:
+        """Forward nothing more of the connections that are open, which stay so; new ones work."""
+        forgotten, self._flowing = self._flowing, threading.Event()
+        self._flowing.set()
+        forgotten.clear()
+
     def drop(self) -> None:
         """Cut every connection, on both sides."""
         with self._lock:
@@ -430,7 +437,8 @@ class FreezableProxy:
 
     def close(self) -> None:
         self._closed.set()
-        self._flowing.set()
+        for flowing in (self._flowing, *self._flows.values()):
+            flowing.set()
         self.refuse()
         self.drop()
         for thread in self._threads:
@@ -451,8 +459,10 @@ class FreezableProxy:
             self._start(self._connect, client)
 
     def _connect(self, client: socket.socket) -> None:
+        flowing = self._flowing
         with client, socket.socket() as upstream:
-            self._flowing.wait()
+            self._flows[client] = self._flows[upstream] = flowing
+            flowing.wait()
             if self.bytes_per_second is not None:
                 # Small buffers, so that the target feels the slowness.
                 upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
@@ -473,16 +483,17 @@ class FreezableProxy:
                 self._sockets -= {client, upstream}
 
     def _pump(self, source: socket.socket, sink: socket.socket, rate: int | None) -> None:
+        flowing = self._flows[source]
         size = max(1, rate // 20) if rate else 65536
         try:
             while data := source.recv(size):
-                self._flowing.wait()
+                flowing.wait()
                 sink.sendall(data)
                 if rate:
                     self._closed.wait(len(data) / rate)
         except OSError:
             self._shutdown(source, socket.SHUT_RDWR)
-        self._flowing.wait()
+        flowing.wait()
         self._shutdown(sink, socket.SHUT_WR)
 
     @staticmethod
@@ -576,7 +587,7 @@ class Nginx:
         text = (
             f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;"
             # Those who start as root would become a user who may not enter the folder.
-            f" {'user root;' if os.geteuid() == 0 else ''} events {{ }}\n"
+            f" {'user root;' if os.geteuid() == 0 else ''} events {{ worker_connections 8192; }}\n"
             f"http {{ access_log {folder}/access.log;{scratch}\n{http}\nserver {{ {listen}\n{server}\n}} }}\n"
         )
         text = text.replace(DOCS_SOCKET, relay).replace(DOCS_LOGS, str(folder))
@@ -1190,12 +1201,15 @@ class _PageServer:
 
 # The newest that run on Node 20.
 NPM_PACKAGES = (
+    "@hotwired/turbo@8.0.23",
     "@microsoft/fetch-event-source@2.0.1",
+    "@starfederation/datastar@1.0.0-beta.11",
     "axe-core@4.14.1",
     "eventsource@4.1.1",
     "htmx-ext-sse@2.2.4",
     "htmx.org@2.0.11",
     "reconnecting-eventsource@1.6.5",
+    "typescript@7.0.2",
     "vite@8.3.8",
 )
 
@@ -1214,66 +1228,3 @@ def install_node_modules(folder: Path, packages: Sequence[str] = NPM_PACKAGES) -
                 missing(f"npm could not install {packages}: {done.stderr[-500:]}")
             (modules / "done").touch()
     return modules
-
-
-# Counts requests by the fetch that the package calls, and prints one JSON object for each thing that happens.
-NODE_CLIENT = """
-const {EventSource} = require("eventsource");
-const say = what => console.log(JSON.stringify(what));
-const source = new EventSource(process.argv[1], {
-    fetch: (url, init) => { say({kind: "request"}); return fetch(url, init); },
-});
-source.onopen = () => say({kind: "open"});
-source.onerror = e => say({kind: "error", state: source.readyState, code: e.code || null});
-for (const name of ["message", ...process.argv.slice(2)])
-    source.addEventListener(name, e => say({kind: "event", name, data: e.data, id: e.lastEventId}));
-"""
-
-
-class NodeEventSource:
-    """The npm package ``eventsource`` in Node, as a process; `modules` is the folder it is installed in."""
-
-    def __init__(self, modules: Path, url: str, *names: str) -> None:
-        self.happened: list[tuple[float, dict[str, Any]]] = []
-        self._process = subprocess.Popen(
-            [require("node"), "-e", NODE_CLIENT, url, *names], cwd=modules, text=True, encoding="utf-8",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.happened.append((time.monotonic(), json.loads(line)))
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [what for _, what in list(self.happened) if what["kind"] == kind]
-
-    @property
-    def requests(self) -> list[float]:
-        """The time.monotonic() of each request."""
-        return [when for when, what in list(self.happened) if what["kind"] == "request"]
-
-    @property
-    def events(self) -> list[PageEvent]:
-        return [PageEvent(what["name"], what["data"], what["id"]) for what in self.of_kind("event")]
-
-    def wait_for(self, predicate: Callable[[PageEvent], bool], timeout: float = 10.0) -> PageEvent:
-        """Return the first event for which ``predicate`` is true."""
-        found = wait_until(lambda: next(filter(predicate, self.events), None), timeout, "an event in Node")
-        assert found is not None
-        return found
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait(10)
-        self._thread.join(10)
-        assert self._process.stdout is not None
-        self._process.stdout.close()

@@ -265,9 +265,9 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "sh": check_shell,
     "yaml": check_yaml,
 }
-# SQL is run below, output is compared with the program's, the image is built in test_container.py, and what
-# proxies read is read by them in test_proxies.py.
-UNCHECKED = {"text", "sql", "dockerfile", "nginx", "caddy", "haproxy", "apache", "http"}
+# SQL is run below, output is compared with the program's, the image is built in test_container.py, what
+# proxies read is read by them in test_proxies.py, and TypeScript in test_module.py.
+UNCHECKED = {"text", "sql", "dockerfile", "nginx", "caddy", "haproxy", "apache", "http", "ts"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,297 @@
+"""The client module, /events.js, and its types: as files, with a fake EventSource, in Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import harness
+import pages
+import sse_relay
+from harness import Browser, Database, FreezableProxy, Page, Relay, wait_until
+
+StartRelay = Callable[..., Relay]
+HERE = Path(__file__).parent
+NODE = harness.require("node")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the module for Node."""
+    made = tmp_path_factory.mktemp("module")
+    (made / "events.mjs").write_text(sse_relay.CLIENT_MODULE)
+    return made
+
+
+# ==== As files ================================================================
+
+
+@pytest.mark.parametrize(
+    ("ending", "content_type", "text"),
+    [(".js", "text/javascript", "openStream"), (".d.ts", "text/plain", "StreamOptions")],
+)
+def test_it_is_a_public_file_beside_the_streams(
+    ending: str, content_type: str, text: str, start_relay: StartRelay, database: Database
+) -> None:
+    relay = start_relay("--path", "/a/b", dsn=database.dsn)
+    url = f"http://{relay.bind}/a/b{ending}"
+    answer = httpx.get(url, headers={"Accept-Encoding": "identity", "Origin": "https://any.example"})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == f"{content_type}; charset=utf-8"
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Cache-Control"] == "public, max-age=600"
+    assert text in answer.text
+    assert sse_relay.__version__ in answer.text.partition("\n")[0]
+    head = httpx.head(f"{url}?v=1")
+    assert (head.status_code, head.headers["Content-Length"]) == (200, str(len(answer.content)))
+    tag = answer.headers["ETag"]
+    for known, status in ((tag, 304), (f"W/{tag}", 304), ('"another"', 200)):
+        again = httpx.get(url, headers={"If-None-Match": known})
+        assert again.status_code == status
+        assert again.headers["ETag"] == tag
+    assert httpx.post(url).status_code == 404
+    assert httpx.get(f"http://{relay.bind}/events{ending}").status_code == 404
+
+
+def test_it_is_small() -> None:
+    assert len(sse_relay.CLIENT_MODULE.replace("VERSION", sse_relay.__version__)) <= 3000
+
+
+def test_at_the_root_there_are_only_channels(start_relay: StartRelay, database: Database) -> None:
+    relay = start_relay("--path", "/", dsn=database.dsn)
+    with harness.SseReader(f"http://{relay.bind}/events.js") as reader:
+        reader.wait_for_id()
+        database.notify("events.js", "x")
+        reader.wait_for_data("x")
+
+
+@pytest.mark.slow
+def test_typescript_accepts_the_types_and_their_example(node_modules: Path, tmp_path: Path) -> None:
+    (tmp_path / "events.d.ts").write_text(sse_relay.CLIENT_TYPES)
+    (tmp_path / "orders.ts").write_text(pages.block("ts", "// src/orders.ts"))
+    # Each option by the type that the declarations give it, and what must not pass.
+    (tmp_path / "all.ts").write_text(
+        """
+        import { openStream, spread, type Stream, type StreamOptions } from "./events.js";
+        const options: Required<StreamOptions> = {
+          on: { message: (event) => event.lastEventId.length },
+          onGap: ({ channels, reason, since }) => [channels.length, reason === "start", since?.length],
+          onRefused: ({ status, reason }) => [status + 1, reason.length],
+          renew: async () => true,
+          position: "e-1",
+          withCredentials: true,
+        };
+        const stream: Stream = openStream(new URL("https://app.example/events/a"), options);
+        stream.close(), stream.open(), spread(() => {}, 3);
+        // @ts-expect-error
+        openStream("/events/a", { onGap: ({ channel }) => channel });
+        // @ts-expect-error
+        openStream("/events/a", { onRefusal: () => {} });
+        // @ts-expect-error
+        openStream("/events/a", { onGap: ({ reason }) => reason === "begin" });
+        """
+    )
+    tsc = [NODE, str(node_modules / "node_modules/typescript/bin/tsc")]
+    options = [
+        "--noEmit",
+        "--strict",
+        "--target",
+        "es2022",
+        "--module",
+        "esnext",
+        "--moduleResolution",
+        "bundler",
+    ]
+    done = subprocess.run(
+        [*tsc, *options, "--types", "", "--lib", "es2022,dom", "all.ts", "orders.ts"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_its_options_are_those_of_the_types() -> None:
+    read = re.findall(r"const \{ (.*?) \} = options;", sse_relay.CLIENT_MODULE)
+    options = {option.partition(" =")[0] for line in read for option in line.split(", ")}
+    typed = sse_relay.CLIENT_TYPES.partition("interface StreamOptions {")[2].partition("}")[0]
+    assert options == set(re.findall(r"^  (\w+)\?:", typed, re.MULTILINE))
+
+
+# ==== With a fake EventSource and a clock that only the stories move ==========
+
+
+def stories() -> list[str]:
+    module = HERE / "module.mjs"
+    return re.findall(r"^  async (\w+)\(\) \{$", module.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("story", stories())
+def test_it_does_what_it_must(story: str, folder: Path) -> None:
+    command = [NODE, str(HERE / "module.mjs"), str(folder / "events.mjs"), story]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+# ==== Many pages, in Node =====================================================
+
+
+@pytest.mark.slow
+def test_many_pages_ask_the_application_once_each_when_the_relay_returns(
+    node_modules: Path, folder: Path, start_relay: StartRelay, database: Database, tmp_path: Path
+) -> None:
+    """2,000 pages, as the docs write them, while the relay is away for 10 s behind the docs' nginx."""
+    socket = f"unix:{tmp_path}/http.sock"
+    first = start_relay(bind=socket, dsn=database.dsn)
+    with harness.Nginx(tmp_path, socket) as nginx:
+        command = [
+            NODE,
+            str(HERE / "many.mjs"),
+            str(folder / "events.mjs"),
+            f"{nginx.url}/events/orders",
+            "2000",
+        ]
+        pages_of = subprocess.Popen(command, cwd=node_modules, stdout=subprocess.PIPE, text=True)
+        assert pages_of.stdout is not None
+        try:
+            fetches: list[dict[str, float | str]] = []
+
+            def read_until(count: int) -> None:
+                assert pages_of.stdout is not None
+                while len(fetches) < count:
+                    fetches.append(json.loads(pages_of.stdout.readline()))
+
+            # A page's own start is not spread.
+            read_until(2000)
+            assert {fetch["reason"] for fetch in fetches} == {"start"}
+            assert first.stop() == 0
+            time.sleep(10)  # as long as it is away
+            assert len({fetch["page"] for fetch in fetches}) == 2000
+            start_relay(bind=socket, dsn=database.dsn)
+            read_until(4000)
+        finally:
+            pages_of.kill()
+            rest = pages_of.communicate()[0]
+        assert rest == "", "some asked again"
+    returned = fetches[2000:]
+    assert {fetch["reason"] for fetch in returned} == {"restart"}
+    assert len({fetch["page"] for fetch in returned}) == 2000
+    seconds = [float(fetch["when"]) // 1000 for fetch in returned]
+    assert max(map(seconds.count, set(seconds))) < 1000, "too many in one second"
+
+
+# ==== In Chromium =============================================================
+
+# The native EventSource, watched: how many are open or on their way at once.
+OPEN_STREAM = """async ([module, url, names, options]) => {
+    const Native = window.Native ??= EventSource;
+    window.made = [];
+    window.most = 0;
+    window.EventSource = class extends Native {
+        constructor(...given) {
+            super(...given);
+            made.push(this);
+            most = Math.max(most, made.filter(source => source.readyState !== Native.CLOSED).length);
+        }
+    };
+    Object.assign(window, { seen: [], states: [], gaps: [], refusals: [] });
+    const on = {
+        open: () => states.push("open"),
+        error: event => states.push("error " + event.target.readyState),
+    };
+    for (const name of names)
+        on[name] = event => seen.push({name, data: event.data, id: event.lastEventId});
+    const { openStream } = await import(module);
+    window.stream = openStream(url, {
+        ...options, on, onGap: gap => gaps.push(gap), onRefused: refusal => refusals.push(refusal),
+    });
+}"""
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page whose origin is another port than the relay's."""
+    with browser.open() as opened:
+        yield opened
+        assert opened.evaluate("window.most") == 1, "the module had two streams at once"
+
+
+def open_stream(page: Page, relay: Relay, url: str, *names: str, **options: object) -> None:
+    page.evaluate(OPEN_STREAM, [f"http://{relay.bind}/events.js", url, names or ["message"], options])
+
+
+def data(page: Page) -> list[str]:
+    return [event.data for event in page.events]
+
+
+def wait_for_data(page: Page, text: str) -> None:
+    page.wait_for(lambda event: event.data == text, 20)
+
+
+@pytest.mark.slow
+def test_it_starts_from_a_position_and_tells_channels_and_names_apart(
+    page: Page, start_relay: StartRelay, log_database: Database
+) -> None:
+    def publish(channel: str, event: str, name: str | None = None) -> None:
+        log_database.execute("SELECT sse_relay.publish(%s, %s::text, %s)", (channel, event, name))
+
+    relay = start_relay("--source", "log", dsn=log_database.dsn)
+    publish("one", "before")
+    ((position,),) = log_database.execute("SELECT sse_relay.position()")
+    publish("one", "a")
+    publish("two: ü/%", "b")
+    publish("one", "c", name="paid")
+    names = ("one", "two%3A ü/%25", "one:paid")
+    open_stream(page, relay, relay.url("one", "two: ü/%"), *names, position=position)
+    wait_for_data(page, "c")
+    publish("one", "d")
+    wait_for_data(page, "d")
+    told = [(event.name, event.data) for event in page.events]
+    assert told == [("one", "a"), ("two%3A ü/%25", "b"), ("one:paid", "c"), ("one", "d")]
+    assert page.evaluate("gaps") == []
+    page.evaluate("stream.close()")
+    publish("one", "while closed")
+    page.evaluate("stream.open()")
+    wait_for_data(page, "while closed")
+    assert data(page) == ["a", "b", "c", "d", "while closed"]
+    # The snapshot of the page goes along, for the relay to leave out what the page shows.
+    asked = page.evaluate("made.map(source => new URL(source.url).searchParams.getAll('lastEventId'))")
+    assert asked == [[position], [position, page.events[3].id]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["notify", "log"])
+def test_a_dead_connection_that_stays_open_is_replaced_and_nothing_is_lost(
+    how: str, page: Page, start_relay: StartRelay, log_database: Database
+) -> None:
+    relay = start_relay("--source", how, "--heartbeat", "1", dsn=log_database.dsn)
+    publish = {"notify": "SELECT pg_notify('orders', %s)", "log": "SELECT sse_relay.publish('orders', %s)"}[
+        how
+    ]
+    host, _, port = relay.bind.rpartition(":")
+    with FreezableProxy((host, int(port))) as proxy:
+        url = relay.url("orders").replace(relay.bind, f"127.0.0.1:{proxy.port}")
+        open_stream(page, relay, url, "message", "relay.heartbeat")
+        wait_until(lambda: page.evaluate("gaps[0]?.reason") == "start", what="the stream")
+        page.wait_for(lambda event: event.name == "relay.heartbeat")
+        sent = []
+        for number in range(3):
+            sent += [f"{number} before", f"{number} while frozen"]
+            log_database.execute(publish, (sent[-2],))
+            wait_for_data(page, sent[-2])
+            # As behind a NAT that forgot: what is open stays open and silent, new connections work.
+            proxy.forget()
+            log_database.execute(publish, (sent[-1],))
+            wait_for_data(page, sent[-1])
+        assert [event.data for event in page.events if event.name == "message"] == sent
+        assert page.evaluate("gaps.length") == 1
+        assert page.evaluate("made.length") == 4
+        # The browser itself has noticed nothing.
+        assert page.states == ["open"] * 4
