@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
 
 import httpx
+import playwright.async_api
 import psycopg2.extensions
 import pytest
 
@@ -27,10 +28,12 @@ import sse_relay
 from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 from pages import block, pages
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 # The docs' block, as a function of what the page would have around it.
-IMPORT_FETCH, _, FETCH = block("js", "import { fetchEventSource }").partition("\n")
+_, IMPORT_FETCH, FETCH = block("js", "// With fetch-event-source").split("\n", 2)
 MAIN_MODULE = f"""
 {IMPORT_FETCH}
 import ReconnectingEventSource from "reconnecting-eventsource";
@@ -42,20 +45,26 @@ window.followByFetch = (url, show, refetch, console) => {{
 """
 FOLLOW = """clients => {
     window.happened = [];
+    const names = ["message", "paid", "relay.gap", "relay.refused"];
     for (const [client, url] of Object.entries(clients)) {
         const tell = name => data => happened.push({client, name, data});
-        if (client.startsWith("fetch")) {
-            followByFetch(url, data => tell("message")(JSON.stringify(data)), tell("relay.gap"), {
-                error: tell("rejected"),
-            });
-            continue;
-        }
-        const start = client.includes("from none") ? { lastEventId: "none" } : {};
-        const source = new ReconnectingEventSource(url, start);
         const onEvent = ({type, data}) => tell(type)(data);
-        if (client.includes("onmessage")) source.onmessage = onEvent;
-        else for (const name of ["message", "paid", "relay.gap", "relay.refused"])
-            source.addEventListener(name, onEvent);
+        if (client.startsWith("fetch")) {
+            const asText = name => data => tell(name)(JSON.stringify(data));
+            followByFetch(url, asText("message"), asText("relay.gap"), {error: tell("rejected")});
+        } else if (client.startsWith("module")) {
+            openStream(url, {
+                on: {message: onEvent, paid: onEvent},
+                onGap: gap => tell("relay.gap")(JSON.stringify(gap)),
+                onRefused: refusal => tell("relay.refused")(JSON.stringify(refusal)),
+            });
+        } else {
+            const source = new (client.startsWith("native") ? EventSource : ReconnectingEventSource)(url);
+            if (client.includes("onmessage")) source.onmessage = onEvent;
+            else for (const name of names) source.addEventListener(name, onEvent);
+            if (client.startsWith("native"))
+                source.addEventListener("error", () => tell("error")(String(source.readyState)));
+        }
     }
 }"""
 
@@ -130,7 +139,7 @@ def vite(node_modules: Path, relay: Relay, tmp_path_factory: pytest.TempPathFact
 # ==== The table of clients ====================================================
 
 SECRET = b"of the table of clients, 32 bytes."
-ALL = ['"live"', '"named"', '"missed"', '"during"', '"after"']
+ALL = ['"live"', '"named"', '"missed"', '"during"', '"after"', '"last"']
 
 
 class Program:
@@ -160,12 +169,14 @@ class Program:
         self._process.stdout.close()
 
 
-IN_CHROMIUM = ("reconnecting", "reconnecting from none", "reconnecting onmessage", "fetch")
+IN_CHROMIUM = ("native", "module", "reconnecting", "reconnecting onmessage", "fetch")
 IN_PYTHON = ("httpx-sse", "sseclient-py")
 KINDS = ("eventsource", *IN_CHROMIUM, *IN_PYTHON)
 # Whoever uses reconnecting-eventsource with onmessage hears of neither names nor gaps.
 ALL_THAT_IS_TOLD = [kind for kind in KINDS if kind != "reconnecting onmessage"]
 HEARD = ("message", "paid")
+# A native EventSource is dead after a 502.
+DEAD = ("eventsource, in trouble", "native, in trouble")
 
 
 @dataclass
@@ -204,13 +215,16 @@ class Story:
     def data(self, client: str) -> list[str]:
         return [data for name, data in self.happened(client) if name in HEARD]
 
+    def gaps(self, client: str) -> list[dict[str, Any]]:
+        return [json.loads(data) for name, data in self.happened(client) if name == "relay.gap"]
+
     def control(self, client: str) -> list[tuple[str, str]]:
         """Return the relay's own events, and the exceptions that the docs' code makes of them."""
         return [event for event in self.happened(client) if event[0] not in (*HEARD, "error")]
 
     def answers(self, client: str) -> list[str]:
         """Return the status of each answer that has ended."""
-        return re.findall(rf'client={re.escape(quote(client))}[ &].*?HTTP/1.1" (\d+)', self.access_log())
+        return re.findall(rf'client={client}[ &].*?HTTP/1.1" (\d+)', unquote_plus(self.access_log()))
 
     def wait_for(self, text: str, *but: str) -> None:
         """Wait until all that may read have an event."""
@@ -234,7 +248,7 @@ def story(
     folder, other_folder = (tmp_path_factory.mktemp("nginx") for _ in range(2))
     (folder / "key").write_bytes(SECRET)
     bind, admin = f"unix:{folder}/http.sock", f"127.0.0.1:{harness.free_port()}"
-    options = ["--source", "log", "--retry", "100", "--heartbeat", "0.1", "--admin", admin]
+    options = ["--source", "log", "--retry", "100", "--heartbeat", "1", "--admin", admin]
     options += ["--allow-channel", "orders", "--allow-origin", vite.url, "--jwt-key-file", f"{folder}/key"]
 
     def connected() -> int:
@@ -291,26 +305,33 @@ def story(
         troubled = [name for name in told.urls(*KINDS) if "in trouble" in name]
         wait_until(lambda: all("502" in told.answers(name) for name in troubled), 30, "a 502 for each")
         stack.enter_context(Relay(*options, bind=bind, dsn=log.dsn))
-        dead = "eventsource, in trouble"
-        told.wait_for('"during"', dead, onmessage[1])
-        wait_until(lambda: connected() == 2 * len(KINDS) - 1, 20, "the return of the forgetful one")
+        told.wait_for('"during"', *DEAD, onmessage[1])
+        wait_until(lambda: connected() == 2 * len(KINDS) - 2, 20, "the return of the forgetful one")
         publish('"after"')
-        told.wait_for('"after"', dead)
+        told.wait_for('"after"', *DEAD)
+
+        log.execute("SELECT sse_relay.renew_epoch()")
+        listening = set(told.urls(*ALL_THAT_IS_TOLD)) - {*DEAD}
+        readers = [name for name in listening if "refused" not in name]
+        wait_until(lambda: all(len(told.gaps(name)) == 2 for name in readers), 30, "a gap for each")
+        publish('"last"')
+        told.wait_for('"last"', *DEAD)
         yield told
 
 
 @pytest.mark.parametrize("place", ["at ease", "in trouble"])
 @pytest.mark.parametrize("kind", ALL_THAT_IS_TOLD)
-def test_a_client_has_every_event_once(kind: str, place: str, story: Story) -> None:
+def test_a_client_has_every_event_once_and_is_told_of_each_gap(kind: str, place: str, story: Story) -> None:
     client = f"{kind}, {place}"
-    told = [(name, json.loads(data)["since"]) for name, data in story.control(client)]
-    begins_with_none = kind in ("sseclient-py", "reconnecting from none")
-    assert told == ([("relay.gap", "none")] if begins_with_none else [])
-    if client == "eventsource, in trouble":
+    gaps = story.gaps(client)
+    assert gaps[0] == {"channels": ["orders"], "reason": "start", "since": None}
+    assert [name for name, _ in story.control(client)] == ["relay.gap"] * len(gaps)
+    if client in DEAD:
         assert story.data(client) == ALL[:3]
         assert story.happened(client)[-1] == ("error", "2")
     else:
         assert story.data(client) == ALL
+        assert [(gap["channels"], gap["reason"]) for gap in gaps[1:]] == [(["orders"], "restart")]
 
 
 def test_reconnecting_eventsource_forgets_its_position_with_onmessage(story: Story) -> None:
@@ -341,7 +362,7 @@ def test_the_table_names_the_versions_that_are_tested() -> None:
     named = re.findall(r"^\| (?:npm|PyPI) `([^`]+)` ([\d.]+) \|", pages()["docs/clients.md"], re.MULTILINE)
     tested = {name: number for name, _, number in (each.rpartition("@") for each in harness.NPM_PACKAGES)}
     tested |= {name: version(name) for name in ("httpx-sse", "sseclient-py")}
-    assert len(named) == 5
+    assert len(named) == 8
     for name, number in named:
         assert f"{tested[name]}.".startswith(f"{number}."), name
 
@@ -385,8 +406,8 @@ def wait_live(page: Page) -> None:
 def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
     folder: Path, relay: Relay, database: Database, browser: Browser
 ) -> None:
-    module = block("js", 'import { openStream } from "/events.js"')
-    tabs = block("js", 'document.addEventListener("visibilitychange"')
+    module = block("js", 'import { openStream, spread } from "/events.js"')
+    tabs = block("js", "// In each tab")
     (folder / "page.html").write_text(f"{AROUND}<script type=module>{module}\n{tabs}</script>")
 
     def show(visible: bool) -> None:
@@ -410,10 +431,83 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
         database.notify("stock", "2")
         show(True)
         wait_until(lambda: page.evaluate("shown") == [1, 2], what="the event that was missed")
-        assert page.evaluate("gaps") == []
+        assert page.evaluate("gaps.map(({ reason }) => reason)") == ["start"]
 
 
-def test_the_application_is_not_asked_for_the_client_module(folder: Path, relay: Relay) -> None:
+def test_the_native_recipe_and_exact_numbers(
+    folder: Path, relay: Relay, database: Database, browser: Browser
+) -> None:
+    native = block("js", "// With the native EventSource")
+    exact = block("js", "// A reviver")
+    (folder / "page.html").write_text(f"{AROUND}<script>{exact}\n{native}</script>")
+    with (
+        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+        wait_until(lambda: page.evaluate("gaps.length") == 1, what="the start")
+        database.notify("orders", "9007199254740993")
+        wait_until(lambda: page.evaluate("shown.length") == 1, what="the event")
+        assert page.evaluate("String(shown[0])") == "9007199254740992"
+        read = "String(parse('[9007199254740993, 1.5, 7, \"9007199254740993\"]'))"
+        assert page.evaluate(read) == "9007199254740993,1.5,7,9007199254740993"
+        database.terminate_backends()
+        wait_until(lambda: page.evaluate("gaps.length") == 2, 20, "the refetch after the outage")
+        assert page.evaluate("source.readyState") == 1
+
+
+def points(page: Page) -> list[list[float]]:
+    text = page.evaluate("document.querySelector('polyline').getAttribute('points') ?? ''")
+    return [[float(part) for part in point.split(",")] for point in text.split()]
+
+
+def test_the_chart_draws_the_last_values_and_then_each_new_one(
+    folder: Path, start_relay: Callable[..., Relay], log_database: Database, browser: Browser
+) -> None:
+    chart = block("html", "<!-- chart.html -->")
+    assert len(chart.splitlines()) <= 45
+    (folder / "page.html").write_text(chart)
+    relay = start_relay("--source", "log", "--retry", "100", dsn=log_database.dsn)
+
+    def publish(*values: float) -> None:
+        for value in values:
+            log_database.execute("SELECT sse_relay.publish('load', %s::text)", (str(value),))
+
+    publish(*range(100, 130))
+    with (
+        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+
+        def shows(value: str, count: int = 20) -> bool:
+            return page.evaluate("document.querySelector('output').textContent") == value and (
+                len(points(page)) == count
+            )
+
+        wait_until(lambda: shows("129"), what="the last values")
+        drawn = points(page)
+        assert [x for x, _ in drawn] == list(range(20))
+        assert (drawn[0][1], drawn[-1][1]) == (95, 5)  # the least is low, the newest is the most
+        publish(0)
+        wait_until(lambda: shows("0"), what="a new value")
+        drawn = points(page)
+        assert drawn[-1] == [19, 95]
+        assert drawn[-2][1] == 5
+        # What a gap hides is on the page that is loaded again.
+        log_database.execute("SELECT sse_relay.renew_epoch()")
+        publish(*range(30))
+
+        def loaded_again() -> bool:
+            with contextlib.suppress(playwright.async_api.Error):  # between two pages
+                return shows("29") and points(page)[0] == [0, 95]
+            return False
+
+        wait_until(loaded_again, 30, "the last values after the gap")
+
+
+def test_the_application_is_not_asked_for_the_client_module(
+    folder: Path, start_relay: Callable[..., Relay], database: Database
+) -> None:
+    relay = start_relay("--allow-channel", "*", dsn=database.dsn)
     plain, more, to_ask = map(
         harness.nginx_recipe, ("server { }", "location /events { }", "server { }, to ask the application")
     )
@@ -448,54 +542,6 @@ def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browse
         wait_until(lambda: states()[6] == 1, what="the seventh stream")
         page.evaluate("sources[1].close()")
         wait_until(lambda: page.evaluate("window.fetched"), what="the page")
-
-
-def test_htmx_fetches_and_shows(
-    folder: Path,
-    relay: Relay,
-    cuttable: FreezableProxy,
-    database: Database,
-    browser: Browser,
-    node_modules: Path,
-) -> None:
-    packages = node_modules / "node_modules"
-    scripts = {"htmx.js": "htmx.org/dist/htmx.min.js", "sse.js": "htmx-ext-sse/dist/sse.min.js"}
-    for name, file in scripts.items():
-        (folder / name).write_bytes((packages / file).read_bytes())
-    recipe = block("html", "<!-- With htmx -->")
-    head = AROUND + "".join(f"<script src=/{name}></script>" for name in scripts)
-    closed = "<script>document.addEventListener('htmx:sseClose', () => window.told = true)</script>"
-    (folder / "page.html").write_text(head + recipe)
-    refused = recipe.replace("/events/orders", "/events/sse_relay_canary")
-    (folder / "refused.html").write_text(head + closed + refused)
-    rows = 'location = /orders/rows { default_type text/html; return 200 "<li>a row</li>"; }'
-    address = f"127.0.0.1:{cuttable.port}"
-    with site(folder, address, harness.BARE_PROXY, rows) as nginx:
-
-        def fetched(times: int) -> None:
-            wait_until(lambda: nginx.log().count("GET /orders/rows") >= times, what=f"list {times}")
-            assert nginx.log().count("GET /orders/rows") == times
-
-        with browser.open(url=f"{nginx.url}/page.html") as page:
-            fetched(1)
-            assert page.evaluate("document.querySelector('ul').textContent") == "a row"
-            database.notify("orders", "x")
-            fetched(2)
-            database.notify("orders", '{"event": "notice", "data": "<b>a notice</b>"}')
-            wait_until(lambda: page.evaluate("document.querySelector('p b')?.textContent") == "a notice")
-            database.terminate_backends()
-            fetched(3)  # after the gap
-            cuttable.refuse()
-            cuttable.drop()
-            wait_until(lambda: '/events/orders HTTP/1.1" 502' in nginx.log(), what="a 502")
-            cuttable.accept()
-            fetched(4)
-            wait_live(page)
-            database.notify("orders", "y")
-            fetched(5)
-        with browser.open(url=f"{nginx.url}/refused.html") as page:
-            wait_until(lambda: page.evaluate("window.told"), what="the refusal")
-            assert page.evaluate("source.readyState") == 2
 
 
 def test_vite_passes_streams_on(vite: Vite, relay: Relay, database: Database, browser: Browser) -> None:
@@ -542,12 +588,13 @@ def test_a_fake_event_source_is_enough_for_a_pages_tests(relay: Relay, tmp_path:
         openStream("/events/orders", {{ onGap: (gap) => told.push(gap) }});
         {send.removeprefix("//")}
         console.log(JSON.stringify([FakeEventSource.last.url, told]));
+        process.exit();  // the module goes on waiting for heartbeats
         """
     )
     node = [harness.require("node"), "test.mjs"]
     done = subprocess.run(node, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=20)
-    gap = {"channel": "orders", "reason": "restart", "since": None}
-    assert json.loads(done.stdout) == ["http://localhost/events/orders", [gap]]
+    gap = {"channels": ["orders"], "reason": "restart", "since": None}
+    assert json.loads(done.stdout) == ["http://localhost/events/orders?heartbeat=event", [gap]]
 
 
 def test_playwright_answers_a_stream_as_printed(browser: Browser) -> None:

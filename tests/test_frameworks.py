@@ -1,0 +1,313 @@
+"""docs/clients.md: Rails and Turbo, Laravel, htmx, Datastar, with the real packages, in Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import playwright.async_api
+import psycopg2.extensions
+import pytest
+
+import harness
+from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
+from pages import block, pages
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+# How often a page is loaded with an event between its rendering and its stream's opening.
+PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
+OPTIONS = ("--source", "log", "--retry", "100")
+FILES = "types { text/javascript js; text/html html; }"
+
+
+@pytest.fixture
+def database(log_database: Database) -> Database:
+    log_database.execute("CREATE TABLE orders (id bigint PRIMARY KEY, state text)")
+    log_database.execute("INSERT INTO orders VALUES (7, 'new')")
+    return log_database
+
+
+@dataclass
+class Application:
+    """A framework's web server, and nginx in front of it and of a relay."""
+
+    url: str
+    own_url: str
+    restart_relay: Callable[[], object]
+    stop_relay: Callable[[], object]
+
+    def change(self, state: str) -> None:
+        """Change the order by the framework's own code, which publishes it."""
+        assert httpx.get(f"{self.own_url}/state/{state}").status_code == 200
+
+
+# The command of the web server, and the files of the docs in its folder.
+APPLICATIONS = {
+    "rails": (
+        ["ruby", str(HERE / "frameworks.rb"), "PORT"],
+        {
+            "order.rb": ("ruby", "# app/models/order.rb, for Turbo"),
+            "orders_controller.rb": ("ruby", "# app/controllers/orders_controller.rb"),
+            "index.html.erb": ("html", "<%# app/views/orders/index.html.erb %>"),
+        },
+    ),
+    "laravel": (
+        ["php", "-S", "127.0.0.1:PORT", str(HERE / "frameworks.php")],
+        {
+            "web.php": ("php", "<?php\n// routes/web.php"),
+            "orders.blade.php": ("html", "{{-- resources/views/orders.blade.php --}}"),
+        },
+    ),
+}
+
+
+@contextlib.contextmanager
+def serve(
+    framework: str, database: Database, start_relay: Callable[..., Relay], modules: Path, folder: Path
+) -> Iterator[Application]:
+    command, files = APPLICATIONS[framework]
+    site = folder / "site"
+    site.mkdir()
+    for name, (language, first) in files.items():
+        (site / name).write_text(block(language, first, "docs/clients.md"))
+    (site / "turbo.js").write_bytes(
+        (modules / "node_modules/@hotwired/turbo/dist/turbo.es2017-umd.js").read_bytes()
+    )
+    port = harness.free_port()
+    connection = json.dumps(psycopg2.extensions.parse_dsn(database.dsn))
+    own_url = f"http://127.0.0.1:{port}"
+    socket = f"unix:{folder}/http.sock"
+    relays = [start_relay(*OPTIONS, bind=socket, dsn=database.dsn)]
+    server = harness.nginx_recipe("server { }")
+    server += f"location = /turbo.js {{ {FILES} root {site}; }} location / {{ proxy_pass {own_url}; }}"
+    log = folder / "log"
+    with log.open("wb") as output, Nginx(folder, socket, server=server) as nginx:
+        program, *arguments = [word.replace("PORT", str(port)) for word in command]
+        process = subprocess.Popen(
+            [harness.require(program), *arguments],
+            cwd=site, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**harness.clean_environment(), "CONNECTION": connection},
+        )  # fmt: skip
+
+        def answers() -> bool:
+            assert process.poll() is None, log.read_text()
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{own_url}/orders").status_code == 200
+            return False
+
+        try:
+            wait_until(answers, 20, framework)
+            yield Application(
+                nginx.url, own_url,
+                lambda: relays.append(start_relay(*OPTIONS, bind=socket, dsn=database.dsn)),
+                lambda: wait_until(lambda: relays[-1].stop() == 0),
+            )  # fmt: skip
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def order(page: Page) -> str:
+    return str(page.evaluate("document.getElementById('order-7')?.textContent"))
+
+
+def wait_order(page: Page, state: str) -> None:
+    shown = f"() => document.getElementById('order-7')?.textContent === '{state}'"
+    page.browser.run(page.playwright.wait_for_function(shown, timeout=20_000))
+
+
+@pytest.mark.timeout(120 + PAGE_LOADS)
+@pytest.mark.parametrize("framework", APPLICATIONS)
+def test_a_frameworks_page_misses_nothing(
+    framework: str,
+    database: Database,
+    start_relay: Callable[..., Relay],
+    node_modules: Path,
+    browser: Browser,
+    tmp_path: Path,
+) -> None:
+    """PAGE_LOADS=1000 for as many."""
+    number = 0
+
+    async def change_first(route: playwright.async_api.Route) -> None:
+        nonlocal number
+        number += 1
+        response = await route.fetch()
+        application.change(str(number))
+        await route.fulfill(response=response)
+
+    with (
+        serve(framework, database, start_relay, node_modules, tmp_path) as application,
+        browser.open(url=f"{application.url}/orders") as page,
+    ):
+        assert order(page) == "new"
+        browser.run(page.playwright.route("**/orders", change_first))
+        stale = 0
+        for _ in range(PAGE_LOADS):
+            browser.run(page.playwright.goto(f"{application.url}/orders"))
+            try:
+                wait_order(page, str(number))
+            except playwright.async_api.TimeoutError:
+                stale += 1
+        assert (number, stale) == (PAGE_LOADS, 0)
+        browser.run(page.playwright.unroute("**/orders"))
+        # Live, then across a restart, then a gap, after which the page is loaded again.
+        page.evaluate("() => { window.same = document.querySelector('ul'); }")
+        application.change("live")
+        wait_order(page, "live")
+        application.stop_relay()
+        application.change("missed")
+        application.restart_relay()
+        wait_order(page, "missed")
+        assert page.evaluate("window.same.isConnected")
+        database.execute("SELECT sse_relay.renew_epoch()")
+        browser.run(page.playwright.wait_for_function("() => !window.same?.isConnected", timeout=20_000))
+        wait_order(page, "missed")
+        application.change("after the gap".replace(" ", "-"))
+        wait_order(page, "after-the-gap")
+
+
+# ==== What fetches by itself ==================================================
+
+ROWS = {
+    "htmx": ("text/html", "<li>a row</li>"),
+    "datastar": (
+        "text/event-stream",
+        r'event: datastar-merge-fragments\ndata: fragments <ul id="orders"><li>a row</li></ul>\n\n',
+    ),
+}
+SCRIPTS = {
+    "htmx": {"htmx.js": "htmx.org/dist/htmx.min.js", "sse.js": "htmx-ext-sse/dist/sse.min.js"},
+    "datastar": {"datastar.js": "@starfederation/datastar/dist/datastar.js"},
+}
+# Before a recipe: a look at its EventSource.
+AROUND = """<!doctype html><meta charset="utf-8"><title>recipe</title><script>
+const Native = EventSource;
+window.EventSource = class extends Native {
+  constructor(...given) {
+    super(...given);
+    window.source = this;
+  }
+};
+document.addEventListener("htmx:sseClose", () => window.told = true);
+</script>
+"""
+
+
+@pytest.mark.parametrize("framework", ROWS)
+def test_a_list_is_fetched_when_it_must_be(
+    framework: str,
+    database: Database,
+    start_relay: Callable[..., Relay],
+    browser: Browser,
+    node_modules: Path,
+    tmp_path: Path,
+) -> None:
+    """Behind an nginx that answers 502 while the relay is away."""
+    relay = start_relay(*OPTIONS, dsn=database.dsn)
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for name, file in SCRIPTS[framework].items():
+        (folder / name).write_bytes((node_modules / "node_modules" / file).read_bytes())
+    recipe = block("html", "<!-- With htmx 2 -->" if framework == "htmx" else "<!-- With Datastar -->")
+    kind = " type=module" if framework == "datastar" else ""
+    head = AROUND + "".join(f"<script{kind} src=/{name}></script>" for name in SCRIPTS[framework])
+    (folder / "page.html").write_text(head + recipe)
+    (folder / "refused.html").write_text(head + recipe.replace("/events/orders", "/events/sse_relay_x"))
+    content_type, rows = ROWS[framework]
+    more = f"location = /orders/rows {{ default_type {content_type}; return 200 '{rows}'; }}"
+    host, _, port = relay.bind.rpartition(":")
+
+    def publish(data: str, name: str | None = None) -> None:
+        database.execute("SELECT sse_relay.publish('orders', %s::text, %s)", (data, name))
+
+    with (
+        FreezableProxy((host, int(port))) as cuttable,
+        Nginx(
+            tmp_path,
+            f"127.0.0.1:{cuttable.port}",
+            server=f"{harness.BARE_PROXY}{more}location / {{ {FILES} root {folder}; }}",
+        ) as nginx,
+    ):
+
+        def fetched() -> int:
+            return nginx.log().count("GET /orders/rows")
+
+        def wait_fetched(what: str, before: int) -> None:
+            wait_until(lambda: fetched() > before, 20, f"a list after {what}")
+
+        with browser.open(url=f"{nginx.url}/page.html") as page:
+            shown = "document.querySelector('ul').textContent"
+            wait_until(lambda: page.evaluate(shown) == "a row", 20, "the list")
+            wait_until(lambda: page.evaluate("window.source?.readyState") == 1, what="the stream")
+            # Once for the page, at most once more for the stream's start.
+            assert fetched() <= 2
+            settled = fetched()
+            publish("x")
+            wait_fetched("an event", settled)
+            if framework == "htmx":
+                publish("<b>a notice</b>", "notice")
+                notice = "document.querySelector('p b')?.textContent"
+                wait_until(lambda: page.evaluate(notice) == "a notice", what="the notice")
+            settled = fetched()
+            database.execute("SELECT sse_relay.renew_epoch()")
+            wait_fetched("a gap", settled)
+            settled = fetched()
+            cuttable.refuse()
+            cuttable.drop()
+            wait_until(
+                lambda: (
+                    'heartbeat=event HTTP/1.1" 502' in nginx.log()
+                    or '/events/orders HTTP/1.1" 502' in nginx.log()
+                ),
+                20,
+                "a 502",
+            )
+            publish("while away")
+            cuttable.accept()
+            wait_fetched("a 502", settled)
+        with browser.open(url=f"{nginx.url}/refused.html") as page:
+            wait_until(lambda: page.evaluate("window.source?.readyState") == 2, what="the refusal")
+            if framework == "htmx":
+                assert page.evaluate("window.told")
+
+
+def test_datastar_reads_the_stream_itself(
+    database: Database,
+    start_relay: Callable[..., Relay],
+    browser: Browser,
+    node_modules: Path,
+    tmp_path: Path,
+) -> None:
+    relay = start_relay(*OPTIONS, dsn=database.dsn)
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    script = node_modules / "node_modules" / SCRIPTS["datastar"]["datastar.js"]
+    (folder / "datastar.js").write_bytes(script.read_bytes())
+    (get, sql) = re.findall(
+        r"`(@get\('/events/orders'.*?\)|SELECT sse_relay\.publish\('orders', 'fragments.*?\))`",
+        pages()["docs/clients.md"],
+    )
+    page_html = f'<script type=module src=/datastar.js></script><ul data-on-load="{get}"><li id="order-7">new'
+    (folder / "page.html").write_text(page_html)
+    server = f"{harness.nginx_recipe('server { }')}location / {{ {FILES} root {folder}; }}"
+    with (
+        Nginx(tmp_path, relay.bind, server=server) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+
+        def shown() -> bool:
+            # What was published before the stream began does not count.
+            database.execute(sql)
+            return order(page) == "paid"
+
+        wait_until(shown, 20, "the event")
