@@ -1,114 +1,107 @@
-"""The docs' Django code, as printed, in a real project: plain WSGI, PostgreSQL, the relay.
-
-A block whose first line names a file, such as ``# shop/views.py``, becomes that file.
-"""
+"""docs/django.md and its site, in Chromium: plain WSGI, login, admin, cookie, nginx, two relays."""
 
 from __future__ import annotations
 
-import html
+import http.server
 import json
+import os
 import random
 import re
-import subprocess
-import sys
+import shutil
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import httpx
+import playwright.async_api
 import psycopg2
 import psycopg2.extensions
 import pytest
+from click.testing import CliRunner
 
 import harness
 import pages
+from django_example.serve import EXAMPLE, Site, serve, sign_in, state_of
+from harness import Browser, Database, FreezableProxy, Page, Relay, SseReader, wait_until
+from sse_relay import cli
 
-DOCS_SECRET = "/etc/sse-relay/jwt"
+StartRelay = Callable[..., Relay]
 FILE_NAME = re.compile(r"(?:#|<!--) (shop/[\w./]+)(?: -->)?\n")
-
-SETTINGS = """
-import os
-
-SECRET_KEY = "of the tests alone"
-ALLOWED_HOSTS = ["*"]
-ROOT_URLCONF = "urls"
-INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions", "shop"]
-MIDDLEWARE = [
-    "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-]
-DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
-LOGGING = {
-    "version": 1,
-    "handlers": {"console": {"class": "logging.StreamHandler"}},
-    "loggers": {"django.request": {"handlers": ["console"]}},
-}
-TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
-DATABASES = {
-    "default": {
-        "ENGINE": "django.db.backends.postgresql",
-        "ATOMIC_REQUESTS": True,
-        "TEST": {"NAME": os.environ.get("TEST_DATABASE")},
-        **DATABASE,
-    }
-}
-"""
-URLS = """
-from django.contrib.auth import login
-from django.contrib.auth.models import User
-from django.http import JsonResponse
-from django.urls import path
-
-from shop import streams, views
+# How often a page is loaded with an event between its rendering and its stream's opening.
+PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
 
 
-def sign_in(request, name):
-    user, _ = User.objects.get_or_create(username=name)
-    login(request, user)
-    return JsonResponse({"id": user.pk})
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with serve() as running:
+        yield running
 
 
-def orders_within_a_transaction(request, tenant_id):
-    return views.orders(request, tenant_id)
+# ==== The docs ================================================================
 
 
-urlpatterns = [
-    path("orders/<int:tenant_id>", views.orders),
-    path("orders-position-first/<int:tenant_id>", views.orders_position_first),
-    path("orders-within-a-transaction/<int:tenant_id>", orders_within_a_transaction),
-    path("sign-in/<name>", sign_in),
-    path("stream-cookie", streams.stream_cookie),
-    path("may-read", streams.may_read),
-]
-"""
-MODELS = """
-from django.db import models
+def test_the_files_of_the_docs_are_those_of_the_site() -> None:
+    blocks = [*pages.blocks("python", "docs/django.md"), *pages.blocks("html", "docs/django.md")]
+    assert len(blocks) == 5
+    for block in blocks:
+        name = FILE_NAME.match(block.text)
+        assert name, block.text
+        assert block.text == (EXAMPLE / name[1]).read_text()
 
 
-class Order(models.Model):
-    tenant_id = models.IntegerField(null=True)
-    state = models.TextField()
-"""
-FIRST_MIGRATION = """
-from django.db import migrations, models
+def test_the_grants_of_the_docs_are_those_of_the_log() -> None:
+    migration = (EXAMPLE / "shop/migrations/0002_sse_relay.py").read_text()
+    (grants,) = re.findall(r'GRANTS = """\n(.*?)"""', migration, re.DOTALL)
+    assert grants in pages.pages()["docs/log.md"]
 
 
-class Migration(migrations.Migration):
-    operations = [
-        migrations.CreateModel(
-            "Order",
-            [
-                ("id", models.BigAutoField(primary_key=True)),
-                ("tenant_id", models.IntegerField(null=True)),
-                ("state", models.TextField()),
-            ],
-        )
+def test_the_site_is_small() -> None:
+    files = [path for path in EXAMPLE.rglob("*") if path.suffix in (".py", ".html")]
+    assert sum(len(path.read_text().splitlines()) for path in files) < 500
+
+
+# ==== Rows, tests, migrations =================================================
+
+
+def test_rows_are_published_as_the_docs_say(log_database: Database, start_relay: StartRelay) -> None:
+    execute = log_database.execute
+    execute("CREATE TABLE shop_order (id int PRIMARY KEY, tenant_id int, state text)")
+    execute(pages.block("sql", "CREATE TRIGGER publish"))
+    relay = start_relay("--source", "log", dsn=log_database.dsn)
+    with SseReader(relay.url("tenant-21", "tenant-22")) as reader:
+        reader.wait_for_id()
+        execute("INSERT INTO shop_order VALUES (7, NULL, 'new')")
+        for change in ("tenant_id = 21", "state = 'paid'", "tenant_id = 22", "tenant_id = NULL"):
+            execute(f"UPDATE shop_order SET {change}")
+        execute("UPDATE shop_order SET tenant_id = 22")
+        execute("DELETE FROM shop_order")
+        reader.wait_for(lambda event: '"delete"' in event.data)
+        events = [(event.event, json.loads(event.data)) for event in reader.events if '"op"' in event.data]
+    new, paid = ({"id": 7, "state": state} for state in ("new", "paid"))
+    assert [(channel, event["op"], event["row"]) for channel, event in events] == [
+        ("tenant-21", "update", new),
+        ("tenant-21", "update", paid),
+        ("tenant-21", "update", None),
+        ("tenant-22", "update", paid),
+        ("tenant-22", "update", None),
+        ("tenant-22", "update", paid),
+        ("tenant-22", "delete", paid),
     ]
-"""
-TESTS = """
-from django.db import InternalError, connection
-from django.test import TestCase, TransactionTestCase
+    assert all(event["key"] == {"id": 7} for _, event in events)
+    assert json.loads(pages.block("json", '{"op"')) == events[1][1]
+
+
+# Beside the site's own tests: what the docs say of tests, and of views.
+MORE_TESTS = """
+from django.db import InternalError, connection, transaction
+from django.test import RequestFactory, TestCase, TransactionTestCase
+from django.contrib.auth.models import User
+from shop.models import Order
+from shop.views import orders
 
 
 def publish(data):
@@ -121,168 +114,86 @@ class Rolled(TestCase):
         publish("of TestCase")
 
     def test_a_view_cannot_set_its_isolation_level(self):
+        self.client.force_login(User.objects.create_user("ann"))
         with self.assertRaisesMessage(InternalError, "SET TRANSACTION ISOLATION LEVEL"):
-            self.client.get("/orders/7")
+            self.client.get("/")
 
 
 class Committed(TransactionTestCase):
     def test_it_sends(self):
         publish("of TransactionTestCase")
 
-    def test_a_view_can_set_its_isolation_level(self):
-        self.assertContains(self.client.get("/orders/7"), "lastEventId=")
+    def test_within_a_transaction_a_view_cannot_set_its_isolation_level(self):
+        request = RequestFactory().get("/")
+        request.user = User.objects.create_user("ben")
+        with self.assertRaisesMessage(InternalError, "SET TRANSACTION ISOLATION LEVEL"), transaction.atomic():
+            orders(request)
+
+    def test_a_view_that_is_read_only_cannot_write(self):
+        with self.assertRaisesMessage(InternalError, "cannot execute INSERT in a read-only transaction"):
+            with transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+                Order.objects.create(item="tea")
+"""
+UPGRADE = """
+from pathlib import Path
+from django.db import migrations
+
+class Migration(migrations.Migration):
+    atomic = False
+    dependencies = [("shop", "0002_sse_relay")]
+    operations = [
+        migrations.RunSQL(
+            Path(__file__).with_name("sse_relay_2.sql").read_text(), migrations.RunSQL.noop
+        ),
+    ]
 """
 
 
-def printed_files() -> dict[str, str]:
-    """Return the files that the docs show, by path; what they show in several blocks is joined."""
-    files: dict[str, str] = {}
-    for language in ("python", "html"):
-        for found in pages.blocks(language):
-            match = FILE_NAME.match(found.text)
-            # The README's first page has a project of its own, in test_first_page.py.
-            if match and found.page != "README.md":
-                files[match[1]] = files.get(match[1], "") + found.text
-    return files
-
-
-@dataclass
-class Project:
-    """A Django project in a folder, with a database of its own."""
-
-    folder: Path
-    database: harness.Database
-
-    @property
-    def secret(self) -> Path:
-        return self.folder / "jwt"
-
-    def write(self) -> None:
-        parts = psycopg2.extensions.parse_dsn(self.database.dsn)
-        names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
-        connection = {name: parts.get(key, "") for name, key in names.items()}
-        files = {
-            "settings.py": f"DATABASE = {connection!r}\n{SETTINGS}",
-            "urls.py": URLS,
-            "shop/__init__.py": "",
-            "shop/models.py": MODELS,
-            "shop/migrations/__init__.py": "",
-            "shop/migrations/0001_initial.py": FIRST_MIGRATION,
-            "shop/test_sending.py": TESTS,
-            **printed_files(),
-        }
-        assert DOCS_SECRET in files["shop/streams.py"]
-        self.secret.write_text("the application's and the relay's secret\n")
-        files["shop/streams.py"] = files["shop/streams.py"].replace(DOCS_SECRET, str(self.secret))
-        for path, text in files.items():
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / path).write_text(text)
-        # As the docs' line for the shell does.
-        schema = subprocess.run([sys.executable, harness.PROGRAM, "schema"], capture_output=True, check=True)
-        (self.folder / "shop/migrations/sse_relay.sql").write_bytes(schema.stdout)
-
-    def manage(self, *arguments: str, **environment: str) -> str:
-        """Run one of Django's commands to its end; return all that it says."""
-        done = subprocess.run(
-            [sys.executable, "-m", "django", *arguments],
-            cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True,
-            check=False, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def environment(self, **more: str) -> dict[str, str]:
-        return {**harness.clean_environment(), "DJANGO_SETTINGS_MODULE": "settings", **more}
-
-    def order(self, tenant_id: int | None, state: str = "new") -> int:
-        """Insert an order as any other program would; return its id."""
-        sql = "INSERT INTO shop_order (tenant_id, state) VALUES (%s, %s) RETURNING id"
-        return int(self.database.execute(sql, (tenant_id, state))[0][0])
-
-
-@pytest.fixture(scope="module")
-def project(server: harness.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The project, migrated."""
-    with server.fresh_database() as database:
-        made = Project(tmp_path_factory.mktemp("site"), database)
-        made.write()
-        made.manage("migrate")
-        yield made
-
-
-@pytest.fixture(scope="module")
-def site(project: Project) -> Iterator[httpx.Client]:
-    """The project, served by runserver."""
-    address = f"127.0.0.1:{harness.free_port()}"
-    log = project.folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "django", "runserver", "--noreload", address],
-            cwd=project.folder, env=project.environment(), stdout=output, stderr=output,
-        )  # fmt: skip
-    try:
-        with httpx.Client(base_url=f"http://{address}", timeout=10) as client:
-
-            def answers() -> bool:
-                assert process.poll() is None, log.read_text()
-                try:
-                    return client.get("/").status_code == 404
-                except httpx.TransportError:
-                    return False
-
-            harness.wait_until(answers, 20, f"Django at {address}")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def page(site: httpx.Client, path: str) -> tuple[dict[int, str], str]:
-    """Load a page; return the states of its orders, by id, and the address of its stream."""
-    response = site.get(path)
-    assert response.status_code == 200, response.text
-    orders = re.findall(r'<li id="order-(\d+)">(.*?)</li>', response.text)
-    stream = re.search(r'new EventSource\("(.*?)"\)', response.text)
-    assert stream, response.text
-    return {int(number): state for number, state in orders}, html.unescape(stream[1])
-
-
-def test_rows_are_published_as_the_readme_says(
-    project: Project, start_relay: Callable[..., harness.Relay]
+@pytest.mark.slow
+def test_django_s_tests_send_what_the_docs_say_and_may_be_repeated(
+    site: Site, start_relay: StartRelay, tmp_path: Path
 ) -> None:
-    relay = start_relay("--source", "log", dsn=project.database.dsn)
-    execute = project.database.execute
-    with harness.SseReader(relay.url("tenant-21", "tenant-22")) as reader:
-        reader.wait_for_id()
-        order = project.order(None)
-        for change in ("tenant_id = 21", "state = 'paid'", "tenant_id = 22", "tenant_id = NULL"):
-            execute(f"UPDATE shop_order SET {change} WHERE id = %s", (order,))
-        execute("UPDATE shop_order SET tenant_id = 22 WHERE id = %s", (order,))
-        execute("DELETE FROM shop_order WHERE id = %s", (order,))
-        reader.wait_for(lambda event: '"delete"' in event.data)
-        events = [(event.event, json.loads(event.data)) for event in reader.events]
-    new, paid = ({"id": order, "state": state} for state in ("new", "paid"))
-    assert [(channel, event["op"], event["row"]) for channel, event in events] == [
-        ("tenant-21", "update", new),
-        ("tenant-21", "update", paid),
-        ("tenant-21", "update", None),
-        ("tenant-22", "update", paid),
-        ("tenant-22", "update", None),
-        ("tenant-22", "update", paid),
-        ("tenant-22", "delete", paid),
-    ]
-    assert all(event["key"] == {"id": order} for _, event in events)
-    shown = pages.block("json", '{"op"')
-    assert json.loads(shown.replace("7", str(order))) == events[1][1]
+    """In a database of its own, with the site's migrations and an upgrade."""
+    name = "tests_of_django"
+    dsn = psycopg2.extensions.make_dsn(site.database.dsn, dbname=name)
+    folder = tmp_path / "copy"
+    shutil.copytree(site.folder, folder)
+    (folder / "shop/test_more.py").write_text(MORE_TESTS)
+    schema = folder / "shop/migrations/sse_relay.sql"
+    (folder / "shop/migrations/sse_relay_2.sql").write_text(schema.read_text())
+    (folder / "shop/migrations/0003_upgrade.py").write_text(UPGRADE)
+    settings = f"from settings import *\nDATABASES['default']['TEST'] = {{'NAME': {name!r}}}\n"
+    (folder / "test_settings.py").write_text(settings)
+    copy = site._replace(folder=folder)
+    test = ("test", "--keepdb", "shop")
+    readers: list[SseReader] = []
+    try:
+        assert "Ran 7 tests" in copy.manage(*test, DJANGO_SETTINGS_MODULE="test_settings")
+        for source in ("notify", "log"):
+            reader = SseReader(start_relay("--source", source, dsn=dsn).url("tests"))
+            readers.append(reader)
+            wait_until(lambda reader=reader: reader.starts, what="the stream")  # type: ignore[misc]  # a default
+        assert "Ran 7 tests" in copy.manage(*test, DJANGO_SETTINGS_MODULE="test_settings")
+        for reader in readers:
+            reader.wait_for_data("of TransactionTestCase")
+            assert reader.data == ["of TransactionTestCase"]
+    finally:
+        for reader in readers:
+            reader.close()
+        site.database.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+# ==== A page and its stream ===================================================
 
 
 class Writer:
     """Changes orders of a tenant, each one in numbered versions, in transactions that overlap with others."""
 
-    def __init__(self, project: Project, tenant_id: int, seed: int) -> None:
+    def __init__(self, site: Site, tenant_id: int, seed: int) -> None:
         self.versions: dict[int, int] = {}
         """The last committed version of each order."""
-        self._connection = psycopg2.connect(project.database.dsn)
+        self._connection = psycopg2.connect(site.database.dsn)
         self._tenant_id = tenant_id
         self._random = random.Random(seed)
         self._stopping = threading.Event()
@@ -295,7 +206,7 @@ class Writer:
             changed = {}
             if not self.versions or self._random.random() < 0.2:
                 cursor.execute(
-                    "INSERT INTO shop_order (tenant_id, state) VALUES (%s, '1') RETURNING id",
+                    "INSERT INTO shop_order (tenant_id, item, state) VALUES (%s, 'tea', '1') RETURNING id",
                     (self._tenant_id,),
                 )
                 (row,) = cursor.fetchall()
@@ -319,38 +230,77 @@ class Writer:
         self._connection.close()
 
 
-@pytest.mark.parametrize(("view", "exact"), [("orders", True), ("orders-position-first", False)])
+def signed_in(site: Site, name: str, tenant: int) -> httpx.Client:
+    """Return a client with the session of a new user, who may see a tenant's orders."""
+    script = (
+        "from django.contrib.auth.models import User;"
+        "from django.contrib.sessions.backends.db import SessionStore;"
+        f"user = User.objects.create_user({name!r}); user.groups.create(name='{tenant}');"
+        "session = SessionStore(); session['_auth_user_id'] = str(user.pk);"
+        "session['_auth_user_backend'] = 'django.contrib.auth.backends.ModelBackend';"
+        "session['_auth_user_hash'] = user.get_session_auth_hash(); session.create();"
+        "print('session', session.session_key)"
+    )
+    (key,) = re.findall(r"^session (\w+)$", site.manage("shell", "-c", script), re.MULTILINE)
+    return httpx.Client(base_url=site.django, cookies={"sessionid": key}, timeout=10)
+
+
+def load_page(client: httpx.Client) -> tuple[dict[int, str], dict[str, Any]]:
+    """Load the site's page; return the states of its orders, by id, and what it gives to its script."""
+    text = client.get("/").text
+    orders = re.findall(r'<li id="order-(\d+)">tea: (.*?)</li>', text)
+    stream = re.search(r'<script id="stream" type="application/json">(.*?)</script>', text)
+    assert stream, text
+    return {int(number): state for number, state in orders}, json.loads(stream[1])
+
+
+def position_first(site: Site, tenant: int) -> tuple[dict[int, str], str]:
+    """Return a tenant's orders and, read before them outside of any transaction, the position."""
+    ((position,),) = site.database.execute("SELECT sse_relay.position()")
+    rows = site.database.execute("SELECT id, state FROM shop_order WHERE tenant_id = %s", (tenant,))
+    return dict(rows), position
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["exactly", "simpler"])
 def test_a_page_and_its_stream_fit_together_while_others_write(
-    project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay], view: str, exact: bool
+    site: Site, start_relay: StartRelay, way: str
 ) -> None:
-    relay = start_relay("--source", "log", dsn=project.database.dsn)
-    tenant_id = 31 if exact else 32
-    writers = [Writer(project, tenant_id, seed) for seed in range(4)]
-    loaded: list[tuple[dict[int, str], harness.SseReader]] = []
+    relay = start_relay("--source", "log", dsn=site.database.dsn)
+    tenant = 31 if way == "exactly" else 32
+    writers = [Writer(site, tenant, seed) for seed in range(4)]
+    loaded: list[tuple[dict[int, str], SseReader]] = []
     try:
-        harness.wait_until(lambda: all(writer.versions for writer in writers))
+        client = signed_in(site, f"reader-{tenant}", tenant)
+        wait_until(lambda: all(writer.versions for writer in writers))
         for _ in range(30):
-            shown, stream = page(site, f"/{view}/{tenant_id}")
-            loaded.append((shown, harness.SseReader(f"http://{relay.bind}{stream}")))
+            if way == "exactly":
+                shown, stream = load_page(client)
+                position = stream["position"]
+            else:
+                shown, position = position_first(site, tenant)
+            url = f"{relay.url(f'tenant-{tenant}')}?lastEventId={quote(position, safe='')}"
+            loaded.append((shown, SseReader(url)))
+        client.close()
         for writer in writers:
             writer.stop()
         final = {order: version for writer in writers for order, version in writer.versions.items()}
-        last = project.order(tenant_id, "last")
+        last = add_order(site, tenant, "last")
         repeated = 0
         for shown, reader in loaded:
             reader.wait_for(lambda event: f'"id": {last}' in event.data)
             assert not [event for event in reader.events if event.event.startswith("relay.")]
             seen = {order: int(state) for order, state in shown.items()}
             for data in reader.data[:-1]:
-                row = json.loads(data)["row"]
-                order, version = row["id"], int(row["state"])
+                event = json.loads(data)
+                order, version = event["key"]["id"], int(event["row"]["state"])
                 if version <= seen.get(order, 0):
                     repeated += 1
                 else:
                     assert version == seen.get(order, 0) + 1, "a change was missed"
                     seen[order] = version
             assert seen == final
-        assert not (exact and repeated)
+        assert not (way == "exactly" and repeated)
     finally:
         for writer in writers:
             writer.stop()
@@ -358,140 +308,398 @@ def test_a_page_and_its_stream_fit_together_while_others_write(
             reader.close()
 
 
-def test_the_page_misses_nothing_in_a_browser_behind_nginx(
-    project: Project,
-    site: httpx.Client,
-    start_relay: Callable[..., harness.Relay],
-    browser: harness.Browser,
-    tmp_path: Path,
-) -> None:
-    socket = f"unix:{tmp_path}/http.sock"
-    options = ("--source", "log", "--retry", "100")
-    relay = start_relay(*options, bind=socket, dsn=project.database.dsn)
-    order = project.order(41)
-    server = f"{harness.nginx_recipe('server { }')}\nlocation / {{ proxy_pass {site.base_url}; }}"
-    with (
-        harness.Nginx(tmp_path, socket, server=server) as nginx,
-        browser.open(url=f"{nginx.url}/orders/41") as page,
-    ):
-        page.evaluate(
-            "() => { shown = []; show = (event) => shown.push(event); refetch = () => shown.push(0); }"
-        )
-        change = "UPDATE shop_order SET state = %s WHERE id = %s"
-        harness.wait_until(lambda: page.evaluate("orders.readyState") == 1, what="the stream")
-        project.database.execute(change, ("packed", order))
-        harness.wait_until(lambda: page.evaluate("shown.length"), what="the first change")
-        assert relay.stop() == 0
-        project.database.execute(change, ("sent", order))
-        start_relay(*options, bind=socket, dsn=project.database.dsn)
-        harness.wait_until(lambda: page.evaluate("shown.length") > 1, what="what was missed")
-        project.database.execute(change, ("received", order))
-        harness.wait_until(lambda: page.evaluate("shown.length") > 2, what="what came then")
-        states = page.evaluate("shown.map((event) => event.row.state)")
-        assert states == ["packed", "sent", "received"]
-
-
 def test_what_the_transaction_itself_publishes_comes_again(
-    project: Project, start_relay: Callable[..., harness.Relay]
+    log_database: Database, start_relay: StartRelay
 ) -> None:
-    relay = start_relay("--source", "log", dsn=project.database.dsn)
-    connection = psycopg2.connect(project.database.dsn)
+    relay = start_relay("--source", "log", dsn=log_database.dsn)
+    connection = psycopg2.connect(log_database.dsn)
     connection.set_session(isolation_level="REPEATABLE READ")
     with connection, connection.cursor() as cursor:
         cursor.execute("SELECT sse_relay.publish('own', 'before'), sse_relay.position()")
         ((_, position),) = cursor.fetchall()
         cursor.execute("SELECT sse_relay.publish('own', 'after')")
     connection.close()
-    with harness.SseReader(relay.url("own", lastEventId=position)) as reader:
+    with SseReader(relay.url("own", lastEventId=position)) as reader:
         reader.wait_for_data("after")
         assert reader.data == ["before", "after"]
 
 
-def test_a_view_in_a_transaction_cannot_set_its_isolation_level(project: Project, site: httpx.Client) -> None:
-    assert site.get("/orders-within-a-transaction/1").status_code == 500
-    assert "SET TRANSACTION ISOLATION LEVEL" in (project.folder / "log").read_text()
+# ==== In the browser ==========================================================
 
 
-def test_testcase_sends_nothing_and_transactiontestcase_sends(
-    project: Project, start_relay: Callable[..., harness.Relay]
+def open_signed_in(browser: Browser, site: Site, name: str, url: str = "") -> Page:
+    """Open a page in a browser context of its own, sign in, and wait until its stream is live."""
+    page = browser.open(url=url or site.url)
+    sign_in(page, name, site.password)
+    wait_live(page)
+    return page
+
+
+def wait_live(page: Page) -> None:
+    wait_until(lambda: state_of(page) == "live", 20, "the stream")
+
+
+def shown(page: Page, order: int) -> str | None:
+    text = page.evaluate("(id) => document.getElementById('order-' + id)?.textContent", order)
+    return None if text is None else str(text)
+
+
+def wait_shown(page: Page, order: int, text: str | None) -> None:
+    wait_until(lambda: shown(page, order) == text, 20, f"order {order} as {text}")
+
+
+def add_order(site: Site, tenant: int, item: str) -> int:
+    sql = "INSERT INTO shop_order (tenant_id, item, state) VALUES (%s, %s, '0') RETURNING id"
+    return int(site.database.execute(sql, (tenant, item))[0][0])
+
+
+def change(site: Site, order: int, state: str) -> None:
+    site.database.execute("UPDATE shop_order SET state = %s WHERE id = %s", (state, order))
+
+
+@pytest.mark.slow
+def test_pages_show_events_from_between_their_rendering_and_their_stream(
+    site: Site, browser: Browser
 ) -> None:
-    dsn = project.database.dsn
-    relays = start_relay(dsn=dsn), start_relay("--source", "log", dsn=dsn)
-    readers = [harness.SseReader(relay.url("tests")) for relay in relays]
-    try:
-        for reader in readers:
-            reader.wait_for_id()
-        # In the database that the relays are connected to. Django runs TestCase first.
-        name = str(psycopg2.extensions.parse_dsn(dsn)["dbname"])
-        output = project.manage("test", "--keepdb", "shop.test_sending", TEST_DATABASE=name)
-        assert "Ran 4 tests" in output
-        for reader in readers:
-            reader.wait_for_data("of TransactionTestCase")
-            assert reader.data == ["of TransactionTestCase"]
-    finally:
-        for reader in readers:
-            reader.close()
+    """PAGE_LOADS=1000 for as many."""
+    order = add_order(site, 1, "tea")
+    number = 0
+
+    async def publish_first(route: playwright.async_api.Route) -> None:
+        nonlocal number
+        number += 1
+        response = await route.fetch()
+        change(site, order, str(number))
+        await route.fulfill(response=response)
+
+    with open_signed_in(browser, site, "ann") as page:
+        browser.run(page.playwright.route(f"{site.url}/", publish_first))
+        stale = 0
+        for _ in range(PAGE_LOADS):
+            browser.run(page.playwright.goto(site.url))
+            try:
+                awaited = f"() => document.getElementById('order-{order}').textContent === 'tea: {number}'"
+                browser.run(page.playwright.wait_for_function(awaited, timeout=10_000))
+            except playwright.async_api.TimeoutError:
+                stale += 1
+        assert (number, stale) == (PAGE_LOADS, 0)
 
 
-def test_a_testcase_sees_what_is_about_to_be_published(project: Project) -> None:
-    # In a database of its own, which the docs' migrations make ready.
-    assert "Ran 1 test" in project.manage("test", "shop.tests")
-
-
-def test_the_cookie_of_the_docs_opens_what_is_the_users_own(
-    project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay]
+@pytest.mark.slow
+def test_what_is_saved_in_the_admin_appears_in_another_browser_also_when_it_was_away(
+    site: Site, browser: Browser
 ) -> None:
-    options = ("--jwt-key-file", str(project.secret), "--jwt-cookie", "sse")
-    relay = start_relay(*options, dsn=project.database.dsn)
-    assert site.get("/stream-cookie").status_code == 401
-    user = site.get("/sign-in/ann").json()["id"]
-    cookie = site.get("/stream-cookie").headers["set-cookie"]
-    site.cookies.clear()
+    order = add_order(site, 1, "tea")
+
+    def save(state: str) -> None:
+        async def fill_in() -> None:
+            await admin.playwright.goto(f"{site.url}/admin/shop/order/{order}/change/")
+            await admin.playwright.fill("[name=state]", state)
+            async with admin.playwright.expect_navigation():
+                await admin.playwright.click("[name=_save]")
+
+        browser.run(fill_in())
+
+    with (
+        FreezableProxy(("127.0.0.1", urlsplit(site.url).port or 0)) as line,
+        browser.open(url=f"{site.url}/admin/") as admin,
+        open_signed_in(browser, site, "ann", f"https://127.0.0.1:{line.port}/") as page,
+    ):
+        sign_in(admin, "admin", site.password)
+        save("packed")
+        wait_shown(page, order, "tea: packed")
+        line.refuse()
+        line.drop()
+        wait_until(lambda: state_of(page) == "waiting", what="the loss of the connection")
+        save("sent")
+        assert shown(page, order) == "tea: packed"
+        line.accept()
+        wait_shown(page, order, "tea: sent")
+        wait_live(page)
+
+
+@pytest.mark.slow
+def test_each_sees_the_orders_of_the_own_tenant(site: Site, browser: Browser) -> None:
+    tea, coffee = add_order(site, 1, "tea"), add_order(site, 2, "coffee")
+    with open_signed_in(browser, site, "ann") as ann, open_signed_in(browser, site, "ben") as ben:
+        for order in (tea, coffee):
+            change(site, order, "packed")
+        wait_shown(ann, tea, "tea: packed")
+        wait_shown(ben, coffee, "coffee: packed")
+        assert shown(ann, coffee) is None
+        # An order that goes to another tenant leaves the one page and enters the other.
+        site.database.execute("UPDATE shop_order SET tenant_id = 2 WHERE id = %s", (tea,))
+        wait_shown(ann, tea, None)
+        wait_shown(ben, tea, "tea: packed")
+        # A page cannot ask for more than its cookie opens.
+        refusal = ann.evaluate(
+            """() => new Promise((resolve) => {
+                const source = new EventSource("/events/tenant-2");
+                source.addEventListener("relay.refused", (event) => {
+                    source.close();
+                    resolve(JSON.parse(event.data));
+                });
+            })"""
+        )
+        assert refusal["status"] == 403
+
+
+# ==== The cookie ==============================================================
+
+
+def test_the_cookie_opens_the_users_own_channels_to_nobody_else(site: Site) -> None:
+    assert httpx.get(f"{site.django}/stream-cookie").status_code == 401
+    with signed_in(site, "eve", 5) as client:
+        cookie = client.get("/stream-cookie").headers["set-cookie"]
     assert all(word in cookie for word in ("HttpOnly", "Secure", "SameSite=Strict", "Path=/events"))
-    headers = {"Cookie": cookie.partition(";")[0]}
-    assert httpx.get(relay.url(f"user-{user}")).json()["status"] == 401
-    assert httpx.get(relay.url(f"user-{user}0"), headers=headers).json()["status"] == 403
-    with harness.SseReader(relay.url(f"user-{user}", "news"), headers) as reader:
+    socket = site.relays[0].bind.removeprefix("unix:")
+    with httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://relay/events/") as relay:
+        headers = {"Cookie": cookie.partition(";")[0]}
+        assert relay.get("tenant-5").json()["status"] == 401
+        assert relay.get("tenant-51", headers=headers).json()["status"] == 403
+    with SseReader("http://relay/events/tenant-5", headers, unix=socket) as reader:
         reader.wait_for_id()
-        project.database.notify(f"user-{user}", "for ann")
-        reader.wait_for_data("for ann")
+        order = add_order(site, 5, "tea")
+        reader.wait_for(lambda event: f'"id": {order}' in event.data)
 
 
-def test_the_application_says_who_may_read(site: httpx.Client) -> None:
-    def answer(address: str) -> int:
-        return site.get("/may-read", headers={"X-Original-URI": address}).status_code
-
-    user = site.get("/sign-in/ben").json()["id"]
-    assert answer(f"/events/user-{user}") == 204
-    assert answer(f"/events?channel=news&channel=user-{user}&lastEventId=a-1") == 204
-    assert answer(f"/events/user%2D{user}") == 204
-    for address in ("/events", f"/events?channel=user-{user}&channel=orders", f"/events/user-{user}0"):
-        assert answer(address) == 403
-    site.cookies.clear()
-    assert answer("/events/news") == 204
-    assert answer(f"/events/user-{user}") == 403
+def give_cookie(page: Page, token: str) -> None:
+    cookie = {"name": "sse", "value": token, "domain": "127.0.0.1", "path": "/events", "secure": True}
+    page.browser.run(page.playwright.context.add_cookies([cookie]))  # type: ignore[list-item]
 
 
+def refusals(site: Site) -> int:
+    return sum(relay.log.count("refused with 401") for relay in site.relays)
+
+
+@pytest.mark.slow
+def test_a_token_that_expires_costs_no_event_though_the_cookie_s_view_fails(
+    site: Site, browser: Browser
+) -> None:
+    """Takes 10 s: the token's lifetime, and the module's waits."""
+    order = add_order(site, 1, "tea")
+    asked = 0
+
+    async def fail_twice(route: playwright.async_api.Route) -> None:
+        nonlocal asked
+        asked += 1
+        await (
+            route.abort() if asked == 1 else route.fulfill(status=502) if asked == 2 else route.continue_()
+        )
+
+    with open_signed_in(browser, site, "ann") as page:
+        # Opened anew, by a cookie that lasts for 3 s.
+        arguments = ["token", "--key-file", str(site.key), "--lifetime", "3", "tenant-1"]
+        token = CliRunner().invoke(cli, arguments).output.strip()
+        browser.run(page.playwright.route("**/stream-cookie", lambda route: route.fulfill(status=204)))
+        give_cookie(page, token)
+        browser.run(page.playwright.reload())
+        wait_live(page)
+        page.evaluate("() => { window.same = true; }")  # a gap would load the page again
+        before = refusals(site)
+        browser.run(page.playwright.unroute("**/stream-cookie"))
+        browser.run(page.playwright.route("**/stream-cookie", fail_twice))
+        wait_until(lambda: refusals(site) > before, 20, "the refusal")
+        change(site, order, "while refused")
+        wait_shown(page, order, "tea: while refused")
+        wait_live(page)
+        assert page.evaluate("window.same") is True
+        assert asked == 3
+        # The view's 502 is not "signed out": the page tried with no cookie, and was refused once more.
+        assert refusals(site) == before + 2
+
+
+@pytest.mark.slow
+def test_signing_out_takes_the_cookie_away_and_ends_the_streams_in_other_browsers(
+    site: Site, browser: Browser
+) -> None:
+    order = add_order(site, 2, "tea")
+    with (
+        open_signed_in(browser, site, "ben") as page,
+        open_signed_in(browser, site, "ben") as other,
+        open_signed_in(browser, site, "ann") as ann,
+    ):
+        (tab,) = open_tabs(page, site.url, 1)
+        known = len(other.requests)
+        wait_until(lambda: texts(page, [tab], STATE) == ["live"], 20, "the tab's stream")
+
+        async def sign_out() -> set[str]:
+            async with page.playwright.expect_navigation():
+                await page.playwright.click("text=Sign out")
+            cookies = await page.playwright.context.cookies(f"{site.url}/events")
+            return {str(cookie.get("name")) for cookie in cookies}
+
+        assert "sse" not in browser.run(sign_out())
+        began = time.monotonic()
+        wait_until(
+            lambda: texts(page, [tab], STATE)[0].startswith("refused: "), 20, "the end of the tab's stream"
+        )
+        assert time.monotonic() - began < 10
+        # The other browser has a session of its own: it fetches a new cookie, and goes on.
+        wait_until(
+            lambda: any("/stream-cookie" in url for _, url in other.requests[known:]), 20, "the new cookie"
+        )
+        change(site, order, "packed")
+        wait_shown(other, order, "tea: packed")
+        assert state_of(ann) == "live"
+
+
+# ==== Many tabs ===============================================================
+
+STATE = "document.getElementById('state').textContent"
+
+
+def open_tabs(page: Page, url: str, count: int) -> list[playwright.async_api.Page]:
+    """Open further tabs beside a page: in the same browser, with the same cookies."""
+
+    async def tab() -> playwright.async_api.Page:
+        opened = await page.playwright.context.new_page()
+        await opened.goto(url)
+        return opened
+
+    return [page.browser.run(tab()) for _ in range(count)]
+
+
+def texts(page: Page, tabs: list[playwright.async_api.Page], script: str) -> list[Any]:
+    async def ask() -> list[Any]:
+        return [await tab.evaluate(script) for tab in tabs]
+
+    return page.browser.run(ask())
+
+
+@pytest.mark.slow
+def test_twelve_tabs_over_http_2_are_all_live(site: Site, browser: Browser) -> None:
+    order = add_order(site, 1, "tea")
+    with open_signed_in(browser, site, "ann") as page:
+        tabs = [page.playwright, *open_tabs(page, site.url, 11)]
+        wait_until(lambda: texts(page, tabs, STATE) == ["live"] * 12, 20, "twelve streams")
+        change(site, order, "packed")
+        script = f"document.getElementById('order-{order}').textContent"
+        wait_until(lambda: texts(page, tabs, script) == ["tea: packed"] * 12, 20, "twelve changes")
+        protocols = texts(page, tabs, "performance.getEntriesByType('navigation')[0].nextHopProtocol")
+        assert set(protocols) == {"h2"}
+
+
+@pytest.mark.slow
+def test_over_http_1_1_six_tabs_take_all_connections_and_the_seventh_waits(
+    site: Site, browser: Browser
+) -> None:
+    with open_signed_in(browser, site, "ann", site.plain_url) as page:
+        tabs = [page.playwright, *open_tabs(page, site.plain_url, 5)]
+        wait_until(lambda: texts(page, tabs, STATE) == ["live"] * 6, 20, "six streams")
+
+        async def seventh() -> playwright.async_api.Page:
+            tab = await page.playwright.context.new_page()
+            with pytest.raises(playwright.async_api.TimeoutError):
+                await tab.goto(site.plain_url, timeout=2_000)
+            return tab
+
+        waiting = page.browser.run(seventh())
+
+        async def again() -> None:
+            await tabs[1].close()
+            await waiting.wait_for_selector("#state", timeout=20_000)
+
+        page.browser.run(again())
+        others = [tabs[0], *tabs[2:], waiting]
+        wait_until(lambda: texts(page, others, STATE) == ["live"] * 6, 20, "the seventh stream")
+
+
+# ==== Restarts ================================================================
+
+
+@pytest.mark.slow
+def test_a_relay_that_dies_costs_no_event_and_no_gap_and_a_gap_loads_the_page_again(
+    site: Site, browser: Browser
+) -> None:
+    orders = [add_order(site, 1, "tea") for _ in range(10)]
+    with open_signed_in(browser, site, "ann") as page:
+        page.evaluate("() => { window.same = true; }")
+        # Whichever of them serves the page: the other takes over.
+        for number, relay in enumerate(site.relays):
+            relay.kill()
+            for order in orders:
+                change(site, order, f"sent {number}")
+            for order in orders:
+                wait_shown(page, order, f"tea: sent {number}")
+            site.relays[number] = site.start_relay(relay.bind)
+        assert page.evaluate("window.same") is True
+        site.database.execute("SELECT sse_relay.renew_epoch()")
+        browser.run(page.playwright.wait_for_function("() => !window.same", timeout=20_000))
+        wait_live(page)
+        change(site, orders[0], "after the gap")
+        wait_shown(page, orders[0], "tea: after the gap")
+
+
+# ==== Where nginx asks the application ========================================
+
+
+@pytest.fixture(scope="module")
+def application() -> Iterator[str]:
+    """The view of docs/access.md, behind a web server; who asks is named by a cookie ``user``."""
+    from django.conf import settings  # type: ignore[import-untyped]  # Django ships no type hints
+
+    if not settings.configured:
+        settings.configure()
+    names: dict[str, Any] = {}
+    exec(pages.block("python", "# shop/streams.py", "docs/access.md"), names)  # noqa: S102  # the docs' own
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.headers.get("Cookie", "").removeprefix("user=")
+            user = types.SimpleNamespace(pk=name, is_authenticated=bool(name))
+            answer = names["may_read"](types.SimpleNamespace(headers=self.headers, user=user))
+            self.send_response(answer.status_code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("user", "address", "status"),
+    [
+        ("7", "/events/user-7", 204),
+        ("7", "/events?channel=news&channel=user-7&lastEventId=a-1", 204),
+        ("7", "/events/user%2D7", 204),
+        ("7", "/events", 403),
+        ("7", "/events?channel=user-7&channel=orders", 403),
+        ("7", "/events/user-70", 403),
+        ("", "/events/news", 204),
+        ("", "/events/user-7", 403),
+    ],
+)
+def test_the_application_says_who_may_read(application: str, user: str, address: str, status: int) -> None:
+    headers = {"X-Original-URI": address, "Cookie": f"user={user}"}
+    assert httpx.get(application, headers=headers).status_code == status
+
+
+@pytest.mark.slow
 def test_nginx_asks_the_application(
-    project: Project, site: httpx.Client, start_relay: Callable[..., harness.Relay], tmp_path: Path
+    application: str, database: Database, start_relay: StartRelay, tmp_path: Path
 ) -> None:
     socket = f"unix:{tmp_path}/http.sock"
-    start_relay("--allow-channel", "*", bind=socket, dsn=project.database.dsn)
+    start_relay("--allow-channel", "*", bind=socket, dsn=database.dsn)
     asking = harness.nginx_recipe("location /events { }")
-    server = re.sub(r" *error_page .*@sse_retry;\n", asking, harness.nginx_recipe("server { }"))
+    server = re.sub(r" *error_page .*@sse_retry;\n", lambda _: asking, harness.nginx_recipe("server { }"))
     server += harness.nginx_recipe("server { }, to ask the application")
-    server = server.replace("http://127.0.0.1:8000", str(site.base_url).rstrip("/"))
-    user = site.get("/sign-in/cem").json()["id"]
-    headers = {"Cookie": f"sessionid={site.cookies['sessionid']}"}
-    site.cookies.clear()
+    server = server.replace("http://127.0.0.1:8000", application)
     with harness.Nginx(tmp_path, socket, server=server) as nginx:
-        address = f"{nginx.url}/events/user-{user}"
-        with harness.SseReader(address) as stranger:
+        address = f"{nginx.url}/events/user-7"
+        with SseReader(address) as stranger:
             stranger.wait_for_end()
             (refusal,) = stranger.events
             assert (refusal.event, refusal.json()["status"]) == ("relay.refused", 403)
             assert refusal.retry == 86_400_000
-        with harness.SseReader(address, headers) as reader:
+        with SseReader(address, {"Cookie": "user=7"}) as reader:
             reader.wait_for_id()
-            project.database.notify(f"user-{user}", "for cem")
-            reader.wait_for_data("for cem")
+            database.notify("user-7", "for the user")
+            reader.wait_for_data("for the user")

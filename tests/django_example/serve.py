@@ -1,12 +1,11 @@
-"""Run the example: PostgreSQL, Django, two relays with the durable log, and nginx in front.
-
-python tests/django_example/serve.py
-"""
+"""Run the example: PostgreSQL, Django, two relays with the durable log, and nginx in front."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,12 +17,12 @@ from typing import NamedTuple
 
 import click
 import httpx
+from psycopg2.extensions import make_dsn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
-from sse_relay import apply_schema
 
 EXAMPLE = Path(__file__).resolve().parent
 PEOPLE = """
@@ -39,7 +38,7 @@ for number, name in enumerate(("ann", "ben"), 1):
 # Over HTTP/1.1, to see what its six connections mean.
 PLAIN_SERVER = """
 server {{
-    listen 127.0.0.1:{port} ssl;
+    listen {address} ssl;
     ssl_certificate {folder}/certificate.pem; ssl_certificate_key {folder}/key.pem;
     {server}
 }}
@@ -53,22 +52,47 @@ location / {{
 """
 
 
-class Site(NamedTuple):
-    """The example, running.
+# When the page came to show what.
+WATCH = """() => {
+    window.shown = {};
+    new MutationObserver(() => {
+        for (const item of document.querySelectorAll("#orders li"))
+            shown[item.textContent.split(": ")[1]] ??= Date.now();
+    }).observe(document.getElementById("orders"), { childList: true, subtree: true, characterData: true });
+}"""
 
-    Attributes:
-        url: By HTTP/2 and TLS.
-        plain_url: By HTTP/1.1 and TLS.
-        password: Of admin, ann (tenant 1) and ben (tenant 2).
-    """
+
+class Site(NamedTuple):
+    """The example, running."""
 
     url: str
+    """By HTTP/2 and TLS."""
     plain_url: str
+    """By HTTP/1.1 and TLS."""
+    django: str
+    """Django's own address, without nginx in front."""
     password: str
-    key: Path
+    """Of admin, ann (tenant 1) and ben (tenant 2)."""
+    folder: Path
+    """The copy of the example that runs."""
+    environment: dict[str, str]
+    """Of Django's commands."""
     database: harness.Database
     relays: list[harness.Relay]
     start_relay: Callable[[str], harness.Relay]
+
+    @property
+    def key(self) -> Path:
+        return Path(self.environment["EXAMPLE_KEY_FILE"])
+
+    def manage(self, *arguments: str, **environment: str) -> str:
+        """Run one of Django's commands; return all that it says."""
+        done = subprocess.run(
+            [sys.executable, "-m", "django", *arguments], cwd=self.folder, capture_output=True, text=True,
+            env={**self.environment, **environment}, check=False, timeout=90,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
 
 @contextlib.contextmanager
@@ -78,49 +102,55 @@ def serve() -> Iterator[Site]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.chmod(0o755)
         database = stack.enter_context(stack.enter_context(harness.Server()).fresh_database())
-        apply_schema(database.dsn)
         key, password = folder / "jwt", secrets.token_urlsafe(8)
         key.write_text(secrets.token_hex(32) + "\n")
-        django = f"127.0.0.1:{harness.free_port()}"
+        database.execute(f"CREATE ROLE relay LOGIN PASSWORD '{password}'")
+        example = folder / "example"
+        shutil.copytree(EXAMPLE, example)
+        (example / "__init__.py").unlink()  # a project, not a package
+        schema = subprocess.run([sys.executable, harness.PROGRAM, "schema"], capture_output=True, check=True)
+        (example / "shop/migrations/sse_relay.sql").write_bytes(schema.stdout)
+
+        django, port = (f"127.0.0.1:{harness.free_port()}" for _ in range(2))
         environment = {
             **harness.clean_environment(),
             "DJANGO_SETTINGS_MODULE": "settings",
             "EXAMPLE_DSN": database.dsn,
             "EXAMPLE_KEY_FILE": str(key),
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
-        manage = [sys.executable, "-m", "django"]
-        for command in (["migrate", "-v", "0"], ["shell", "-c", f"PASSWORD = {password!r}\n{PEOPLE}"]):
-            subprocess.run([*manage, *command], cwd=EXAMPLE, env=environment, check=True, timeout=60)
+        relay_dsn = make_dsn(database.dsn, user="relay", password=password)
+
+        def start_relay(bind: str) -> harness.Relay:
+            options = ("--source", "log", "--jwt-key-file", str(key), "--jwt-cookie", "sse", "--retry", "500")
+            return stack.enter_context(harness.Relay(*options, dsn=relay_dsn, bind=bind))
+
+        server = harness.nginx_recipe("server { }") + DJANGO_LOCATION.format(django=django)
+        http = harness.nginx_recipe("http { }, several relays").replace("/run/sse-relay", str(folder))
+        http += PLAIN_SERVER.format(address=port, folder=folder, server=server)
+        nginx = stack.enter_context(harness.Nginx(folder, "", http=http, server=server, tls=True))
+        site = Site(
+            nginx.url, f"https://{port}", f"http://{django}", password, example, environment, database, [],
+            start_relay,
+        )  # fmt: skip
+        site.manage("migrate", "-v", "0")
+        site.manage("shell", "-c", f"PASSWORD = {password!r}\n{PEOPLE}")
         log = stack.enter_context((folder / "django.log").open("wb"))
         running = subprocess.Popen(
-            [*manage, "runserver", "--noreload", "--insecure", django],
-            cwd=EXAMPLE, env=environment, stdout=log, stderr=log,
+            [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", django],
+            cwd=example, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
         stack.callback(running.wait, 10)
         stack.callback(running.terminate)
         harness.wait_until(lambda: answers(running, f"http://{django}/accounts/login/"), 30, "Django")
-
-        def start_relay(bind: str) -> harness.Relay:
-            options = ("--source", "log", "--jwt-key-file", str(key), "--jwt-cookie", "sse", "--retry", "500")
-            return stack.enter_context(harness.Relay(*options, dsn=database.dsn, bind=bind))
-
-        relays = [start_relay(f"unix:{folder}/{number}.sock") for number in (1, 2)]
-        port = harness.free_port()
-        server = harness.nginx_recipe("server { }") + DJANGO_LOCATION.format(django=django)
-        http = harness.nginx_recipe("http { }, several relays").replace("/run/sse-relay", str(folder))
-        http += PLAIN_SERVER.format(port=port, folder=folder, server=server)
-        nginx = stack.enter_context(harness.Nginx(folder, "", http=http, server=server, tls=True))
-        plain = f"https://127.0.0.1:{port}"
-        yield Site(nginx.url, plain, password, key, database, relays, start_relay)
+        site.relays.extend(start_relay(f"unix:{folder}/{number}.sock") for number in (1, 2))
+        yield site
 
 
 def answers(process: subprocess.Popen[bytes], url: str) -> bool:
     assert process.poll() is None, "Django has ended"
-    try:
+    with contextlib.suppress(httpx.TransportError):
         return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
+    return False
 
 
 def sign_in(page: harness.Page, name: str, password: str) -> None:
@@ -142,10 +172,7 @@ def measure(site: Site, changes: int) -> float:
         with browser.open(url=site.url) as page:
             sign_in(page, "ann", site.password)
             harness.wait_until(lambda: state_of(page) == "live", what="the stream")
-            page.evaluate(
-                "() => { const inner = show; shown = {}; show = (change) => { inner(change);"
-                " shown[change.row.state] = Date.now(); }; }"
-            )
+            page.evaluate(WATCH)
             delays: list[float] = []
             for number in range(changes):
                 state = f"measured {number}"
@@ -183,8 +210,7 @@ def main(changes: int | None) -> None:
             "Ctrl-C ends it."
         )
         with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from django.contrib import admin
 from django.urls import include, path
 
-from shop.streams import forget_cookie, stream_cookie
+from shop.streams import SignOut, stream_cookie
 from shop.views import orders
 
 urlpatterns = [
     path("", orders),
     path("stream-cookie", stream_cookie),
-    path("accounts/logout/", forget_cookie),
+    path("accounts/logout/", SignOut.as_view()),
     path("accounts/", include("django.contrib.auth.urls")),
     path("admin/", admin.site.urls),
 ]

@@ -1,5 +1,3 @@
-"""What is saved here appears on the pages of others."""
-
 from django.contrib import admin
 
 from shop.models import Order

@@ -1,12 +1,11 @@
-"""Orders of tenants. A trigger publishes each change: whoever makes it, and by whatever program."""
-
+# shop/models.py
 from django.db import models
 
 
 class Order(models.Model):
-    tenant_id = models.IntegerField()
+    tenant_id = models.IntegerField(null=True)
     item = models.CharField(max_length=100)
-    state = models.CharField(max_length=20, default="new")
+    state = models.CharField(default="new", max_length=20)
 
-    def __str__(self) -> str:
-        return f"{self.item} of tenant {self.tenant_id}: {self.state}"
+    def __str__(self):
+        return f"{self.item}: {self.state}"
