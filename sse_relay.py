@@ -1971,6 +1971,9 @@ def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extension
                 cursor.execute(PIN_PATH_SQL)
             yield connection
         finally:
+            # A pooler may give the server's session to an application afterwards.
+            with contextlib.suppress(psycopg2.Error), connection.cursor() as cursor:
+                cursor.execute("RESET search_path")
             end.cancel()
 
 

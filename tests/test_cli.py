@@ -734,6 +734,21 @@ def test_names_are_looked_up_where_strangers_cannot_write(log_database: Database
         assert done.status == 0, (command, done.output)
 
 
+def test_nothing_is_left_behind_in_a_poolers_sessions(log_database: Database, open_folder: Path) -> None:
+    with harness.pgbouncer(log_database, "transaction", open_folder) as dsn:
+        pooled = Database(dsn)
+        before = pooled.execute("SHOW search_path")
+        for command in (
+            ["publish", "--source", "log", "orders", "x"],
+            ["publish", "sse_relay", "x"],
+            ["doctor"],
+        ):
+            invoke(*command, "--dsn", dsn)
+            assert pooled.execute("SHOW search_path") == before
+        pooled.close()
+    log_database.terminate_backends()
+
+
 def test_a_token_says_whose_it_is_and_when_it_was_issued(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("k" * 32)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -274,17 +271,14 @@ class Standby(Server):
 
     def __init__(self, primary: Server, conninfo: str) -> None:
         super().__init__()
-        self._folder = tempfile.mkdtemp(prefix="standby-")
-        os.chown(self._folder, *self._user)
-        self._given = Path(self._folder) / "data"
-        # -R writes standby.signal and primary_conninfo; the password file comes along.
-        primary._run(
-            "pg_basebackup", "-D", str(self._given), "-d", conninfo, "-R", "-X", "stream", "-c", "fast"
-        )
+        self._primary, self._conninfo, self._password = primary, conninfo, primary._password
 
-    def close(self) -> None:
-        super().close()
-        shutil.rmtree(self._folder)
+    def _prepare(self) -> None:
+        super()._prepare()
+        shutil.rmtree(self._data)
+        # -R writes standby.signal and primary_conninfo.
+        how = ["-d", self._conninfo, "-R", "-X", "stream", "-c", "fast"]
+        self._primary._run("pg_basebackup", "-D", str(self._data), *how)
 
 
 @pytest.fixture
