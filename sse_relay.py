@@ -4860,9 +4860,9 @@ def plain_metrics(relay: Relay) -> Iterator[tuple[str, str, str, float]]:
     yield "gauge", "ready", ready, listener.ready.is_set()
     yield "gauge", "round_trip_seconds", "Time that the last of these trips took.", listener.round_trip
     yield "gauge", "notification_queue_usage_ratio", queue, listener.queue_usage
-    pending, oldest = getattr(source, "pending", 0), getattr(source, "oldest_pending", 0.0)
-    yield "gauge", "pending_events", "Events published and not yet numbered.", pending
-    yield "gauge", "oldest_pending_seconds", "How long the oldest of these has waited.", oldest
+    pending, oldest = (source.pending, source.oldest_pending) if isinstance(source, LogSource) else (0, 0.0)
+    yield "gauge", "pending_events", "Transactions or events known to wait to be numbered.", pending
+    yield "gauge", "oldest_pending_seconds", "For how many seconds some may have waited.", oldest
     yield "counter", "events", "Events from the source.", counts.events
     yield "counter", "deliveries", "Events written to clients, live or replayed.", counts.deliveries
     yield "counter", "replayed_events", "Events written to clients that came back.", counts.replayed
@@ -5415,7 +5415,7 @@ def _quiet_http_log() -> logging.Logger:
 
 
 class FairSelector(selectors.DefaultSelector):
-    """Gives the loop few sockets in one turn, and PostgreSQL's first.
+    """Hands the loop few sockets in one turn, and PostgreSQL's first.
 
     Thousands of clients that come or leave at once would otherwise make turns of a tenth
     of a second, in which no event is passed on. Those left out are ready in the next turn,
@@ -5664,7 +5664,7 @@ class Relay:
             log.info("listening on %s, path %s", address_of(sock), self.settings.path)
         for sock in self.sockets.admin:
             log.info("listening on %s, admin", address_of(sock))
-        # Most objects that exist now stay for ever; collecting them again and again slows
+        # Most objects that exist now stay to the end; collecting them again and again slows
         # down the arrival of clients, and so does collecting after every 700 new objects.
         # After 50,000 it would take up to 90 ms at once.
         gc.freeze()
@@ -5714,7 +5714,7 @@ class Relay:
         while True:
             state = f"STATUS={self._status()}\n"
             if watchdog:
-                # What a restart cannot mend, a lost database, is told by /ready.
+                # A restart does not bring a database back: /ready tells of that.
                 state += "WATCHDOG=1\n"
             if not self._told:
                 state += f"EXTEND_TIMEOUT_USEC={int(4e6 * STATUS_INTERVAL)}\n"
@@ -5743,7 +5743,7 @@ class Relay:
         return encode_retry(retry_after(self.settings.retry, len(self.hub.subscribers)))
 
     def restart(self) -> None:
-        """Stop; whoever runs this relay starts another."""
+        """Stop, for another relay to start in its place."""
         self.again = True
         self._ending.set()
 
@@ -5807,7 +5807,7 @@ class Relay:
         while self.hub.subscribers and loop.time() < end:  # noqa: ASYNC110  # no event for the last to leave
             await asyncio.sleep(0.02)
 
-        # Whoever has not read its last block by now is cut.
+        # Clients that have not read their last block by now are cut.
         for subscriber in tuple(self.hub.subscribers):
             if subscriber.transport is not None:
                 subscriber.transport.abort()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -26,6 +27,7 @@ import harness
 import pages
 from harness import Browser, Database, Page, RawStream, Relay, SseReader
 from sse_relay import (
+    SCHEMA_SQL,
     Access,
     RefusedError,
     Settings,
@@ -246,6 +248,51 @@ def test_one_subject_has_so_many_streams_and_no_more(
             assert third.events == []
         first.close()
         harness.wait_until(lambda: not is_full("7"), what="room")
+
+
+def test_signing_out_ends_a_subjects_streams_at_every_relay(
+    start_relay: StartRelay, database: Database, secret_file: Path
+) -> None:
+    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute(SCHEMA_SQL)
+    options = ("--source", "log", "--jwt-key-file", str(secret_file), "--allow-channel", "open")
+
+    def token(subject: object, issued: float) -> dict[str, str]:
+        claims = {"channels": ["*"], "exp": time.time() + 60, "sub": subject, "iat": issued}
+        return bearer(forge({claim: value for claim, value in claims.items() if value}))
+
+    now = time.time()
+    late = token(7, now + 30)  # signed by a machine whose clock is ahead
+    theirs = [token("7", now), token(7, now - 100), token("7", 0), token("7", now + 90)]
+    others = [token("8", now - 100), token(None, now), late]
+    with contextlib.ExitStack() as stack:
+        relays = [start_relay(*options, dsn=database.dsn) for _ in range(2)]
+        opened = {
+            name: [
+                stack.enter_context(SseReader(relay.url("orders"), headers))
+                for relay in relays
+                for headers in tokens
+            ]
+            for name, tokens in (("theirs", theirs), ("others", others))
+        }
+        opened["others"] += [stack.enter_context(SseReader(relay.url("open"), theirs[0])) for relay in relays]
+        for reader in itertools.chain(*opened.values()):
+            reader.wait_for_id()
+        database.execute("SELECT sse_relay.revoke('7')")
+        for reader in opened["theirs"]:
+            refused = reader.wait_for(lambda event: event.event == "relay.refused")
+            assert json.loads(refused.data)["status"] == 401
+            reader.wait_for_end()
+        for channel in ("orders", "open"):
+            database.execute("SELECT sse_relay.publish(%s, 'after')", [channel])
+        for reader in opened["others"]:
+            reader.wait_for_data("after")
+        for relay in relays:
+            relay.kill()
+        for relay in [*(start_relay(*options, dsn=database.dsn, bind=relay.bind) for relay in relays)]:
+            assert [ask(relay, "orders", headers).status_code for headers in theirs] == [401] * len(theirs)
+            assert [ask(relay, "orders", headers).status_code for headers in others] == [200] * len(others)
+            assert ask(relay, "orders", token("7", time.time())).status_code == 200
 
 
 def test_public_channels_need_no_token_and_a_bad_one_does_no_harm(guarded: Relay) -> None:
