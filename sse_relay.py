@@ -143,7 +143,9 @@ MAX_CHANNEL_BYTES: Final = 63
 # NOTIFY's limit.
 MAX_PAYLOAD_BYTES: Final = 7_999
 MAX_OWN_ID_BYTES: Final = 256
-# One resume of one stream; who has missed more is better off reading the page anew.
+# Of `?last=`, over all channels of a stream.
+MAX_LAST_EVENTS: Final = 1_000
+# One resume of one stream; a client that has missed more is better off reading the page anew.
 MAX_RESUME_EVENTS: Final = 10_000
 MAX_RESUME_BYTES: Final = 64 * MIB
 # A resume is written in pieces of this size, each when the socket has taken the last.
@@ -4535,11 +4537,7 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
 
 
 class Streams:
-    """Turns HTTP requests into subscribers.
-
-    Attributes:
-        draining: The relay is stopping: every request is told to come back.
-    """
+    """Turns HTTP requests into subscribers."""
 
     def __init__(
         self,
@@ -4562,6 +4560,7 @@ class Streams:
         max_backlog: Bytes that may wait for one slow client.
         max_age: Seconds after which a stream ends, more or less a tenth; None: never.
         """
+        # The relay is stopping: every request is told to come back.
         self.draining = False
         self.refusals = Refusals(hub, path, retry)
         self._hub = hub
@@ -4809,14 +4808,15 @@ class Streams:
         when it opened anew; the address otherwise stays as it was when the page was made,
         and only its snapshot remains worth knowing.
         """
+        newest = min(target.last, MAX_LAST_EVENTS // len(target.channels))
         start = parse_position(target.start) if target.start else None
         last = headers.get("Last-Event-ID") or target.last_event_id
         if not last or last == target.start:
-            return Wish(target.start, start, last=target.last)
+            return Wish(target.start, start, last=newest)
         position = parse_position(last)
         if position and start and position.epoch == start.epoch:
             position = position._replace(snapshot=start.snapshot)
-        return Wish(last, position, last=target.last)
+        return Wish(last, position, last=newest)
 
     def _token(self, request: web.BaseRequest, target: Target) -> str | None:
         """Return the request's token: bearer header, then cookie, then ``?access_token=``."""
