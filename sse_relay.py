@@ -3744,16 +3744,16 @@ LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true
 ORDER BY e.id
 """
 
-# (channels list[str], until list[int], most list[int]) as named -> (channel text, before bigint): the number
-# just before the channel's newest events, at most so many, with ids up to `until`. From the index alone.
+# (channels list[str], until int, most int) as named -> (channel text, before bigint): the number just before
+# the channel's newest events, at most so many, with ids up to `until`. From the index alone.
 LOG_LAST_SQL: Final = """
-SELECT c.channel, coalesce((
+SELECT channel, coalesce((
     SELECT min(newest.id) - 1 FROM (
         SELECT e.id FROM sse_relay.events AS e
-        WHERE (e.channel, e.id) > (c.channel, 0) AND (e.channel, e.id) <= (c.channel, c.until)
-        ORDER BY e.channel DESC, e.id DESC LIMIT c.most
-    ) AS newest), c.until)
-FROM unnest(%(channels)s::text[], %(until)s::bigint[], %(most)s::int[]) AS c (channel, until, most)
+        WHERE (e.channel, e.id) > (c.channel, 0) AND (e.channel, e.id) <= (c.channel, %(until)s)
+        ORDER BY e.channel DESC, e.id DESC LIMIT %(most)s
+    ) AS newest), %(until)s)
+FROM unnest(%(channels)s::text[]) AS c (channel)
 """
 
 # -> (events removed int): repeat until 0. A statement of its own, in autocommit.
@@ -3993,16 +3993,8 @@ class LogSource:
 
     async def _find_newest(self, cursor: Cursor, channels: Sequence[str]) -> Page:
         """Find where the newest events of each channel begin that `?last=` asks for."""
-        before, lacking = {}, {}
-        for name in channels:
-            before[name], kept = self._memory.before_newest(name, cursor.last, cursor.number)
-            if kept < cursor.last:
-                floor = self._memory.floor(name) or 0
-                lacking[name] = min(floor, cursor.number), cursor.last - kept
-        untils, mosts = zip(*lacking.values(), strict=True)
-        values = {"channels": tuple(lacking), "until": untils, "most": mosts}
-        before.update(await self._share(LOG_LAST_SQL, values, dict))
-        return Page(cursor.rewound(before))
+        values = {"channels": tuple(channels), "until": cursor.number, "most": cursor.last}
+        return Page(cursor.rewound(await self._share(LOG_LAST_SQL, values, dict)))
 
     async def _counts_too_many(self, cursor: Cursor, channels: Sequence[str], until: int) -> bool:
         since = {name: cursor.after(name) for name in channels}
@@ -4017,7 +4009,14 @@ class LogSource:
 
         def read(rows: list[tuple[Any, ...]]) -> LogPage:
             epoch, pruned = rows[0][:2]
-            return LogPage(epoch, pruned, encode_rows(rows), is_full(rows, LOG_PAGE_ROWS, limit))
+            frames = encode_rows(rows)
+            size = 0
+            for count, frame in enumerate(frames, 1):
+                # On the wire, where a line end takes seven bytes.
+                size += len(frame.block)
+                if size >= limit:
+                    return LogPage(epoch, pruned, frames[:count], True)
+            return LogPage(epoch, pruned, frames, len(rows) >= LOG_PAGE_ROWS)
 
         page: LogPage = await self._share(LOG_REPLAY_SQL, values, read)
         return page
@@ -4025,7 +4024,7 @@ class LogSource:
     async def _find_damaged(
         self, cursor: Cursor, channels: Sequence[str], until: int, limit: int
     ) -> dict[str, str]:
-        """Return a gap for each channel that cannot be read by itself either."""
+        """Return a gap for each channel that cannot be read by itself either; for all if there is none."""
         gaps = {}
         for name in channels:
             try:
@@ -4035,7 +4034,7 @@ class LogSource:
                     raise
                 self._warn("channel %r cannot be read from the log: %s", name, one_line(error, ""))
                 gaps[name] = "failed"
-        return gaps
+        return gaps or dict.fromkeys(channels, "failed")
 
     async def _share(
         self, statement: str, values: dict[str, Any], convert: Callable[[list[tuple[Any, ...]]], Any]
