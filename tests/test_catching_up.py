@@ -9,7 +9,10 @@ import asyncio
 import json
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
 
 import psycopg2
 import psycopg2.extensions
@@ -384,3 +387,181 @@ async def test_whatever_happens_nothing_is_lost_untold_or_comes_twice(
     finally:
         beating.cancel()
         await stage.close()
+
+
+# ==== States ==================================================================
+
+STATES: dict[str, Callable[[Subscriber], bool]] = {
+    "opening": lambda s: s.transport is None,
+    "catching up": lambda s: is_open(s) and s.live_from == NOT_LIVE and s.task is not None,
+    "live": lambda s: is_open(s) and s.live_from < NOT_LIVE and s.task is None,
+    "ending": lambda s: s.transport is not None and s.transport.is_closing(),
+}
+
+
+def is_open(subscriber: Subscriber) -> bool:
+    return subscriber.transport is not None and not subscriber.transport.is_closing()
+
+
+def state(subscriber: Subscriber) -> str:
+    (found,) = [name for name, holds in STATES.items() if holds(subscriber)]
+    return found
+
+
+async def bring_to(stage: Stage, state_wanted: str) -> Client:
+    """Return a client whose stream is in a state; of the first three, `STATES` has them in their order."""
+    client = Client(stage, "a", "b")
+    if state_wanted == "opening":
+        stage.hub.enter(client.subscriber)
+    else:
+        client.open()
+        if state_wanted != "catching up":
+            await stage.finish(client)
+        if state_wanted == "ending":
+            client.subscriber.end(b"retry: 1\n\n")
+    assert state(client.subscriber) == state_wanted
+    stage.hub.own(client.subscriber, "me", 10.0)
+    return client
+
+
+def test_the_table_of_states_is_the_one_that_is_tested() -> None:
+    section = Path(sse_relay.__file__).read_text().partition("# ==== Streams ")[2]
+    rows = re.findall(r"^# (\w[\w ]*?) *\| ", section, re.MULTILINE)
+    assert rows == ["state", *STATES]
+
+
+async def test_a_stream_goes_through_its_states(stage: Stage) -> None:
+    client = Client(stage, "a", "b")
+    stage.hub.enter(client.subscriber)
+    assert state(client.subscriber) == "opening"
+    stage.hub.leave(client.subscriber)
+    client.open()
+    assert state(client.subscriber) == "catching up"
+    await stage.finish(client)
+    for size, turns in ((400_000, 2), (1, 1)):
+        for _ in range(turns):
+            stage.publish("a", size)
+            await stage.settle()
+        assert state(client.subscriber) == ("catching up" if turns == 2 else "live")
+        await stage.finish(client)
+        assert state(client.subscriber) == "live"
+    client.check()
+    client.subscriber.end(b"retry: 1\n\n")
+    assert state(client.subscriber) == "ending"
+    assert client.wire is not None
+    assert client.wire.written.endswith(b"retry: 1\n\n")
+    await stage.settle()
+    assert not stage.hub.subscribers
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("how", ["leaves", "is ended", "is revoked", "stalls"])
+async def test_a_stream_ends_in_every_state(
+    stage: Stage, name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await bring_to(stage, name)
+    subscriber, wire = client.subscriber, client.wire
+    beating = None
+    if how == "leaves":
+        subscriber.connection_lost(None)
+    elif how == "is ended":
+        subscriber.end(b"retry: 1\n\n")
+    elif how == "is revoked":
+        stage.streams.revoke("me", 10.0)
+    else:
+        monkeypatch.setattr(sse_relay, "STALL_TIMEOUT", 0.05)
+        beating = asyncio.create_task(stage.hub.beat())
+        subscriber.write(b"x" * 100_000)
+    deadline = time.monotonic() + 10
+    # A request that only waits for LISTEN has nothing that it could take.
+    while stage.hub.subscribers and not (name == "opening" and how == "stalls"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+    if beating is not None:
+        beating.cancel()
+    if how == "is revoked" and name in ("catching up", "live"):
+        assert wire is not None
+        assert b'event: relay.refused\ndata: {"status":401,' in wire.written
+    assert stage.hub.counts.cut_clients == (how == "stalls" and name in ("catching up", "live"))
+    assert subscriber.task is None or subscriber.task.done() or subscriber.task.cancelling()
+
+
+async def test_an_error_of_ours_lets_the_client_come_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise RuntimeError(secret)
+
+    secret = "hush"
+
+    client = await bring_to(stage, "catching up")
+    stage.listen()
+    monkeypatch.setattr(stage.source, "locate", fail)
+    await stage.settle()
+    assert client.wire is not None
+    assert client.wire.closing
+    assert re.search(rb"\n\nretry: \d+\n\n$", client.wire.written)
+    assert not stage.hub.subscribers
+    assert "should not happen" in caplog.text
+    assert secret not in caplog.text
+
+
+async def test_what_waits_for_a_stalled_client_is_bounded_whatever_it_does(stage: Stage) -> None:
+    """A piece and one event while it catches up; the backlog, a piece and one event while it is live."""
+    size, piece = 900_000, 256 * 1024
+    behind, live = Client(stage, "a"), Client(stage, "a")
+    for client in (behind, live):
+        client.open()
+        await stage.finish(client)
+    behind.cut()
+    for turn in range(20):
+        stage.publish("a", size if turn % 3 == 0 else 10_000)
+        await stage.settle()
+    behind.open()
+    await stage.settle()
+    for client, most in ((behind, piece + size), (live, 2 * piece + size)):
+        assert client.wire is not None
+        assert size < client.wire.largest < most + 10_000
+        await stage.finish(client)
+        client.check()
+        assert client.wire.largest < most + 10_000
+
+
+# ==== Last values =============================================================
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_a_stream_without_a_position_can_begin_with_the_newest_events(stage: Stage, seed: int) -> None:
+    chance = random.Random(seed)
+    keeper = Client(stage, "a", "b", "c")
+    keeper.open()
+    await stage.finish(keeper)
+    middle = keeper.position
+    for number in range(60):
+        stage.publish(chance.choice("aabbbbbc"), chance.choice([10, 20_000]))
+        if number == 40:
+            await stage.finish(keeper)
+            middle = keeper.position
+    await stage.finish(keeper)
+    for position, gap in ((None, "start"), ("another-5", "restart"), ("?", "unreadable"), (middle, None)):
+        channels, last = chance.sample("abc", chance.randrange(1, 4)), chance.choice([1, 5, 1_000])
+        client = Client(stage, *channels, position=position, last=last)
+        client.open()
+        first = client.wire
+        await stage.finish(client)
+        history = [(clock, channel) for clock, channel in stage.published if channel in channels]
+        newest = [c for name in channels for c, n in [(c, n) for c, n in history if n == name][-last:]]
+        missed = [clock for clock, _ in history if clock > 41]
+        assert client.seen == (sorted(newest) if gap else missed)
+        assert [(channel, reason) for _, channel, reason in client.told] == [
+            (c, gap) for c in channels if gap
+        ]
+        assert client.position == keeper.position
+        assert first is not None
+        if gap:
+            assert first.written.index(b"relay.gap") < first.written.index(b"data: %d " % client.seen[0])
+        stage.publish(channels[0])
+        await stage.finish(client)
+        assert client.seen[-1] == stage.clock
+        client.cut()
+        await stage.finish(keeper)
