@@ -135,6 +135,7 @@ class Relay:
         python: The interpreter, e.g. of another virtual environment.
         pass_fds: Descriptors that the process inherits.
         prefix: Words before the interpreter's, of a program that becomes the relay by exec.
+        constants: Other values for constants of the program.
     """
 
     def __init__(
@@ -148,12 +149,19 @@ class Relay:
         python: str = sys.executable,
         pass_fds: tuple[int, ...] = (),
         prefix: tuple[str, ...] = (),
+        constants: Mapping[str, object] | None = None,
     ) -> None:
         self.bind = bind or f"127.0.0.1:{free_port()}"
         arguments = [*command, "--bind", self.bind, *(["--dsn", dsn] if dsn else []), *options]
         self.lines: list[str] = []
+        program = [str(PROGRAM)]
+        if constants:
+            change = (
+                f"sys.path.insert(0, {str(ROOT)!r}); import sse_relay; vars(sse_relay).update({constants!r})"
+            )
+            program = ["-c", f"import sys; {change}; sse_relay.main()"]
         self.process = subprocess.Popen(
-            [*prefix, python, str(PROGRAM), *arguments],
+            [*prefix, python, *program, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env={**clean_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},
             pass_fds=pass_fds,
