@@ -288,9 +288,8 @@ def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a
                 "SELECT sse_relay.publish('loud', repeat('x', 1000)) FROM generate_series(1, 250)"
             )
 
-    url = relay.url(
-        "loud", **({"lastEventId": position.partition("@")[0]} if stage.startswith("from") else {})
-    )
+    resuming = stage.startswith("from")
+    url = relay.url("loud", **({"lastEventId": position.partition("@")[0]} if resuming else {}))
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(harness.SseReader(relay.url("loud", "end")))
         reader.wait_for_id()
