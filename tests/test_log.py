@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
 import random
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -1108,6 +1112,164 @@ def test_resuming_from_the_table_leaves_room_for_live_events(
                 numbers = re.findall(rb"data: event ([0-9]+)\n", data)
                 assert numbers == [b"%d" % number for number in range(missed, 3_000)]
                 assert b"relay.gap" not in data
+
+
+def metric(admin: str, name: str) -> float:
+    """Return the value of a metric of a relay whose admin listener has this address."""
+    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
+        found = re.search(rf"^sse_relay_{name} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_who_leaves_in_the_middle_of_a_resume_costs_no_session(
+    log: Database, start_relay: RelayStarter
+) -> None:
+    start_relay(*LOG, dsn=log.dsn).kill()
+    log.execute("SELECT sse_relay.publish('a', n || repeat('x', 4000)) FROM generate_series(1, 3000) AS n")
+    admin = f"127.0.0.1:{harness.free_port()}"
+    relay = start_relay(*TABLE, "--admin", admin, dsn=log.dsn)
+    numbered(log, 3_000)
+    ((first,),) = log.execute("SELECT min(id) - 1 FROM sse_relay.events")
+    start = f"{newest(log).partition('-')[0]}-{first}"
+    host, _, port = relay.bind.rpartition(":")
+    with SseReader(relay.url("live")) as live:
+        live.wait_for_id()
+        for number in range(500):
+            # Each asks for something else, so that each has a statement of its own.
+            url = relay.url("a", lastEventId=before(start, -number))
+            with socket.create_connection((host, int(port)), 10) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(harness.http_request(url))
+                if number % 2:
+                    assert client.recv(100)
+                time.sleep(0.004 * (number % 4))
+            if number % 50 == 0:
+                publish(log, "live", str(number))
+                live.wait_for_data(str(number))
+        wait_until(lambda: metric(admin, "clients") == 1, 20)
+        assert live.gaps == []
+    assert metric(admin, "reconnects_total") == 0
+    with Crowd(relay.bind, [relay.url("a", lastEventId=start)]) as crowd:
+        crowd.wait_for(b"data: 3000x")
+
+
+@pytest.mark.parametrize("case", ["memory", "table"])
+def test_equal_resumes_share_what_is_read(start_relay: RelayStarter, case: str) -> None:
+    with Server(log_statement="all", log_line_prefix="%a ") as server:
+        raise_file_limit()
+        log = server.database
+        apply_schema(log.dsn)
+        start_relay(*LOG, dsn=log.dsn).kill()
+        publish(log, "a", *(f"{number} {'x' * 3_000}" for number in range(200)))
+        options = TABLE if case == "table" else (*LOG, "--memory", "200KiB")
+        relay = start_relay(*options, dsn=log.dsn)
+        numbered(log, 200)
+        url = relay.url("a", lastEventId=before(newest(log), 200))
+        quiet = len(server.log)
+        relay.suspend()
+        with Crowd(relay.bind, [url] * 400) as crowd:
+            relay.resume()
+            crowd.wait_for(b"data: 199 ", 60)
+            asked = server.log[quiet:].count("FROM sse_relay.events AS e")
+            for data in crowd.received:
+                assert [int(n) for n in re.findall(rb"data: (\d+) x", data)] == list(range(200))
+        # Three pages, each counted and read; again when what was shared has gone.
+        assert 2 <= asked <= 60
+
+
+@pytest.mark.parametrize("memory", ["0", "24KiB", "64MiB"])
+def test_the_newest_events_are_those_of_a_plain_query(
+    log: Database, start_relay: RelayStarter, seed: int, memory: str
+) -> None:
+    chance = random.Random(seed)
+    relays = [start_relay(*LOG, "--memory", memory, dsn=log.dsn) for _ in range(2)]
+    channels = ["a", "b", "c", "d", "never"]
+    history: list[tuple[str, str]] = []
+
+    def send(channel: str) -> str:
+        history.append((channel, f"{len(history)} {'x' * chance.choice([0, 900])}"))
+        publish(log, *history[-1])
+        return history[-1][1]
+
+    for prune in (False, True):
+        for _ in range(150):
+            send(chance.choice("aaaabbcd"))
+        wait_until(lambda: log.execute("SELECT count(*) FROM sse_relay.pending") == [(0,)])
+        if prune:
+            log.execute("UPDATE sse_relay.events SET created = created - interval '25 hours' WHERE id < 200")
+            while log.execute("SELECT sse_relay.prune()") != [(0,)]:
+                pass
+        for _ in range(8):
+            asked, last = chance.sample(channels, chance.randrange(1, 5)), chance.choice([1, 3, 50, 1_000])
+            since = chance.choice([None, "another-5"])
+            expected = log.execute(
+                "SELECT channel, data FROM (SELECT id, channel, data, row_number() OVER ("
+                " PARTITION BY channel ORDER BY id DESC) AS n FROM sse_relay.events WHERE channel = ANY(%s)"
+                ") AS numbered WHERE n <= %s ORDER BY id",
+                (asked, last),
+            )
+            # Memory may keep what the table no longer has.
+            kept = [[event for event in history if event[0] == name][-last:] for name in asked]
+            every = sorted(itertools.chain(*kept), key=history.index)
+            relay = chance.choice(relays)
+            with SseReader(relay.url(*asked, last=str(last)), last_event_id=since) as reader:
+                reader.wait_for_id()
+                live = send(asked[0])
+                reader.wait_for_data(live)
+                events = [event for event in reader.events if event.event != "relay.gap"]
+                got = [(event.event, event.data) for event in events]
+                assert got[:-1] in [
+                    [(channel if len(asked) > 1 else "message", data) for channel, data in each]
+                    for each in ((expected, every) if memory != "0" else (expected,))
+                ]
+                assert gaps(reader) == ([] if since is None else ["restart"])
+                ids = [int(event.id.partition("-")[2]) for event in events]
+                assert ids == sorted(set(ids))
+                # Who comes back from any of them gets what follows, and nothing else.
+                cut = chance.randrange(len(got))
+                position = events[cut].id
+            with SseReader(relay.url(*asked, last="5"), last_event_id=position) as again:
+                again.wait_for_id()
+                last_data = send(asked[0])
+                again.wait_for_data(last_data)
+                after = [data for channel, data in history if channel in asked]
+                after = after[after.index(got[cut][1]) + 1 :]
+                assert again.data == after or (gaps(again) == ["pruned"] and ids[cut] < 199)
+
+
+def test_a_channel_that_cannot_be_read_from_the_table_is_told_and_costs_no_session(
+    own_server: Server, own_log: Database, start_relay: RelayStarter
+) -> None:
+    admin = f"127.0.0.1:{harness.free_port()}"
+    relay = start_relay(*TABLE, "--admin", admin, dsn=own_log.dsn)
+    with SseReader(relay.url("live", "bad")) as reader:
+        start = reader.wait_for_id()
+        # Too long and too random to be kept in the row itself.
+        publish(own_log, "bad", random.randbytes(100_000).hex())
+        publish(own_log, "good", *words("good", 3))
+        publish(own_log, "live", "before")
+        reader.wait_for_data("before")
+    ((toast,),) = own_log.execute(
+        "SELECT pg_relation_filepath(reltoastrelid) FROM pg_class WHERE oid = 'sse_relay.events'::regclass"
+    )
+    relay.kill()
+    own_server.stop()
+    os.truncate(own_server._data / toast, 0)
+    own_server.start()
+    relay = start_relay(*TABLE, "--admin", admin, dsn=own_log.dsn, bind=relay.bind)
+    with SseReader(relay.url("live")) as live:
+        live.wait_for_id()
+        with SseReader(relay.url("bad", "good"), last_event_id=start) as reader:
+            reader.wait_for_data("good 2")
+            assert reader.gaps == [{"channels": ["bad"], "reason": "failed", "since": start}]
+            publish(own_log, "bad", "well again")
+            reader.wait_for_data("well again")
+            assert reader.data == [*words("good", 3), "well again"]
+        publish(own_log, "live", "after")
+        live.wait_for_data("after")
+        assert live.gaps == []
+    assert metric(admin, "reconnects_total") == 0
 
 
 def test_a_slow_client_catches_up_with_a_busy_channel(log: Database, start_relay: RelayStarter) -> None:

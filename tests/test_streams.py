@@ -744,6 +744,23 @@ def test_malformed_requests_are_refused_and_not_logged(
     assert "secret" not in standing.log
 
 
+def test_what_no_header_can_carry_back_leaves_no_zombie(
+    start_relay: StartRelay, database: harness.Database
+) -> None:
+    """Every origin of this machine is allowed while no access option is given; this one cannot be encoded."""
+    admin = f"127.0.0.1:{harness.free_port()}"
+    relay = start_relay("--admin", admin, "--heartbeat", "0.2", dsn=database.dsn)
+    for origin in ("http://localhost:\u20ac", "http://localhost:\udcff", "http://127.0.0.1:\x80"):
+        request = harness.http_request(relay.url("orders"), headers={"Origin": "?", "Connection": "close"})
+        request = request.replace(b"?", origin.encode("utf-8", "surrogateescape"), 1)
+        with harness.RawStream(relay.bind, request=request) as stream:
+            harness.wait_until(lambda stream=stream: stream.ended or b":\n" in stream.raw)  # type: ignore[misc]
+            assert stream.raw.startswith(b"HTTP/1.1 ")
+    harness.wait_until(lambda: clients(admin) == 0, what="the clients to be forgotten")
+    expect_unharmed(relay, database)
+    assert "should not happen" not in relay.log
+
+
 def test_requests_behind_a_stream_are_not_answered(
     standing: harness.Relay, standing_database: harness.Database
 ) -> None:
