@@ -2405,8 +2405,11 @@ class Listener:
 
     async def _explain_silence(self, first: bool) -> None:
         assert self._listening is not None
+        assert self._querying is not None
         if first:
-            await execute(self._listening, "SELECT 1", timeout=CANARY_TIMEOUT)
+            for connection in (self._listening, self._querying):
+                # Both answer; and what was set does not stay behind in a pooler's sessions.
+                await execute(connection, "RESET ALL", timeout=CANARY_TIMEOUT)
             raise UnusableDatabaseError(*NOTHING_ARRIVES)
         raise LostConnectionError(f"no notification came back within {CANARY_TIMEOUT:g} s")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import psycopg2
@@ -12,7 +15,7 @@ import psycopg2.extensions
 import pytest
 
 import sse_relay
-from harness import PROGRAM, Database, Server
+from harness import PROGRAM, Database, Relay, Server, SseReader
 from log_session import Row, Session, apply, new_role
 from sse_relay import LOG_EXCESS_SQL, PIN_PATH_SQL, SCHEMA_SQL
 
@@ -380,3 +383,33 @@ def test_what_default_privileges_add_goes_and_what_was_given_by_hand_stays(datab
         database.execute(remedy.removeprefix("if it is not wanted, "))
     assert len(sse_relay.apply_schema(database.dsn)) == 1
     assert len(acl(database)) == 3
+
+
+@pytest.mark.slow
+def test_no_name_of_a_stranger_is_found_by_relay_doctor_and_commands(
+    database: Database, make_login: Callable[..., Database], start_relay: Callable[..., Relay]
+) -> None:
+    let_strangers_in(database)
+    shadow(make_login("stranger"))
+    program = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    start = [sys.executable, str(PROGRAM)]
+    dsn = ["--dsn", database.dsn]
+    assert program([*start, "schema", "--apply", *dsn]).returncode == 0
+    for options in (["--source", "log", "--memory", "0"], []):
+        relay = start_relay(*options, dsn=database.dsn)
+        with SseReader(relay.url("a")) as reader:
+            position = reader.wait_for_id()
+            for word in ("one", "two"):
+                assert program([*start, "publish", *options[:2], *dsn, "a", word]).returncode == 0
+                reader.wait_for_data(word)
+            database.execute("SELECT pg_catalog.pg_notify('sse_relay', '08')")
+        if options:
+            with SseReader(relay.url("a"), last_event_id=position) as resuming:
+                resuming.wait_for_data("two")
+                assert resuming.data == ["one", "two"]
+        examined = program([*start, "doctor", *options[:2], *dsn])
+        assert "evil" not in examined.stdout + examined.stderr + relay.log
+        assert "lost PostgreSQL" not in relay.log
+    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("SET search_path = pg_catalog; SELECT * FROM public.loot")
+        assert cursor.fetchall() == []
