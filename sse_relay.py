@@ -3797,15 +3797,16 @@ FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname 
 
 # -> (epoch text, valid bool): whether it belongs to this server, its history, and this database.
 DOCTOR_EPOCH_SQL: Final = """
-SELECT epoch, xmin = xid::xid AND system = (SELECT system_identifier FROM pg_control_system())
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8) AS valid FROM sse_relay.epoch
+SELECT epoch, xmin = xid::xid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND coalesce(system = (SELECT system_identifier FROM pg_control_system()), true)
+    AND coalesce(timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8), true) AS valid
+FROM sse_relay.epoch
 """
 
 # -> (retention text, short bool, overdue bool): whether it is short, and whether nobody prunes.
 DOCTOR_RETENTION_SQL: Final = """
 SELECT retention::text, retention < '10 minutes' AS short,
-    clock_timestamp() - retention - '5 minutes'::interval > (SELECT created FROM sse_relay.events
+    retention + '5 minutes' < (SELECT clock_timestamp() - created FROM sse_relay.events
         WHERE id > pruned AND id < (SELECT max(id) FROM sse_relay.events) ORDER BY id LIMIT 1) AS overdue
 FROM sse_relay.settings
 """

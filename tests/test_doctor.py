@@ -199,6 +199,11 @@ LOGS: list[tuple[str, str, str, str, str]] = [
         "warning", "retention", "relay.gap", "retention = '24 hours'",
     ),
     (
+        """INSERT INTO sse_relay.events (xid, channel, data) SELECT pg_current_xact_id(), 'orders', '';
+        UPDATE sse_relay.settings SET retention = '10000 years'""",
+        "ok", "retention", "10000 years", "",
+    ),
+    (
         """INSERT INTO sse_relay.events (xid, channel, data, created)
         SELECT pg_current_xact_id(), 'orders', '', now() - '25 hours'::interval FROM generate_series(1, 3)""",
         "warning", "retention", "older ones are still there", "start a relay",
