@@ -547,12 +547,12 @@ def nginx_recipe(place: str) -> str:
     )
 
 
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate for 127.0.0.1 and localhost that is its own authority; return it and its key."""
+def make_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+    """Make a certificate for 127.0.0.1 and a name that is its own authority; return it and its key."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     command = [
         require("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-        "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
+        "-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:127.0.0.1,DNS:{name}",
         "-keyout", str(key), "-out", str(certificate),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=60)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -178,11 +179,6 @@ def remove_groups(group: Path) -> bool:
     return True
 
 
-def docs_block(language: str, first: str, page: str = "docs/deploy.md") -> str:
-    """Return the docs' only block that begins so."""
-    return pages.block(language, first, page)
-
-
 @dataclass
 class Site:
     """The new system with the relay, and its PostgreSQL outside."""
@@ -199,7 +195,7 @@ class Site:
 
     def set_options(self, *lines: str) -> None:
         """Write the file of options: what the docs print, what the tests need, and these lines."""
-        printed = docs_block("ini", "# /etc/sse-relay/options")
+        printed = pages.block("ini", "# /etc/sse-relay/options")
         text = "\n".join([*printed.splitlines(), *TEST_OPTIONS, *lines, ""])
         self.machine.path(OPTIONS).write_text(text)
 
@@ -231,7 +227,7 @@ def site() -> Iterator[Site]:
         folders = {str(harness.ROOT): harness.ROOT, DATABASE_FOLDER: sockets}
         machine = stack.enter_context(Machine(folders))
         dsn = psycopg2.extensions.make_dsn(server.dsn, host=DATABASE_FOLDER)
-        block = docs_block("sh", "python3 -m venv /opt/sse-relay/venv")
+        block = pages.block("sh", "python3 -m venv /opt/sse-relay/venv")
         assert "'postgresql://relay:password@localhost/app'" in block
         block = block.replace("'postgresql://relay:password@localhost/app'", f'"{dsn}"')
         network, _, here = block.partition("install -m 644 sse_relay.py")
@@ -241,7 +237,7 @@ def site() -> Iterator[Site]:
         address = f"unix:{machine.path('/run/sse-relay/http.sock')}"
         site = Site(machine, server, server.database, address)
         site.set_options()
-        machine.run("bash", "-ec", docs_block("sh", "systemctl daemon-reload"))
+        machine.run("bash", "-ec", pages.block("sh", "systemctl daemon-reload"))
         yield site
 
 
@@ -272,6 +268,33 @@ def test_the_journal_knows_severities(site: Site) -> None:
     wait_until(lambda: "lost PostgreSQL" in site.machine.journal("--priority=warning"), 10, "a warning")
     assert "connected to PostgreSQL" not in site.machine.journal("--priority=warning")
     assert "connected to PostgreSQL" in site.machine.journal("--priority=info")
+
+
+NGINX_FILES = (
+    "/etc/nginx/conf.d/sse-relay.conf",
+    "/etc/nginx/snippets/sse-relay.conf",
+    "/etc/nginx/sites-enabled/app.example",
+)
+
+
+def test_the_path_of_the_docs_ends_with_a_public_address(site: Site, tmp_path: Path) -> None:
+    site.set_options()
+    site.machine.run("systemctl", "restart", "sse-relay")
+    token = pages.block("sh", "TOKEN=$(").replace("curl", "timeout 3 curl").replace("orders", "closed")
+    assert "id: " in site.machine.run("bash", "-c", f"{token}; true")
+
+    certificate, key = harness.make_certificate(tmp_path, "app.example")
+    site.machine.path("/etc/ssl/app.example.pem").write_bytes(certificate.read_bytes())
+    site.machine.path("/etc/ssl/app.example.key").write_bytes(key.read_bytes())
+    for name in NGINX_FILES:
+        site.machine.path(name).write_text(pages.block("nginx", f"# {name}"))
+    site.machine.run("bash", "-ec", "echo 127.0.0.1 app.example >> /etc/hosts; systemctl start nginx")
+    check = pages.block("sh", "nginx -t && systemctl reload nginx").rstrip()
+    found = json.loads(
+        site.machine.run("bash", "-ec", f"{check} --ca-file /etc/ssl/app.example.pem --json 2>/dev/null")
+    )
+    site.machine.run("systemctl", "stop", "nginx")
+    assert {finding["level"] for finding in found} == {"ok"}, found
 
 
 # ==== Restart =================================================================
@@ -361,7 +384,13 @@ def test_a_restart_refuses_nobody_and_loses_nothing(site: Site) -> None:
         wait_until(lambda: all(native.last_id for native in natives.all), 20, "200 clients")
         for restart in range(3):
             site.publish(*range(restart * 10, restart * 10 + 5))
-            site.machine.run("systemctl", "restart", "sse-relay")
+            if restart == 1:  # an upgrade; its packages are there already
+                _, _, upgrade = pages.block("sh", "/opt/sse-relay/venv/bin/pip install --upgrade").partition(
+                    "\n"
+                )
+                site.machine.run("bash", "-ec", upgrade)
+            else:
+                site.machine.run("systemctl", "restart", "sse-relay")
             site.publish(*range(restart * 10 + 5, restart * 10 + 10))
             wait_until(
                 lambda restart=restart: all(  # type: ignore[misc]  # a default
@@ -441,8 +470,8 @@ def test_a_secret_is_changed_by_restarts_that_cost_no_client_an_error(site: Site
     first = site.token("closed")
     assert site.opens(first)
     assert not site.opens("")
-    add = docs_block("sh", "# A second secret beside the first", "docs/operate.md")
-    remove = docs_block("sh", "# The second secret alone", "docs/operate.md")
+    add = pages.block("sh", "# A second secret beside the first")
+    remove = pages.block("sh", "# The second secret alone")
     path = site.address.removeprefix("unix:")
     with contextlib.closing(Natives(path, 50, "closed", first)) as natives:
         wait_until(lambda: all(native.last_id for native in natives.all), 20, "50 clients")
@@ -487,7 +516,7 @@ def test_public_keys_are_changed_by_a_reload(site: Site) -> None:
     for name in ("app", "app-2027"):
         site.machine.run("bash", "-ec", make.format(name))
     site.machine.run("bash", "-ec", "cd /etc/sse-relay; cp app.pem next.pem; chmod 644 *.pem")
-    site.set_options(*docs_block("ini", "# In /etc/sse-relay/options", "docs/operate.md").splitlines()[1:])
+    site.set_options(*pages.block("ini", "# In /etc/sse-relay/options").splitlines()[1:])
     site.machine.run("systemctl", "restart", "sse-relay")
     old, new = (site.token("closed", key=f"/etc/sse-relay/{name}.key") for name in ("app", "app-2027"))
     assert site.opens(old)
@@ -495,7 +524,7 @@ def test_public_keys_are_changed_by_a_reload(site: Site) -> None:
     before = site.machine.show("MainPID")
     with RawStream(site.address, "/events/orders") as client:
         client.wait_for(b"id: ")
-        change = docs_block("sh", "# A second public key beside the first", "docs/operate.md")
+        change = pages.block("sh", "# A second public key beside the first")
         site.machine.run("bash", "-ec", f"cd /etc/sse-relay; {change}")
         wait_until(lambda: site.opens(new), 10, "the new key")
         assert site.opens(old)
@@ -576,7 +605,7 @@ def test_a_database_that_refuses_is_tried_every_few_seconds(site: Site) -> None:
 def test_relays_by_number_have_the_options_too(site: Site) -> None:
     site.set_options()
     site.machine.run(
-        "bash", "-ec", docs_block("sh", "systemctl disable --now sse-relay.socket sse-relay.service")
+        "bash", "-ec", pages.block("sh", "systemctl disable --now sse-relay.socket sse-relay.service")
     )
     token = site.token("closed")
     for number in (1, 2):
@@ -609,7 +638,7 @@ def test_relays_by_number_have_the_options_too(site: Site) -> None:
 
 def test_it_works_without_any_network_but_unix_sockets(site: Site) -> None:
     site.set_options("SSE_RELAY_ADMIN=unix:/run/sse-relay-admin/http.sock")
-    site.machine.run("bash", "-ec", docs_block("sh", "install -D -m 644 systemd/unix-only.conf"))
+    site.machine.run("bash", "-ec", pages.block("sh", "install -D -m 644 systemd/unix-only.conf"))
     admin = f"unix:{site.machine.path('/run/sse-relay-admin/http.sock')}"
     with RawStream(admin, "/ready") as ready:
         wait_until(lambda: ready.raw.startswith(b"HTTP/1.1 200"), 10, "the admin listener")
