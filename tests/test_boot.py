@@ -451,6 +451,7 @@ def test_a_database_that_comes_late_is_no_failed_start(site: Site) -> None:
     site.server.stop()
     site.machine.drop_in("late", "[Service]\nTimeoutStartSec=10\n")
     site.machine.run("systemctl", "--no-block", "restart", "sse-relay")
+    wait_until(lambda: site.machine.show("ActiveState") == "activating", 20, "the restart")
     wait_until(lambda: site.machine.show("StatusText").startswith("waiting for PostgreSQL"), 20, "the start")
     restarts = site.machine.show("NRestarts")
     # More than TimeoutStartSec allows by itself.

@@ -291,7 +291,7 @@ def test_events_pass_at_once_and_as_they_are(
             for number in range(15):
                 began = time.monotonic()
                 database.notify("orders", str(number))
-                assert until(came, "data: ") == f"data: {number}"
+                assert until(came, f"data: {number}") == f"data: {number}"
                 delays.append(time.monotonic() - began)
             # Who holds small writes back does so for 200 ms.
             assert statistics.median(delays) < 0.15, delays
