@@ -14,6 +14,13 @@ import harness
 import sse_relay
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count what drives a browser or Node.js among the slow ones."""
+    for item in items:
+        if not {"browser", "node_modules"}.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> Iterator[None]:
     """No variable of the caller may configure libpq or the relay."""

@@ -595,7 +595,9 @@ def test_any_channel_arrives_by_a_path(name: str, prefix: str, safe: str) -> Non
 
 @quick
 @given(
-    tail=any_text | st.text("abc%20FfE9?&=+;/.channel"),
+    tail=any_text
+    | st.text("abc%20FfE9?&=+;/.channel")
+    | st.from_regex(r"[/?&=%#;a-f0-9.+\\~-]{0,40}", fullmatch=True),
     prefix=st.sampled_from(["/events", "/"]),
 )
 def test_any_target_is_read_or_refused_for_the_clients_fault(tail: str, prefix: str) -> None:

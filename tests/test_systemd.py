@@ -49,6 +49,7 @@ def unix_only(folder: Path) -> None:
     shutil.copy(UNITS / "unix-only.conf", folder / "sse-relay.service.d")
 
 
+@pytest.mark.slow
 def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
     names = {path.name for path in installed.glob("sse-relay*")}
     assert names == {"sse-relay.service", "sse-relay.socket", "sse-relay@.service", "sse-relay@.socket"}
@@ -65,6 +66,7 @@ def exposure(unit: Path) -> float:
     return float(overall[1])
 
 
+@pytest.mark.slow
 def test_the_units_expose_little(installed: Path) -> None:
     assert exposure(installed / "sse-relay.service") <= 1.0
     assert exposure(installed / "sse-relay@.service") <= 1.0
@@ -240,6 +242,7 @@ def test_the_notification_socket_may_be_abstract(
         abstract.wait_for("READY=1")
 
 
+@pytest.mark.slow
 def test_it_asks_for_time_while_postgresql_is_away(
     start_relay: Callable[..., Relay], own_server: harness.Server, notify_socket: NotifySocket
 ) -> None:
@@ -268,6 +271,7 @@ def test_its_status_tells_what_it_does(
         notify_socket.wait_for("STATUS=1 client, 2 channels, 2 events")
 
 
+@pytest.mark.slow
 def test_the_watchdog_hears_from_a_loop_that_turns_and_from_no_other(
     start_relay: Callable[..., Relay], own_server: harness.Server, notify_socket: NotifySocket
 ) -> None:
