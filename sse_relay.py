@@ -53,7 +53,8 @@ Contents, in the order in which an event travels:
     Command line                options, ``run``
     Commands                    publish, schema, token, doctor
     Demo                        what its page asks for
-    Pages
+    Client module               what pages import
+    Page                        of the demo and the admin listener
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -1307,8 +1308,6 @@ class Memory:
 
 # Seconds; the last bucket of `Counts.delays` is for all that took longer.
 DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-# The page shows as many events; each may be of a burst of its own.
-RECENT_BURSTS: Final = 200
 
 
 @dataclass
@@ -1325,8 +1324,6 @@ class Counts:
         cut_clients: Slow clients that were cut.
         delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
         delay_sum: Seconds.
-        recent: The last bursts: first number, last number, and from when on their delay counts,
-            in seconds since 1970.
     """
 
     events: int = 0
@@ -1338,16 +1335,13 @@ class Counts:
     cut_clients: int = 0
     delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
     delay_sum: float = 0.0
-    recent: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_BURSTS))
 
-    def observe(self, delay: float, frames: Sequence[Frame], now: float) -> None:
-        """Note that a burst took so many seconds, and ended now, in seconds since 1970."""
+    def observe(self, delay: float, events: int) -> None:
+        """Note that a burst of so many events took so many seconds."""
         delay = max(delay, 0.0)
-        self.events += len(frames)
-        self.delays[bisect.bisect_left(DELAY_BUCKETS, delay)] += len(frames)
-        self.delay_sum += delay * len(frames)
-        if frames:
-            self.recent.append((frames[0].number, frames[-1].number, now - delay))
+        self.events += events
+        self.delays[bisect.bisect_left(DELAY_BUCKETS, delay)] += events
+        self.delay_sum += delay * events
 
 
 # ==== Hub =====================================================================
@@ -2727,7 +2721,7 @@ class NotifySource:
             frames.append(frame)
         if frames:
             await self._hub.broadcast(frames, self.epoch)
-        self._hub.counts.observe(asyncio.get_running_loop().time() - since, frames, time.time())
+        self._hub.counts.observe(asyncio.get_running_loop().time() - since, len(frames))
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -4302,7 +4296,7 @@ class LogSource:
             # these events.
             await asyncio.shield(self._hub.broadcast(frames, self.epoch))
             now = time.time()
-            self._hub.counts.observe(now - created, frames, now)
+            self._hub.counts.observe(now - created, len(frames))
 
     async def _read_page(self) -> tuple[Sequence[Any], bool]:
         """Read the next page and return whether more may follow; step over an event that cannot be read.
@@ -4931,7 +4925,7 @@ def readiness(relay: Relay) -> dict[str, object]:
 
 
 def answer_status(relay: Relay) -> web.Response:
-    """Return what the page shows: some of the metrics, by their names, and when recent events came."""
+    """Return what the page shows: some of the metrics, by their names."""
     counts = relay.hub.counts
     status = {
         **readiness(relay),
@@ -4940,8 +4934,6 @@ def answer_status(relay: Relay) -> web.Response:
         "events_total": counts.events,
         "delivery_delay_seconds_sum": counts.delay_sum,
         "position": format_position(relay.source.epoch, relay.source.number).decode(),
-        "recent": list(counts.recent),
-        "time": time.time(),
     }
     return web.json_response(status, headers={"Cache-Control": "no-store"})
 
@@ -7448,12 +7440,13 @@ def main() -> None:
     cli(prog_name=Path(sys.argv[0]).name)
 
 
-# ==== Pages ===================================================================
-# Text that browsers get. Nothing here knows the rest of the program but by what it sends.
+# ==== Client module ===========================================================
+#
+# What pages import, and its types: text that knows the rest of the program only by what it sends.
 
-# At most 3 kB, as it is served. An EventSource hides the position of a block without data, so what the
-# module resumes by is the id of the last event, heartbeats included. The address keeps the position that
-# the page was made with, for its snapshot.
+# At most 3 kB, as it is served. An EventSource hides the position of a block without data, so the module
+# resumes by the id of the last event, heartbeats included. The address keeps the position that the page was
+# made with, for its snapshot.
 CLIENT_MODULE: Final = r"""// sse-relay VERSION (MIT): an EventSource that comes back whatever ended it.
 // Its options stand in events.d.ts.
 
@@ -7571,11 +7564,13 @@ export function openStream(url: string | URL, options?: StreamOptions): Stream;
 export function spread(refetch: (gap: Gap) => void, seconds?: number): (gap: Gap) => void;
 """
 
-# For the demo and the admin listener; [place] is which of them. What only one of them has goes by its class.
+# ==== Page ====================================================================
+#
+# Of the demo and the admin listener, by what they serve; it imports nothing.
+
+# [place] is which of them it is for, [module] the client module. What only one of them has goes by its class.
 PAGE: Final = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sse-relay [place]</title>
 <link rel="icon" href="data:,">
@@ -7592,10 +7587,8 @@ PAGE: Final = r"""<!doctype html>
 .demo .admin-only, .admin .demo-only { display: none; }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, sans-serif; }
 header, main { max-width: 75rem; margin: 0 auto; padding: 1rem; }
-header { padding-bottom: 0; }
 h1, h2, p { margin: 0 0 .5rem; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.05rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; }
 main, .controls { display: grid; gap: 1rem; align-items: start; }
 @media (min-width: 50rem) { main { grid-template-columns: 22rem 1fr; } .wide { grid-column: 1 / span 2; } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; }
@@ -7604,39 +7597,31 @@ label, summary { font-weight: 600; font-size: .9rem; }
 input, textarea, button { font: inherit; border-radius: .3rem; padding: .4rem .6rem; width: 100%; }
 input, textarea { border: 1px solid var(--field); background: var(--page); color: inherit; resize: vertical; }
 button { border: 1px solid var(--action); background: var(--card); color: var(--action); font-weight: 600; }
-button, summary { cursor: pointer; }
-summary h2 { display: inline; }
+button, summary { cursor: pointer; } summary h2 { display: inline; }
 :focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
 .buttons { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; }
 .buttons button { flex: 1 1 auto; width: auto; max-width: 100%; overflow-wrap: anywhere; }
 .quiet, .facts, dt { color: var(--quiet); font-size: .85rem; }
 code, .data, .position { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
-.state strong { color: var(--wait); }
-.state strong::before { content: "●"; margin-right: .4rem; }
+.state strong { color: var(--wait); } .state strong::before { content: "●"; margin-right: .4rem; }
 [data-state="live"] strong, .good { color: var(--good); }
 [data-state="refused"] strong, .bad { color: var(--bad); }
 dl { display: grid; gap: .75rem; grid: auto-flow / repeat(auto-fit, minmax(8.5rem, 1fr)); margin: 0; }
-dd { margin: 0; }
 .now { font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 2.5rem; border-bottom: 1px solid var(--line); }
 path { fill: none; stroke: var(--action); stroke-width: 2; vector-effect: non-scaling-stroke; }
 path { stroke-linecap: round; stroke-linejoin: round; }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; }
 li { border-left: .25rem solid var(--line); padding: .1rem 0 .1rem .6rem; overflow-wrap: anywhere; }
-li p { margin: 0; }
+dd, li p { margin: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: 0 .8rem; }
-.facts b { color: var(--text); }
-.data { white-space: pre-wrap; }
-.start { border-color: var(--good); }
-.gap { border-color: var(--wait); color: var(--wait); }
+.facts b { color: var(--text); } .data { white-space: pre-wrap; }
+.start { border-color: var(--good); } .gap { border-color: var(--wait); color: var(--wait); }
 .refused { border-color: var(--bad); color: var(--bad); }
-</style>
-</head>
+</style></head>
 <body class="[place]">
-<header>
-  <h1>sse-relay [place]</h1>
-  <p>Each event goes through PostgreSQL's <code>NOTIFY</code> and comes out as a Server-Sent Event.</p>
-</header>
+<header><h1>sse-relay [place]</h1>
+  <p>Events go through PostgreSQL's <code>NOTIFY</code> and come out as Server-Sent Events.</p></header>
 <main spellcheck="false">
   <section class="card wide" aria-labelledby="figures-title">
     <h2 id="figures-title">The last five minutes</h2>
@@ -7659,8 +7644,8 @@ li p { margin: 0; }
       <h2 id="publish-title">Publish</h2>
       <form id="publish" autocomplete="off">
         <label>Channel <input name="channel" value="orders" required></label>
-        <label>Event name, or empty <input name="event"></label>
-        <label>Data, Ctrl+Enter publishes it <textarea name="data" rows="3">{"id": 42}</textarea></label>
+        <label>Event name, or empty <input name="event"></label><label>Data, Ctrl+Enter publishes it
+          <textarea name="data" rows="3">{"id": 42}</textarea></label>
         <button>Publish</button>
       </form>
       <div role="status"><p id="published"></p></div>
@@ -7692,20 +7677,15 @@ const WINDOW_MS = 300_000;
 const LOOK_MS = matchMedia("(prefers-reduced-motion: reduce)").matches ? 10_000 : 1_000;
 const STATES = {
   idle: ["not watching", "choose channels to see their events."],
-  connecting: ["connecting", ""],
+  connecting: ["connecting", ""], refused: ["refused", ""],
   live: ["live", "connected to the relay."],
   waiting: ["waiting to retry", "the connection is lost; the page comes back by itself."],
   cut: ["cut", "publish something, then resume: it is not lost."],
-  refused: ["refused", ""],
 };
-
 const element = (id) => document.getElementById(id);
 const { watch, publish } = document.forms;
 let stream, state;
-let channels = [];
-let token = "";
-let count = 0;
-let rows = [];
+let [channels, token, count, rows] = [[], "", 0, []];
 // Handlers by the names of events, as openStream takes them.
 const on = {
   message: onEvent,
@@ -7735,9 +7715,8 @@ function show(next, detail = STATES[next][1]) {
   element("cut").textContent = { cut: "Resume", refused: "Try again" }[state] ?? stop;
 }
 
-function make(tag, className, text) {
-  return Object.assign(document.createElement(tag), { className, textContent: text });
-}
+const make = (tag, className, textContent) =>
+  Object.assign(document.createElement(tag), { className, textContent });
 
 function addRow(kind, channel, name, id, data) {
   const now = new Date();
@@ -7784,8 +7763,7 @@ function listenFor(...names) {
   const endings = ["", ":", ...names.map((name) => `:${name}`)];
   const all = prefixes.flatMap((prefix) => endings.map((ending) => prefix + ending));
   const added = (channels.length > 1 ? all : names).filter((name) => !(name in on || /^relay\./.test(name)));
-  for (const name of added) on[name] = onEvent;
-  return added.length > 0;
+  return added.map((name) => (on[name] = onEvent)).length > 0;
 }
 
 function connect() {
@@ -7809,7 +7787,6 @@ element("cut").onclick = () => {
 };
 
 const split = (text, by) => [...new Set(text.split(by).filter(Boolean))];
-
 watch.onsubmit = (event) => {
   event.preventDefault();
   stream?.close();
@@ -7854,8 +7831,7 @@ function drawFigure({ write, current, most, path, points }, when) {
   path.setAttribute("d", drawn.join(""));
 }
 
-let before = null;
-let timer = 0;
+let [before, timer] = [null, 0];
 
 async function look() {
   if (document.hidden) return;
@@ -7866,7 +7842,7 @@ async function look() {
   tell("relay", now?.ready ? "live" : "waiting", now?.ready ? "ready" : "not ready", problem);
   if (now) {
     // A relay that was restarted counts from 0.
-    const restarted = before && before.events_total > now.events_total;
+    const restarted = before?.events_total > now.events_total;
     const since = restarted ? { events_total: 0, delivery_delay_seconds_sum: 0 } : before ?? now;
     now.when = when;
     now.events = now.events_total - since.events_total;
@@ -7883,7 +7859,6 @@ async function look() {
 
 document.addEventListener("visibilitychange", look);
 look();
-
 element("watched").ontoggle = async ({ target }) => {
   if (!target.open) return;
   const counted = Object.entries((await (await fetch("/channels")).json()).channels);
@@ -7898,8 +7873,7 @@ element("watched").ontoggle = async ({ target }) => {
 };
 
 async function ask(path, fields, output, done, failed) {
-  const headers = { "Content-Type": "application/json" };
-  const problem = await fetch(path, { method: "POST", headers, body: JSON.stringify(fields) })
+  const problem = await fetch(path, { method: "POST", body: JSON.stringify(fields) })
     .then(async (response) => (response.ok ? "" : (await response.json()).detail))
     .catch(() => "the relay cannot be reached");
   element(output).className = problem ? "bad" : "good";
@@ -7934,9 +7908,7 @@ if (DEMO) {
   element("watched").closest(".card").open = true;
   show("idle");
 }
-</script>
-</body>
-</html>
+</script></body></html>
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -348,13 +347,6 @@ def test_the_status_is_some_of_the_metrics(admin: Admin, database: Database) -> 
     assert 0 < status["round_trip_seconds"] < 1
     assert status["ready"] is True
     assert status["position"] == position
-    # However many there were, the answer stays small.
-    recent = status["recent"]
-    assert 0 < len(recent) <= 200
-    assert recent[-1][1] == int(position.partition("-")[2])
-    assert all(first <= last for first, last, _ in recent)
-    assert all(before[1] < after[0] for before, after in itertools.pairwise(recent))
-    assert all(status["time"] - 60 < came <= status["time"] for _, _, came in recent)
 
 
 # ==== Metrics =================================================================
