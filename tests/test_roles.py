@@ -14,9 +14,10 @@ import psycopg2.errors
 import psycopg2.extensions
 import pytest
 
+import pages
 import sse_relay
 from harness import PROGRAM, Database, Relay, Server, SseReader
-from log_session import Row, Session, apply, new_role
+from log_session import ROLE_NUMBERS, Row, Session, apply, new_role
 from sse_relay import LOG_EXCESS_SQL, PIN_PATH_SQL, SCHEMA_SQL
 
 APPLICATION_GRANTS = """
@@ -413,3 +414,42 @@ def test_no_name_of_a_stranger_is_found_by_relay_doctor_and_commands(
     with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
         cursor.execute("SET search_path = pg_catalog; SELECT * FROM public.loot")
         assert cursor.fetchall() == []
+
+
+# ---------------------------------------------------------------- as the docs say
+
+
+def statements_of_the_docs(follows: str) -> str:
+    """The block that makes the owner, with roles of this test's own; they belong to the server."""
+    owner = "CREATE ROLE sse_relay_owner NOLOGIN;"
+    (found,) = [
+        text for _, _, text in pages.blocks("sql", "docs/log.md") if owner in text and follows in text
+    ]
+    number = str(next(ROLE_NUMBERS))
+    return re.sub(
+        r"\b(sse_relay_owner|sse_relay_deploy|(?<=ROLE )app|(?<=ROLE )relay)\b", rf"\1_{number}", found
+    )
+
+
+@pytest.mark.parametrize("before", ["CREATE SCHEMA", "DO $$"], ids=["set up", "move over"])
+def test_the_owner_of_the_docs_can_be_deployed_to(database: Database, before: str) -> None:
+    script = statements_of_the_docs(before)
+    if before == "DO $$":
+        sse_relay.apply_schema(database.dsn)
+        database.execute("SELECT sse_relay.publish('a', 'kept')")
+    database.execute(script)
+    (deploy,) = set(re.findall(r"sse_relay_deploy_\d+", script))
+    dsn = psycopg2.extensions.make_dsn(database.dsn, user=deploy, password="choose one")
+    assert sse_relay.apply_schema(dsn) == []
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        sse_relay.apply_schema(database.dsn)
+    owners = database.execute(
+        """SELECT relowner::regrole::text FROM pg_class WHERE relnamespace = 'sse_relay'::regnamespace
+        UNION SELECT proowner::regrole::text FROM pg_proc WHERE pronamespace = 'sse_relay'::regnamespace"""
+    )
+    assert owners == [(deploy.replace("deploy", "owner"),)]
+    database.execute("SELECT sse_relay.publish('a', 'new')")
+    with Session(database) as session:
+        session.sweep()
+        assert session.read()[-1][6] == "new"
+    database.execute(f"DROP OWNED BY {owners[0][0]} CASCADE")
