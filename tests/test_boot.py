@@ -143,7 +143,7 @@ class Machine:
         return done.stdout
 
     def path(self, path: str | Path) -> Path:
-        """Give the path by which this machine reaches a file of the new system."""
+        """Return the path by which this machine reaches a file of the new system."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def show(self, what: str, unit: str = "sse-relay") -> str:

@@ -260,7 +260,7 @@ def proxy(kind: Kind, folder: Path) -> Iterator[Proxy]:
 
 @contextlib.contextmanager
 def lines(client: httpx.Client, path: str, headers: dict[str, str] | None = None) -> Iterator[Iterator[str]]:
-    """Open a stream and give its lines as they come."""
+    """Open a stream and yield its lines as they come."""
     accept = {"Accept": "text/event-stream", **(headers or {})}
     with client.stream("GET", path, headers=accept) as response:
         assert response.status_code == 200, response.read()
