@@ -26,7 +26,7 @@ positions, none twice, or a ``relay.gap`` event that says that some may be missi
 A refused, cut or restarted stream never becomes a storm of reconnects.
 
 Contents, in the order in which an event travels:
-    Constants and errors
+    Errors
     Events and frames           pure: notification to event, event to bytes
     Channels and positions      pure: what a client may ask for, where it stands
     Tokens                      pure: keys, and what a token opens
@@ -124,87 +124,10 @@ __version__ = "0.1.0"
 log = logging.getLogger("sse_relay")
 
 
-# ==== Constants and errors ====================================================
+# ==== Errors ==================================================================
 
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
-
-# What a browser waits that is told to stop. Longer values overflow a 32-bit timer in
-# Node's clients, which then loop; one day is safe in every client that was tried.
-NEVER_MS: Final = 86_400_000
-# How many clients may come back in one second after a restart.
-RETURNS_PER_SECOND: Final = 1_000
-# A stream's position is sent again at least this often, so that it does not grow so
-# old on a quiet channel that memory no longer covers it. Seconds.
-POSITION_INTERVAL: Final = 60.0
-
-MAX_STREAM_CHANNELS: Final = 50
-# PostgreSQL cuts a LISTENed name at NAMEDATALEN - 1 bytes in silence.
-MAX_CHANNEL_BYTES: Final = 63
-# NOTIFY's limit.
-MAX_PAYLOAD_BYTES: Final = 7_999
-MAX_OWN_ID_BYTES: Final = 256
-# Of `?last=`, over all channels of a stream.
-MAX_LAST_EVENTS: Final = 1_000
-# One resume of one stream; a client that has missed more is better off reading the page anew.
-MAX_RESUME_EVENTS: Final = 10_000
-MAX_RESUME_BYTES: Final = 64 * MIB
-# A resume is written in pieces of this size, each when the socket has taken the last.
-RESUME_PIECE_BYTES: Final = 256 * KIB
-# Python objects of one frame in memory: the tuple, its bytes object, its list slots.
-FRAME_OVERHEAD_BYTES: Final = 250
-
-# Notifications that are encoded and written as one burst. Larger bursts would gain
-# nothing and hold up the loop.
-BURST_EVENTS: Final = 1_000
-# Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
-WRITES_PER_TURN: Final = 2_000
-# What was read from the log for one stream is at hand for others for so many seconds; each is at
-# most one piece of a resume.
-SHARE_TIME: Final = 1.0
-MAX_SHARED: Final = 16
-# Joining so many events for one stream, or looking at so many streams, costs what a write does.
-EVENTS_PER_WRITE: Final = 20
-# Catching-up streams that go on in one turn of the loop, when all could.
-RESUMES_PER_TURN: Final = 200
-# Seconds. A client that takes no byte for so long, though some wait for it, is cut.
-STALL_TIMEOUT: Final = 30.0
-# The kernel otherwise takes 4 MB for a client that has stopped reading, before the
-# backlog in this process shows anything.
-SEND_BUFFER_BYTES: Final = 64 * KIB
-
-# Seconds.
-CONNECT_TIMEOUT: Final = 5
-LISTEN_WAIT: Final = 2.0
-CANARY_INTERVAL: Final = 1.5
-CANARY_TIMEOUT: Final = 3.0
-QUERY_TIMEOUT: Final = 10.0
-BACKOFF_FIRST: Final = 0.1
-BACKOFF_MOST: Final = 5.0
-# A client that is cut again within this time waits longer before it comes back.
-CUT_MEMORY: Final = 600.0
-MAX_CUT_FACTOR: Final = 16
-
-# Rows and bytes of one page of the log, and transactions numbered in one call; the SQL
-# spells them out too.
-LOG_PAGE_ROWS: Final = 1_000
-LOG_PAGE_BYTES: Final = 4 * MIB
-LOG_ADVANCE_MOST: Final = 1_000
-# Seconds. What no notification announced is found at the latest then.
-SWEEP_INTERVAL: Final = 5.0
-# Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
-# load it is better to number more events less often.
-NUMBERING_PAUSE: Final = 0.002
-PRUNE_INTERVAL: Final = 60.0
-
-# Seconds between two looks at the channels that linger.
-LINGER_CHECK: Final = 1.0
-# LISTENs in one round trip: bounds the length of a statement.
-LISTENS_PER_STATEMENT: Final = 500
-
-RESERVED_NAMES: Final = frozenset({"error", "open"})
-RESERVED_NAME_PREFIX: Final = "relay."
-RESERVED_CHANNEL_PREFIX: Final = "sse_relay"
 
 
 class RelayError(Exception):
@@ -249,6 +172,17 @@ class LostConnectionError(RelayError):
 
 
 # ==== Events and frames =======================================================
+
+RESERVED_NAMES: Final = frozenset({"error", "open"})
+RESERVED_NAME_PREFIX: Final = "relay."
+MAX_OWN_ID_BYTES: Final = 256
+# NOTIFY's limit.
+MAX_PAYLOAD_BYTES: Final = 7_999
+# For how long a client stays away that is told to stop. Longer values overflow a 32-bit timer in
+# Node's clients, which then loop; one day is safe in every client that was tried.
+NEVER_MS: Final = 86_400_000
+# How many clients may come back in one second after a restart.
+RETURNS_PER_SECOND: Final = 1_000
 
 
 class Event(NamedTuple):
@@ -360,7 +294,7 @@ def whole_text(text: str) -> str:
 
 
 def is_reserved_name(name: str) -> bool:
-    """Tell whether only the relay may send events of this name.
+    """Return whether only the relay may send events of this name.
 
     ``error`` and ``open`` collide with the events that EventSource fires itself.
     """
@@ -368,14 +302,14 @@ def is_reserved_name(name: str) -> bool:
 
 
 def sendable_name(name: str | None) -> str | None:
-    """Give an event's name, or None if it is empty or no stream may carry it."""
+    """Return an event's name, or None if it is empty or no stream may carry it."""
     if not name or is_reserved_name(name) or any(c in name for c in "\r\n\0"):
         return None
     return name
 
 
 def is_sendable_id(text: str) -> bool:
-    """Tell whether an application's id survives the trip to a browser and back.
+    """Return whether an application's id survives the trip to a browser and back.
 
     The browser returns it in a header, so printable ASCII only.
     """
@@ -516,6 +450,13 @@ def retry_after(base: int, clients: int, factor: float = 1.0) -> int:
 
 
 # ==== Channels and positions ==================================================
+
+MAX_STREAM_CHANNELS: Final = 50
+# PostgreSQL cuts a LISTENed name at NAMEDATALEN - 1 bytes in silence.
+MAX_CHANNEL_BYTES: Final = 63
+RESERVED_CHANNEL_PREFIX: Final = "sse_relay"
+# Of `?last=`, over all channels of a stream.
+MAX_LAST_EVENTS: Final = 1_000
 
 
 def check_channel(name: str) -> str:
@@ -1112,6 +1053,9 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 #
 # Pure: recent frames, for clients that come back.
 
+# Python objects of one frame in memory: the tuple, its bytes object, its list slots.
+FRAME_OVERHEAD_BYTES: Final = 250
+
 
 @dataclass(slots=True)
 class _Shelf:
@@ -1348,6 +1292,18 @@ class Counts:
 #
 # Holds every open stream and writes to it. Knows transports and HTTP's chunks; no request, no
 # position but as bytes, no PostgreSQL.
+
+# Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
+WRITES_PER_TURN: Final = 2_000
+# Joining so many events for one stream, or looking at so many streams, costs what a write does.
+EVENTS_PER_WRITE: Final = 20
+# Seconds. A client that takes no byte for so long, though some wait for it, is cut.
+STALL_TIMEOUT: Final = 30.0
+# A stream's position is sent again at least this often, so that it does not grow so
+# old on a quiet channel that memory no longer covers it. Seconds.
+POSITION_INTERVAL: Final = 60.0
+# A client that is cut again within this time waits longer before it comes back.
+CUT_MEMORY: Final = 600.0
 
 # `Subscriber.live_from` of a stream that is not live.
 NOT_LIVE: Final = 2**64
@@ -1820,6 +1776,19 @@ def _discard(groups: dict[Any, set[Subscriber]], key: int | str, subscriber: Sub
 # Connections to PostgreSQL: finding the server, one statement at a time, LISTEN, the canary, and
 # making all of it anew when it is lost. Knows no subscriber and no event.
 
+# Seconds.
+CONNECT_TIMEOUT: Final = 5
+CANARY_INTERVAL: Final = 1.5
+CANARY_TIMEOUT: Final = 3.0
+QUERY_TIMEOUT: Final = 10.0
+FIRST_BACKOFF: Final = 0.1
+MAX_BACKOFF: Final = 5.0
+# Notifications that are encoded and written as one burst. Larger bursts would gain
+# nothing and hold up the loop.
+BURST_EVENTS: Final = 1_000
+# LISTENs in one round trip: bounds the length of a statement.
+LISTENS_PER_STATEMENT: Final = 500
+
 DSN_FORM: Final = (
     "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'; in a URL, "
     "percent-encode the special characters of the password"
@@ -1908,7 +1877,7 @@ def _explain_dsn(dsn: str, error: str) -> UnreadableDsnError:
 
 
 def one_line(error: BaseException, dsn: str) -> str:
-    """Say an error in one line, without the password."""
+    """Return an error's text as one line, without the password."""
     text = " ".join(str(error).split()) or type(error).__name__
     password = parse_dsn(dsn).get("password")
     return text.replace(password, "***") if password else text
@@ -2019,7 +1988,7 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
 class Inbox:
     """Where psycopg2 puts the notifications of the listening connection.
 
-    psycopg2 calls `append` the moment it has read one, also amid another statement's
+    psycopg2 calls `append` the moment it has read one, even within another statement's
     result. Always false, so that aiopg finds nothing to move to its own queue, which
     costs ten times as much and several turns of the loop.
     https://www.psycopg.org/docs/connection.html#connection.notifies
@@ -2281,7 +2250,7 @@ class Listener:
                 self.ready.clear()
                 self._disconnect()
             first = False
-            if was_ready and loop.time() - started > BACKOFF_MOST:
+            if was_ready and loop.time() - started > MAX_BACKOFF:
                 failures = 0
             failures += 1
             if was_ready:
@@ -2290,7 +2259,7 @@ class Listener:
                 told.add(self.trouble)
                 kind = "lost PostgreSQL" if was_ready else "cannot reach PostgreSQL"
                 log.warning("%s, trying again until it is back: %s", kind, self.trouble)
-            wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10))
+            wait = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** min(failures - 1, 10))
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
     async def _session(self) -> None:
@@ -2415,6 +2384,12 @@ class Listener:
 # ==== Sources =================================================================
 #
 # What streams ask of a source, and what the listener tells it. Pure, but for events that are waited for.
+
+# One resume of one stream; a client that has missed more is better off reading the page anew.
+MAX_RESUME_EVENTS: Final = 10_000
+MAX_RESUME_BYTES: Final = 64 * MIB
+# A resume is written in pieces of this size, each when the socket has taken the last.
+RESUME_PIECE_BYTES: Final = 256 * KIB
 
 
 class Cursor(NamedTuple):
@@ -2610,6 +2585,9 @@ def too_many(missed: Iterable[tuple[int, int]]) -> bool:
 # ==== Source notify ===========================================================
 #
 # Numbers what the listener hears. Knows no SQL.
+
+# Seconds between two looks at the channels that linger.
+LINGER_CHECK: Final = 1.0
 
 
 class NotifySource:
@@ -3811,6 +3789,22 @@ FROM sse_relay.settings
 # Numbers what was published, reads it, and reads it back for clients. Knows SQL's statements by
 # their names, and the listener by its two queries.
 
+# Rows and bytes of one page of the log, and transactions numbered in one call; the SQL
+# spells them out too.
+LOG_PAGE_ROWS: Final = 1_000
+LOG_PAGE_BYTES: Final = 4 * MIB
+MAX_ADVANCED: Final = 1_000
+# Seconds. What no notification announced is found at the latest then.
+SWEEP_INTERVAL: Final = 5.0
+# Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
+# load it is better to number more events less often.
+NUMBERING_PAUSE: Final = 0.002
+PRUNE_INTERVAL: Final = 60.0
+# What was read from the log for one stream is at hand for others for so many seconds; each is at
+# most one piece of a resume.
+SHARE_TIME: Final = 1.0
+MAX_SHARED: Final = 16
+
 
 def check_log(cursor: psycopg2.extensions.cursor) -> None:
     """Raise `UnusableDatabaseError` if the durable log is missing, closed, or of another version."""
@@ -4238,9 +4232,9 @@ class LogSource:
         return False
 
     async def _number_and_read(self, xids: Sequence[str], pids: Sequence[int], *, sweep: bool) -> None:
-        for start in range(0, len(xids), LOG_ADVANCE_MOST):
+        for start in range(0, len(xids), MAX_ADVANCED):
             await self._number_some(
-                xids[start : start + LOG_ADVANCE_MOST], pids[start : start + LOG_ADVANCE_MOST], sweep
+                xids[start : start + MAX_ADVANCED], pids[start : start + MAX_ADVANCED], sweep
             )
         if not xids:
             await self._read()
@@ -4373,6 +4367,14 @@ class LogSource:
 # How a request is answered that gets no stream. Knows HTTP and whom to count; not why it is refused.
 
 EVENT_STREAM: Final = "text/event-stream"
+# How long a new stream waits for LISTEN before its headers go out, in seconds.
+LISTEN_WAIT: Final = 2.0
+# Catching-up streams that go on in one turn of the loop, when all could.
+RESUMES_PER_TURN: Final = 200
+MAX_CUT_FACTOR: Final = 16
+# The kernel otherwise takes 4 MB for a client that has stopped reading, before the
+# backlog in this process shows anything.
+SEND_BUFFER_BYTES: Final = 64 * KIB
 STREAM_HEADERS: Final = {
     "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
     # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.

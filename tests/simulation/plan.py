@@ -24,7 +24,7 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "MAX_RESUME_EVENTS": (40, 10_000, 10_000),
     "LISTENS_PER_STATEMENT": (1, 2, 500),
     "LOG_PAGE_ROWS": (2, 9, 1_000),
-    "LOG_ADVANCE_MOST": (1, 1_000),
+    "MAX_ADVANCED": (1, 1_000),
     "PRUNE_INTERVAL": (2, 60),
     "MAX_WOKEN": (3, 50_000),
 }
@@ -51,7 +51,7 @@ def draw(seed: int, source: str | None = None) -> Plan:
     batch = chance.choice((3, 1_000))
     if delay > 0.01:
         # So slow a server cannot do everything in little steps.
-        batch = knobs["LOG_PAGE_ROWS"] = knobs["LOG_ADVANCE_MOST"] = 1_000
+        batch = knobs["LOG_PAGE_ROWS"] = knobs["MAX_ADVANCED"] = 1_000
         knobs["RESUME_PIECE_BYTES"] = 262_144
     return {
         "seed": seed,
