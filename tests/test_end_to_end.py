@@ -126,8 +126,15 @@ def check_order(seen: list[tuple[str, str]], channels: tuple[str, ...]) -> tuple
     return last, excused
 
 
-@pytest.mark.parametrize("memory", ["64MiB", "40KiB"])
-@pytest.mark.parametrize("channels", [("one",), ("one", "two", "three")])
+@pytest.mark.parametrize(
+    ("channels", "memory"),
+    [
+        (("one", "two", "three"), "40KiB"),
+        pytest.param(("one", "two", "three"), "64MiB", marks=pytest.mark.slow),
+        pytest.param(("one",), "40KiB", marks=pytest.mark.slow),
+        pytest.param(("one",), "64MiB", marks=pytest.mark.slow),
+    ],
+)
 def test_a_client_that_is_cut_200_times_loses_nothing_or_is_told(
     channels: tuple[str, ...], memory: str, start_relay: StartRelay, database: harness.Database
 ) -> None:
@@ -213,6 +220,7 @@ def metric(admin: str, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_is_cut_in_the_end_and_costs_the_others_nothing(
     start_relay: StartRelay, database: harness.Database
 ) -> None:
@@ -356,6 +364,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
     assert metric(admin, "cut_clients_total") == 0
 
 
+@pytest.mark.slow
 def test_max_age_ends_streams_in_time_and_they_come_back_by_their_position(
     start_relay: StartRelay, database: harness.Database
 ) -> None:
@@ -374,6 +383,7 @@ def test_max_age_ends_streams_in_time_and_they_come_back_by_their_position(
         assert again.gaps == []
 
 
+@pytest.mark.slow
 def test_a_long_resume_over_a_slow_link_catches_up_and_is_not_cut(
     start_relay: StartRelay, database: harness.Database
 ) -> None:
@@ -448,6 +458,7 @@ LAST_BLOCK = re.compile(rb"\r\n\r\n.*\r\nretry: (\d+)\n\n\r\n", re.DOTALL)
 
 
 @pytest.mark.usefixtures("many_files")
+@pytest.mark.slow
 def test_2000_streams_end_in_time_each_with_a_retry(
     start_relay: StartRelay, database: harness.Database
 ) -> None:

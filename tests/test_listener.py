@@ -236,6 +236,7 @@ def test_a_terminated_backend_is_a_gap_and_no_more(
     assert "Traceback" not in relay.log
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_and_starts_is_a_gap_and_no_more(
     own_server: harness.Server, start_relay: StartRelay
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_server_that_stops_and_starts_is_a_gap_and_no_more(
 
 
 @pytest.mark.parametrize("which", [listening_backend, querying_backend])
+@pytest.mark.slow
 def test_a_frozen_backend_is_given_up_within_five_seconds(
     which: Callable[[harness.Database], int], database: harness.Database, start_relay: StartRelay
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_frozen_backend_is_given_up_within_five_seconds(
             os.kill(frozen, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_streams_outlive_a_connection_that_is_frozen_for_15_seconds(
     database: harness.Database, start_relay: StartRelay
 ) -> None:
@@ -324,6 +327,7 @@ class StallingProxy(harness.FreezableProxy):
         super().close()
 
 
+@pytest.mark.slow
 def test_a_server_that_freezes_right_after_the_login_is_given_up(
     database: harness.Database, start_relay: StartRelay
 ) -> None:
@@ -339,6 +343,7 @@ def test_a_server_that_freezes_right_after_the_login_is_given_up(
     assert "Traceback" not in relay.log
 
 
+@pytest.mark.slow
 def test_a_relay_starts_without_postgresql_and_is_ready_when_it_comes(
     own_server: harness.Server, start_relay: StartRelay
 ) -> None:
@@ -360,6 +365,7 @@ def test_a_relay_starts_without_postgresql_and_is_ready_when_it_comes(
     assert relay.stop() == 0
 
 
+@pytest.mark.slow
 def test_reconnecting_after_many_failures_stays_within_five_seconds(
     database: harness.Database, start_relay: StartRelay
 ) -> None:
@@ -380,6 +386,7 @@ def test_reconnecting_after_many_failures_stays_within_five_seconds(
             expect_gap_and_later_events(reader, database)
 
 
+@pytest.mark.slow
 def test_timeouts_of_the_role_do_not_end_the_session(
     database: harness.Database, start_relay: StartRelay
 ) -> None:
@@ -498,6 +505,7 @@ def test_a_database_in_another_encoding_than_utf8_ends_it_at_the_first_connectio
         database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.slow
 def test_a_hot_standby_at_the_first_connection_ends_it_and_later_does_not(
     own_server: harness.Server, start_relay: StartRelay
 ) -> None:

@@ -130,12 +130,14 @@ def words(prefix: str, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("durable", [True, False], ids=["durable", "synchronous_commit=off"])
+@pytest.mark.slow
 def test_every_client_gets_what_was_committed_once_and_in_order(durable: bool, seed: int) -> None:
     """Takes some 12 s: relays start again and again, PostgreSQL crashes once."""
     stress_log.run(3_000, seed, durable=durable)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one transaction", "position first"])
+@pytest.mark.slow
 def test_a_page_and_its_stream_show_every_change(
     log: Database, start_relay: RelayStarter, seed: int, together: bool
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_relay_that_was_killed_leaves_no_gap(log: Database, start_relay: Relay
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
+@pytest.mark.slow
 def test_streams_outlive_postgresql_and_miss_nothing(
     own_server: Server, own_log: Database, start_relay: RelayStarter, mode: Any
 ) -> None:
@@ -201,6 +204,7 @@ def test_streams_outlive_postgresql_and_miss_nothing(
             assert not reader.ended
 
 
+@pytest.mark.slow
 def test_a_relay_that_starts_before_postgresql_resumes_its_clients(
     own_server: Server, own_log: Database, start_relay: RelayStarter
 ) -> None:
@@ -241,6 +245,7 @@ def test_a_terminated_backend_costs_nothing(log: Database, start_relay: RelaySta
         assert gaps(reader) == []
 
 
+@pytest.mark.slow
 def test_a_frozen_connection_costs_nothing(log: Database, start_relay: RelayStarter) -> None:
     """Takes some 5 s: nothing tells of a frozen connection but a canary that stays away."""
     with FreezableProxy.before(log) as proxy:
@@ -322,6 +327,7 @@ def lose_and_promote(
     return position
 
 
+@pytest.mark.slow
 def test_a_promoted_standby_is_another_history(
     own_server: Server,
     own_log: Database,
@@ -355,6 +361,7 @@ def test_a_promoted_standby_is_another_history(
             assert gaps(reader) == ["restart"]
 
 
+@pytest.mark.slow
 def test_a_restored_dump_is_another_history(server: Server, start_relay: RelayStarter) -> None:
     dump, restore = find_postgres() / "pg_dump", find_postgres() / "pg_restore"
     if not (dump.exists() and restore.exists()):
@@ -689,6 +696,7 @@ async def test_wake_ups_dropped_during_a_sweep_are_found_before_later_ones_are_n
     assert answers.numbered == ["sweep", "1", "2", "sweep", "100", "101", "99999"]
 
 
+@pytest.mark.slow
 def test_an_event_without_a_notification_is_out_within_the_sweep_interval(
     log: Database, start_relay: RelayStarter
 ) -> None:
@@ -718,6 +726,7 @@ def test_what_was_published_while_no_relay_ran_is_numbered_in_order(
         assert reader.data == ["committed first", "began first", "saw it"]
 
 
+@pytest.mark.slow
 def test_a_stopped_relay_holds_up_nobody(log: Database, start_relay: RelayStarter, seed: int) -> None:
     chance = random.Random(seed)
     stopped, running = (start_relay(*LOG, dsn=log.dsn) for _ in range(2))
@@ -754,6 +763,7 @@ def test_a_stopped_relay_holds_up_nobody(log: Database, start_relay: RelayStarte
         assert slowest < 3.0
 
 
+@pytest.mark.slow
 def test_an_open_transaction_holds_up_nobody(log: Database, start_relay: RelayStarter) -> None:
     relay = start_relay(*LOG, dsn=log.dsn)
     old = log.connect()
@@ -910,6 +920,7 @@ def test_ten_thousand_events_are_resumed_and_one_more_is_not(
         assert b"relay.gap" not in crowd.received[0]
 
 
+@pytest.mark.slow
 def test_64_mib_are_resumed_and_one_event_more_is_not(log: Database, start_relay: RelayStarter) -> None:
     start_relay(*LOG, dsn=log.dsn)
     for _ in range(65):
@@ -1001,6 +1012,7 @@ def test_what_a_page_shows_is_left_out_of_table_and_memory(log: Database, start_
 # ==== Much at once ============================================================
 
 
+@pytest.mark.slow
 def test_a_transaction_of_50_000_events_holds_up_nobody(log: Database, start_relay: RelayStarter) -> None:
     relay = start_relay(*LOG, dsn=log.dsn)
     slowest = 0.0
@@ -1056,6 +1068,7 @@ def statements(server: Server) -> list[str]:
 
 
 @pytest.mark.parametrize("case", ["Last-Event-ID", "position()", "restarted"])
+@pytest.mark.slow
 def test_2000_clients_that_resume_from_memory_hardly_ask_postgresql(
     start_relay: RelayStarter, case: str
 ) -> None:
@@ -1084,6 +1097,7 @@ def test_2000_clients_that_resume_from_memory_hardly_ask_postgresql(
         assert len(asked) <= 20, asked
 
 
+@pytest.mark.slow
 def test_resuming_from_the_table_leaves_room_for_live_events(
     log: Database, start_relay: RelayStarter
 ) -> None:
@@ -1135,7 +1149,7 @@ def test_who_leaves_in_the_middle_of_a_resume_costs_no_session(
     host, _, port = relay.bind.rpartition(":")
     with SseReader(relay.url("live")) as live:
         live.wait_for_id()
-        for number in range(500):
+        for number in range(300):
             # Each asks for something else, so that each has a statement of its own.
             url = relay.url("a", lastEventId=before(start, -number))
             with socket.create_connection((host, int(port)), 10) as client:
@@ -1155,6 +1169,7 @@ def test_who_leaves_in_the_middle_of_a_resume_costs_no_session(
 
 
 @pytest.mark.parametrize("case", ["memory", "table"])
+@pytest.mark.slow
 def test_equal_resumes_share_what_is_read(start_relay: RelayStarter, case: str) -> None:
     with Server(log_statement="all", log_line_prefix="%a ") as server:
         raise_file_limit()
@@ -1178,7 +1193,10 @@ def test_equal_resumes_share_what_is_read(start_relay: RelayStarter, case: str) 
         assert 2 <= asked <= 60
 
 
-@pytest.mark.parametrize("memory", ["0", "24KiB", "64MiB"])
+@pytest.mark.parametrize(
+    "memory",
+    ["24KiB", pytest.param("0", marks=pytest.mark.slow), pytest.param("64MiB", marks=pytest.mark.slow)],
+)
 def test_the_newest_events_are_those_of_a_plain_query(
     log: Database, start_relay: RelayStarter, seed: int, memory: str
 ) -> None:
@@ -1238,6 +1256,7 @@ def test_the_newest_events_are_those_of_a_plain_query(
                 assert again.data == after or (gaps(again) == ["pruned"] and ids[cut] < 199)
 
 
+@pytest.mark.slow
 def test_a_channel_that_cannot_be_read_from_the_table_is_told_and_costs_no_session(
     own_server: Server, own_log: Database, start_relay: RelayStarter
 ) -> None:
@@ -1272,6 +1291,7 @@ def test_a_channel_that_cannot_be_read_from_the_table_is_told_and_costs_no_sessi
     assert metric(admin, "reconnects_total") == 0
 
 
+@pytest.mark.slow
 def test_a_slow_client_catches_up_with_a_busy_channel(log: Database, start_relay: RelayStarter) -> None:
     """Takes some 4 s: ten thousand events through a narrow link."""
     start_relay(*LOG, dsn=log.dsn)

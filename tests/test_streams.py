@@ -823,6 +823,7 @@ http {{
 """
 
 
+@pytest.mark.slow
 def test_nginx_that_speaks_http_1_0_works(start_relay: StartRelay, database: harness.Database) -> None:
     program = harness.require("nginx")
     relay = start_relay(dsn=database.dsn)
