@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import types
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,14 @@ class Relay:
         self.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def metric(admin: str, name: str) -> float:
+    """Return the value of a metric of a relay whose admin listener has this address."""
+    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
+        found = re.search(rf"^sse_relay_{name} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, name
+    return float(found[1])
 
 
 # ==== PostgreSQL ==============================================================
@@ -634,7 +643,7 @@ class Nginx:
 
 @contextlib.contextmanager
 def pgbouncer(database: Database, mode: str, folder: Path) -> Iterator[str]:
-    """Run a real pgbouncer in front of a database; give the DSN that leads through it."""
+    """Run a real pgbouncer in front of a database; return the DSN that leads through it."""
     program = require("pgbouncer")
     parts = psycopg2.extensions.parse_dsn(database.dsn)
     port = free_port()
@@ -1223,7 +1232,7 @@ NPM_PACKAGES = (
 
 
 def install_node_modules(folder: Path, packages: Sequence[str] = NPM_PACKAGES) -> Path:
-    """Install npm packages below ``folder``, once; give the folder that holds ``node_modules``."""
+    """Install npm packages below ``folder``, once; return the folder that holds ``node_modules``."""
     modules = folder / hashlib.sha256(" ".join(packages).encode()).hexdigest()[:16]
     modules.mkdir(parents=True, exist_ok=True)
     # Two processes of one run may come here at once.

@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -212,14 +211,6 @@ def numbers(reader: harness.SseReader) -> list[int]:
     return [int(data.split()[0]) for data in reader.data]
 
 
-def metric(admin: str, name: str) -> float:
-    """Return the value of a metric of a relay whose admin listener has this address."""
-    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
-        found = re.search(rf"^sse_relay_{name} (\S+)$", response.read().decode(), re.MULTILINE)
-    assert found, name
-    return float(found[1])
-
-
 @pytest.mark.slow
 def test_a_client_that_never_reads_is_cut_in_the_end_and_costs_the_others_nothing(
     start_relay: StartRelay, database: harness.Database
@@ -243,7 +234,7 @@ def test_a_client_that_never_reads_is_cut_in_the_end_and_costs_the_others_nothin
             nonlocal most
             most = max(most, resident(relay))
             assert time.monotonic() < deadline
-            return metric(admin, "cut_clients_total") > 0
+            return harness.metric(admin, "cut_clients_total") > 0
 
         count = publish_steadily(database, cut, 1000, 200)
         # What a client that is cut in the end can hold, and what memory keeps.
@@ -312,7 +303,7 @@ def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a
         for _ in range(clients):
             stack.enter_context(harness.RawStream(relay.bind, url, reading=False, receive_buffer=4096))
         if not resuming:
-            harness.wait_until(lambda: metric(admin, "clients") == clients + 1, 30)
+            harness.wait_until(lambda: harness.metric(admin, "clients") == clients + 1, 30)
             publish()
         if stage == "ending":
             assert relay.stop() == 0
@@ -321,7 +312,10 @@ def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a
         def gone() -> bool:
             nonlocal most
             most = max(most, resident(relay))
-            return metric(admin, "clients") == 1 and metric(admin, "cut_clients_total") == clients
+            return (
+                harness.metric(admin, "clients") == 1
+                and harness.metric(admin, "cut_clients_total") == clients
+            )
 
         harness.wait_until(gone, 60, "the clients to be cut")
         # And what memory keeps, some pages of the table, and what Python takes for the code.
@@ -361,7 +355,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
                     assert found == list(range(count))
                     assert data.count(b"relay.gap") == 1
                 assert not each.ended
-    assert metric(admin, "cut_clients_total") == 0
+    assert harness.metric(admin, "cut_clients_total") == 0
 
 
 @pytest.mark.slow

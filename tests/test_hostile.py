@@ -131,7 +131,7 @@ def connect(relay: Relay, receive_buffer: int | None = None) -> socket.socket:
 
 
 def send(client: socket.socket, data: bytes) -> bool:
-    """Send, unless the relay has closed; tell whether it took all."""
+    """Send, unless the relay has closed; return whether it took all."""
     try:
         client.sendall(data)
     except OSError:

@@ -169,6 +169,40 @@ def test_sql_in_a_channels_name_is_a_name(logged: Logged, start_relay: StartRela
     assert database.execute("SELECT * FROM victims") == []
 
 
+def test_which_channels_are_wanted_is_plain_reckoning() -> None:
+    watched: set[str] = set()
+    interest = sse_relay.Interest(watched, linger=60.0, max_channels=3)
+
+    def come(channel: str) -> None:
+        interest.watch(channel)
+        watched.add(channel)
+        interest.confirmed.add(channel)
+
+    def go(channel: str, now: float) -> None:
+        watched.discard(channel)
+        interest.abandon(channel, now)
+
+    for channel in "abc":
+        come(channel)
+    with pytest.raises(sse_relay.RefusedError) as refused:
+        come("d")
+    assert refused.value.status == 503
+    go("a", 10.0)
+    go("b", 20.0)
+    assert interest.wanted() == {"a", "b", "c"}
+    come("a")
+    assert not interest.expire(79.9)
+    # What lingers gives way to what is asked for.
+    come("d")
+    assert interest.wanted() == {"a", "c", "d"}
+    go("d", 30.0)
+    assert interest.expire(90.0)
+    assert not interest.expire(90.0)
+    interest.confirmed.discard("c")
+    go("c", 95.0)
+    assert interest.wanted() == {"a"}
+
+
 # ==== Loss ====================================================================
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -1128,14 +1127,6 @@ def test_resuming_from_the_table_leaves_room_for_live_events(
                 assert b"relay.gap" not in data
 
 
-def metric(admin: str, name: str) -> float:
-    """Return the value of a metric of a relay whose admin listener has this address."""
-    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
-        found = re.search(rf"^sse_relay_{name} (\S+)$", response.read().decode(), re.MULTILINE)
-    assert found, name
-    return float(found[1])
-
-
 def test_who_leaves_in_the_middle_of_a_resume_costs_no_session(
     log: Database, start_relay: RelayStarter
 ) -> None:
@@ -1161,9 +1152,9 @@ def test_who_leaves_in_the_middle_of_a_resume_costs_no_session(
             if number % 50 == 0:
                 publish(log, "live", str(number))
                 live.wait_for_data(str(number))
-        wait_until(lambda: metric(admin, "clients") == 1, 20)
+        wait_until(lambda: harness.metric(admin, "clients") == 1, 20)
         assert live.gaps == []
-    assert metric(admin, "reconnects_total") == 0
+    assert harness.metric(admin, "reconnects_total") == 0
     with Crowd(relay.bind, [relay.url("a", lastEventId=start)]) as crowd:
         crowd.wait_for(b"data: 3000x")
 
@@ -1288,7 +1279,7 @@ def test_a_channel_that_cannot_be_read_from_the_table_is_told_and_costs_no_sessi
         publish(own_log, "live", "after")
         live.wait_for_data("after")
         assert live.gaps == []
-    assert metric(admin, "reconnects_total") == 0
+    assert harness.metric(admin, "reconnects_total") == 0
 
 
 @pytest.mark.slow

@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import pwd
 import re
 import socket
 import struct
-import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -756,7 +752,7 @@ def test_what_no_header_can_carry_back_leaves_no_zombie(
         with harness.RawStream(relay.bind, request=request) as stream:
             harness.wait_until(lambda stream=stream: stream.ended or b":\n" in stream.raw)  # type: ignore[misc]
             assert stream.raw.startswith(b"HTTP/1.1 ")
-    harness.wait_until(lambda: clients(admin) == 0, what="the clients to be forgotten")
+    harness.wait_until(lambda: harness.metric(admin, "clients") == 0, what="the clients to be forgotten")
     expect_unharmed(relay, database)
     assert "should not happen" not in relay.log
 
@@ -781,13 +777,6 @@ def test_a_request_in_front_of_a_stream_is_answered_first(standing: harness.Rela
         assert re.findall(rb"HTTP/1\.1 (\d+)", stream.raw) == [b"404", b"200"]
 
 
-def clients(admin: str) -> int:
-    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
-        found = re.search(r"^sse_relay_clients ([\d.]+)$", response.read().decode(), re.MULTILINE)
-    assert found
-    return int(float(found[1]))
-
-
 def test_clients_that_leave_in_odd_ways_are_forgotten(
     start_relay: StartRelay, database: harness.Database
 ) -> None:
@@ -806,55 +795,28 @@ def test_clients_that_leave_in_odd_ways_are_forgotten(
     with harness.RawStream(relay.bind, relay.url("orders")) as half:
         half.wait_for(b"\nid: ")
         half.socket.shutdown(socket.SHUT_WR)
-        harness.wait_until(lambda: clients(admin) == 0, what="the clients to be forgotten")
+        harness.wait_until(lambda: harness.metric(admin, "clients") == 0, what="the clients to be forgotten")
     expect_unharmed(relay, database)
 
 
 # ==== nginx ===================================================================
 
-NGINX = """
-daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;
-    uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
-    server {{ listen 127.0.0.1:{port}; location /events {{ proxy_pass http://{relay}; }} }}
-}}
-"""
-
 
 @pytest.mark.slow
-def test_nginx_that_speaks_http_1_0_works(start_relay: StartRelay, database: harness.Database) -> None:
-    program = harness.require("nginx")
+def test_nginx_that_speaks_http_1_0_works(
+    start_relay: StartRelay, database: harness.Database, open_folder: Path
+) -> None:
     relay = start_relay(dsn=database.dsn)
-    port = harness.free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        nobody = pwd.getpwnam("nobody")
-        if os.geteuid() == 0:
-            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        configuration = Path(folder, "nginx.conf")
-        configuration.write_text(NGINX.format(folder=folder, port=port, relay=relay.bind))
-        process = subprocess.Popen([program, "-p", folder, "-c", configuration], stderr=subprocess.DEVNULL)
-        try:
-
-            def stream() -> harness.RawStream | None:
-                with contextlib.suppress(ConnectionRefusedError):
-                    return harness.RawStream(f"127.0.0.1:{port}", "/events/orders")
-                return None
-
-            opened = harness.wait_until(stream, what="nginx")
-            assert opened is not None
-            with opened:
-                opened.wait_for(b"\nid: ")
-                assert opened.status == 200
-                for number in range(5):
-                    published = time.monotonic()
-                    database.notify("orders", f"event {number}")
-                    opened.wait_for(f"data: event {number}\n\n".encode())
-                    assert time.monotonic() - published < 5
-            with harness.RawStream(f"127.0.0.1:{port}", "/events", headers=PLAIN) as refused:
-                refused.wait_for(b'"status": 400')
-                assert refused.status == 400
-        finally:
-            process.terminate()
-            process.wait(10)
+    server = f"location /events {{ proxy_pass http://{relay.bind}; }}"
+    with harness.Nginx(open_folder, relay.bind, http="", server=server) as nginx:
+        with harness.RawStream(nginx.address, "/events/orders") as opened:
+            opened.wait_for(b"\nid: ")
+            assert opened.status == 200
+            for number in range(5):
+                published = time.monotonic()
+                database.notify("orders", f"event {number}")
+                opened.wait_for(f"data: event {number}\n\n".encode())
+                assert time.monotonic() - published < 5
+        with harness.RawStream(nginx.address, "/events", headers=PLAIN) as refused:
+            refused.wait_for(b'"status": 400')
+            assert refused.status == 400
