@@ -293,7 +293,7 @@ def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a
     resuming = stage.startswith("from")
     url = relay.url("loud", **({"lastEventId": position.partition("@")[0]} if resuming else {}))
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(harness.SseReader(relay.url("loud", "end")))
+        reader = stack.enter_context(harness.SseReader(relay.url("end")))
         reader.wait_for_id()
         if resuming:
             publish()
