@@ -95,7 +95,7 @@ def test_the_units_for_instances_are_copies_of_those_for_one(kind: str) -> None:
 
 
 def activated(*listen: str, names: str) -> tuple[str, ...]:
-    """Give the words that start a program as systemd does, when the first client comes."""
+    """Return the words that start a program as systemd does, when the first client comes."""
     addresses = [word for address in listen for word in ("--listen", address)]
     return (harness.require("systemd-socket-activate"), *addresses, f"--fdname={names}")
 
@@ -279,7 +279,7 @@ def test_the_watchdog_hears_from_a_loop_that_turns_and_from_no_other(
     own_server.stop()
     relay.wait_for_log("lost PostgreSQL")
     notify_socket.forget()
-    # No restart mends a database that is away.
+    # No restart brings back a database that is away.
     wait_until(lambda: notify_socket.assignments().count("WATCHDOG=1") >= 4, what="word of the loop")
     times = [when for when, _ in notify_socket.messages]
     assert max(later - earlier for earlier, later in pairwise(times)) < 1.0

@@ -268,7 +268,7 @@ def test_a_forged_token_is_refused_whatever_else_is_tried(name: str) -> None:
         ("no channels", "the token's claim channels is no list of names or globs"),
     ],
 )
-def test_the_reason_says_what_to_mend(name: str, reason: str) -> None:
+def test_the_reason_says_what_to_fix(name: str, reason: str) -> None:
     with pytest.raises(RefusedError, match=re.escape(reason)):
         verify(forged_tokens(NOW)[name])
 
