@@ -100,6 +100,52 @@ def read_data(data: str) -> str:
     return tag if size.isdigit() and len(filling) == int(size) else f"torn {data[:40]!r}"
 
 
+def request_of(channels: Sequence[str], position: str, start: str, **options: Any) -> bytes:
+    """Return a request for a stream.
+
+    Args:
+        position: Sent as ``Last-Event-ID``, if there is one.
+        start: Sent as ``?lastEventId=``, if there is one.
+        options: ``host``, ``http`` (0 or 1), and further fields of the query.
+    """
+    http, host = options.pop("http", 1), options.pop("host", "127.0.0.1:8001")
+    fields = [("lastEventId", start)] if start else []
+    fields += [(name, str(value)) for name, value in options.items() if value]
+    path = "/events"
+    if len(channels) == 1:
+        path = f"/events/{quote(channels[0], safe='')}"
+    else:
+        fields = [("channel", channel) for channel in channels] + fields
+    query = f"?{urlencode(fields)}" if fields else ""
+    lines = [f"GET {path}{query} HTTP/1.{http}", f"Host: {host}", "Accept: text/event-stream"]
+    if position:
+        lines.append(f"Last-Event-ID: {position}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def take_block(block: list[Any], sent: float, items: list[list[Any]]) -> tuple[str, str]:
+    """Add what a block says to the items of a record, see `checker`.
+
+    Returns:
+        Its position and its event's tag, "" if there is none.
+    """
+    name, mark, data = block
+    tag = ""
+    if name is not None and name.startswith("relay."):
+        told = json.loads(data or "{}")
+        if name == "relay.gap":
+            channels = told["channels"] if "channels" in told else [told["channel"]]
+            items.append(["gap", channels, told["reason"], told["since"], mark, sent])
+        else:
+            items.append([name, told, mark, sent])
+    elif data is not None:
+        tag = read_data(data)
+        items.append(["event", tag, mark, sent, name])
+    elif mark:
+        items.append(["id", mark, sent])
+    return mark or "", tag
+
+
 Door = Callable[[str, Link], bool]
 
 
@@ -182,25 +228,11 @@ class Client:
         self.timeline.after(PATIENCE, self._lose_patience, link)
 
     def _request(self, start: str) -> bytes:
-        fields = [("lastEventId", start)] if start else []
-        if self._plan["beats"]:
-            fields.append(("heartbeat", "event"))
-        if self._plan["last"]:
-            fields.append(("last", str(self._plan["last"])))
-        if len(self.channels) == 1:
-            path = f"/events/{quote(self.channels[0], safe='')}"
-        else:
-            path = "/events"
-            fields = [("channel", channel) for channel in self.channels] + fields
-        query = f"?{urlencode(fields)}" if fields else ""
-        lines = [
-            f"GET {path}{query} HTTP/1.{self._plan['http']}",
-            "Host: 127.0.0.1:8001",
-            "Accept: text/event-stream",
-        ]
-        if self.position:
-            lines.append(f"Last-Event-ID: {self.position}")
-        return "\r\n".join([*lines, "", ""]).encode()
+        plan = self._plan
+        beats = "event" if plan["beats"] else ""
+        return request_of(
+            self.channels, self.position, start, http=plan["http"], heartbeat=beats, last=plan["last"]
+        )
 
     def _notice(self, link: Link) -> None:
         if link is self._link and not self._reading:
@@ -234,26 +266,15 @@ class Client:
             self._notice(self._link)
 
     def _take(self, block: list[Any], sent: float, items: list[list[Any]]) -> None:
-        name, mark, data = block
+        mark, tag = take_block(block, sent, items)
         if mark:
             self.position = mark
             self.live = True
-        if name is not None and name.startswith("relay."):
-            told = json.loads(data or "{}")
-            if name == "relay.gap":
-                channels = told["channels"] if "channels" in told else [told["channel"]]
-                items.append(["gap", channels, told["reason"], told["since"], mark, sent])
-            else:
-                items.append([name, told, mark, sent])
-        elif data is not None:
-            tag = read_data(data)
+        if tag:
             self.tags.add(tag)
-            items.append(["event", tag, mark, sent, name])
-        elif mark:
-            items.append(["id", mark, sent])
 
     def _leave(self, link: Link) -> None:
-        """Go, amid whatever is being sent."""
+        """Go, whatever is being sent."""
         if link is self._link and not self.calm:
             link.leave(self._chance.choice(("closed", "reset")))
             self._close("client")

@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 from simulation import run
+from simulation.checker import count_by_kind
+from simulation.planted import FAULTS
 
 # Sets of strings iterate by their hashes, which differ from process to process without this.
 HASH_SEED = "0"
@@ -47,6 +49,10 @@ def _count_up(first: int, count: int | None, end: float) -> Iterator[int]:
 @click.option("--trace", is_flag=True, help="With --seed: print the history.")
 @click.option("--shrink", is_flag=True, help="With --seed: take steps away while it fails in the same way.")
 @click.option("--corpus", is_flag=True, help="Play the seeds that once failed.")
+@click.option("--planted", is_flag=True, help="Find each planted fault, within --seeds (2,000).")
+@click.option("--soak", type=int, metavar="EVENTS", help="Publish so many events on a real PostgreSQL instead.")
+@click.option("--clients", default=8, show_default=True, help="Of --soak.")
+@click.option("--compare", type=int, metavar="CALLS", help="Hold the model against a real PostgreSQL.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 @click.option("--keep-going", is_flag=True, help="Do not stop at the first failure.")
 def command(
@@ -58,6 +64,10 @@ def command(
     trace: bool,
     shrink: bool,
     corpus: bool,
+    planted: bool,
+    soak: int | None,
+    clients: int,
+    compare: int | None,
     jobs: int,
     keep_going: bool,
 ) -> None:
@@ -67,6 +77,13 @@ def command(
     """
     if seed is not None:
         sys.exit(play_one(seed, source, trace=trace, smaller=shrink))
+    if compare is not None:
+        hold_against_server(compare, random.randrange(1_000_000) if first is None else first)
+        return
+    if soak is not None:
+        sys.exit(run_soak(soak, clients, random.randrange(1_000_000) if first is None else first))
+    if planted:
+        sys.exit(find_planted(seeds or 2_000, first or 0, jobs))
     todo: Iterator[tuple[int, str | None]]
     if corpus:
         todo = iter(run.read_corpus())
@@ -97,6 +114,57 @@ def play_one(seed: int, source: str | None, *, trace: bool, smaller: bool) -> in
         click.echo(str(violation))
     click.echo(f"{outcome.deliveries} deliveries, {len(outcome.violations)} violations, {outcome.digest()}")
     return 1 if outcome.violations else 0
+
+
+def hold_against_server(calls: int, seed: int) -> None:
+    """Make random calls on the model and on a real server; print how many were compared."""
+    import harness
+
+    from simulation.compare import Comparison
+
+    with harness.Server() as server:
+        run.the_program().apply_schema(server.dsn)
+        with Comparison(server.dsn, seed) as comparison:
+            comparison.run(calls)
+            click.echo(f"seed {seed}: model and server agree on {comparison.calls.total():,} calls")
+            click.echo(dict(comparison.calls))
+
+
+def run_soak(events: int, clients: int, seed: int) -> int:
+    """Publish under stress on a real server; print the figures. Return the exit status."""
+    from simulation.soak import Soak
+
+    soak = Soak(events, clients, seed, lazy=0.3)
+    checker = soak.run()
+    for name, figure in soak.figures.items():
+        click.echo(f"{name}: {figure:,}")
+    click.echo(f"gaps: {dict(checker.gaps)}")
+    for kind, count in count_by_kind(checker.violations).items():
+        click.echo(f"{kind}: {count}")
+    for violation in checker.violations[:10]:
+        click.echo(str(violation))
+    click.echo(f"seed {seed}: {len(checker.violations)} violations")
+    return 1 if checker.violations else 0
+
+
+def _find(job: tuple[int, int, int]) -> tuple[int, int | None, str]:
+    number, first, count = job
+    outcome = run.find(FAULTS[number], range(first, first + count))
+    if outcome is None:
+        return number, None, ""
+    return number, outcome.plan["seed"] - first + 1, str(outcome.violations[0])
+
+
+def find_planted(count: int, first: int, jobs: int) -> int:
+    """Look for each planted fault; print in how many seeds it was found. Return the exit status."""
+    found = 0
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        todo = [(number, first, count) for number in range(len(FAULTS))]
+        for number, seeds, text in pool.imap_unordered(_find, todo, 1):
+            found += seeds is not None
+            click.echo(f"{FAULTS[number].name}: {'NOT FOUND' if seeds is None else f'seed {seeds}: {text}'}")
+    click.echo(f"{found} of {len(FAULTS)} planted faults found")
+    return 0 if found == len(FAULTS) else 1
 
 
 def play_many(todo: Iterator[tuple[int, str | None]], jobs: int, keep_going: bool) -> int:

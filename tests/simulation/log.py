@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4 * 1024 * 1024
 # A sequence is written ahead by so many values: after a crash it goes on behind them.
 SEQUENCE_AHEAD = 32
+# Of pruning, in one call.
+PRUNE_ROWS = 1_000
+PRUNE_BYTES = 8 * 1024 * 1024
+MAX_DATA = 1_048_576
+REVOKED = "sse_relay_revoked"
+CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f]")
+LINES = re.compile(r"\r\n|\r|\n")
 
 
 @functools.cache
@@ -86,6 +94,7 @@ class Log:
         self.pending: list[Pending] = []
         self.events: list[Logged] = []
         self.pruned = 0
+        self.revocations: list[tuple[int, str, float]] = []
         # Rows that cannot be read.
         self.damaged: set[int] = set()
         self.epoch = "e1"
@@ -104,8 +113,8 @@ class Log:
             "LOG_VERSION_SQL": lambda connection, values: [(self.server.module.SCHEMA_VERSION,)],
             "LOG_GRANTS_SQL": lambda connection, values: [],
             "LOG_LIMITS_SQL": lambda connection, values: [],
-            "LOG_REVOCATIONS_SQL": lambda connection, values: [],
-            "LOG_ATTACH_SQL": lambda connection, values: self._attach(*values),
+            "LOG_REVOCATIONS_SQL": lambda connection, values: self._revocations_after(*values),
+            "LOG_ATTACH_SQL": lambda connection, values: self._attach(connection, *values),
             "LOG_WAITING_SQL": lambda connection, values: self._waiting(*values),
             "LOG_ADVANCE_SQL": self._advance,
             "LOG_READ_SQL": self._read,
@@ -120,8 +129,16 @@ class Log:
     # For applications.
 
     def publish(self, transaction: Transaction, channel: str, data: str, event: str | None) -> None:
+        if (refusal := refuse(channel, data, event)) is not None:
+            raise sql_error(*refusal)
+        self._insert(transaction, channel, data, event or None)
+
+    def revoke(self, transaction: Transaction, subject: str) -> None:
+        self._insert(transaction, REVOKED, subject, None)
+
+    def _insert(self, transaction: Transaction, channel: str, data: str, event: str | None) -> None:
         xid = self.server.assign_xid(transaction)
-        transaction.rows.append(Pending(xid, self._next_seq, transaction.pid, channel, event or None, data))
+        transaction.rows.append(Pending(xid, self._next_seq, transaction.pid, channel, event, data))
         self._next_seq += 1
         transaction.notes.append((self.server.module.LOG_CHANNEL, str(xid)))
 
@@ -132,7 +149,7 @@ class Log:
         def undo() -> None:
             gone = set(rows)
             self.pending = [row for row in self.pending if row not in gone]
-            tags = [tag_of(row) for row in rows]
+            tags = [tag for row in rows if (tag := tag_of(row)) is not None]
             if tags:
                 self.server.timeline.note("undone", tags=tags)
 
@@ -148,19 +165,22 @@ class Log:
         running = tuple(sorted(each.xid for each in self.server.running if each.xid))
         return Snapshot(min(running, default=self.server.next_xid), self.server.next_xid, running)
 
-    def _attach(self, known_epoch: str | None, known_id: int | None) -> list[Row]:
+    def _attach(self, connection: Connection, known_epoch: str | None, known_id: int | None) -> list[Row]:
         behind = known_epoch == self.epoch and (known_id or 0) > self._newest()
         if self._epoch_timeline != self.timeline or behind:
-            self.renew_epoch()
+            self.renew_epoch(connection.pid)
         return [(self.epoch, self._newest(), self.pruned, self.retention)]
 
-    def renew_epoch(self) -> None:
+    def renew_epoch(self, pid: int = 0) -> None:
         self._epochs += 1
         self.epoch = f"e{self._epochs}"
         self._epoch_timeline = self.timeline
         self.pruned = min(self.pruned, self._newest())
         self.server.timeline.note("epoch", epoch=self.epoch)
-        self.server.notify(0, [(self.server.module.LOG_CHANNEL, "")])
+        self.server.notify(pid, [(self.server.module.LOG_CHANNEL, "")])
+
+    def _revocations_after(self, since: int) -> list[Row]:
+        return [row for row in self.revocations if row[0] > since][:10_000]
 
     def _waiting(self, since: str | None, after: int | None = None) -> list[Row]:
         found = self.pending
@@ -198,6 +218,7 @@ class Log:
         ]
         self._next_id += len(moved)
         self.events += moved
+        self.revocations += [(row.id, row.data, created) for row in moved if row.channel == REVOKED]
         tags = [tag_of(row) for row in taken]
         epoch = self.epoch
         self.server.timeline.note("number", epoch=epoch, first=first, tags=tags)
@@ -259,11 +280,12 @@ class Log:
 
     def prune(self) -> int:
         line = self.server.wall() - self.retention
-        old = 0
-        for row in self.events[:-1][:1_000]:
-            if row.created >= line:
+        old = size = 0
+        for place, row in enumerate(self.events[:-1][:PRUNE_ROWS], 1):
+            if size >= PRUNE_BYTES:
                 break
-            old += 1
+            size += len(row.data.encode())
+            old = place if row.created < line else old
         if not old:
             return 0
         gone, self.events = self.events[:old], self.events[old:]
@@ -337,6 +359,20 @@ class Log:
         self._unsent.clear()
 
 
-def tag_of(row: Pending | Logged) -> str:
-    """Return what `clients.write_data` put first."""
-    return row.data.partition(" ")[0]
+def tag_of(row: Pending | Logged) -> str | None:
+    """Return what `clients.write_data` put first; None for what is no event."""
+    return None if row.channel == REVOKED else row.data.partition(" ")[0]
+
+
+def refuse(channel: str | None, data: str | None, event: str | None) -> tuple[str, str] | None:
+    """Return SQLSTATE and reason if publish() takes these for unfit."""
+    if channel is None or data is None:
+        return "22004", "NULL"
+    size = len(channel.encode())
+    if not 1 <= size <= 63 or channel.startswith("sse_relay") or CONTROL.search(channel):
+        return "22023", "channel"
+    name = event or ""
+    if name in ("error", "open") or name.startswith("relay.") or len(name.encode()) > 256 or LINES.search(name):
+        return "22023", "event"
+    wire = LINES.sub("\n", data).replace("\n", "\ndata: ")
+    return ("22001", "data") if max(len(wire.encode()), len(data.encode())) > MAX_DATA else None

@@ -55,11 +55,11 @@ class Transaction:
     rows: list[Any] = field(default_factory=list)
     over: bool = False
 
-    def publish(self, tag: str, channel: str, data: str, event: str | None = None) -> None:
-        """Publish by either source's own form; `data` is the payload in source notify."""
+    def publish(self, tag: str, channel: str, data: str, event: str | None = None, payload: str = "") -> None:
+        """Publish by either source's own form; `payload` is what source notify sends."""
         self.events.append(Published(tag, channel, data, event, len(self.server.commits)))
         if self.server.log is None:
-            self.notes.append((channel, data))
+            self.notes.append((channel, payload or data))
         else:
             self.server.log.publish(self, channel, data, event)
 
@@ -174,7 +174,7 @@ class Server:
                 "commit",
                 n=len(self.commits),
                 pid=transaction.pid,
-                events=[[each.tag, each.channel, each.seen] for each in transaction.events],
+                events=[[each.tag, each.channel, each.seen, each.event] for each in transaction.events],
                 size=max(len(each.data.encode()) + 6 * each.data.count("\n") for each in transaction.events),
             )
         if self.log is not None:

@@ -16,9 +16,10 @@ from typing import Any
 
 from simulation.checker import Checker, Violation
 from simulation.plan import Plan, draw
+from simulation.planted import Fault
 from simulation.world import World
 
-PROGRAM = Path(__file__).resolve().parent.parent.parent / "sse_relay.py"
+PROGRAM = Path(os.environ.get("SSE_RELAY_PROGRAM", Path(__file__).resolve().parents[2] / "sse_relay.py"))
 # Seeds that once failed, each with its source: they are played before new ones.
 CORPUS = Path(__file__).with_name("corpus.txt")
 # A run takes a few MB; collecting takes 20 ms.
@@ -38,9 +39,7 @@ def load(text: str | None = None) -> ModuleType:
 @functools.cache
 def the_program() -> ModuleType:
     """Return the program as it is, loaded once."""
-    return load(
-        Path(os.environ["SSE_RELAY_PROGRAM"]).read_text() if "SSE_RELAY_PROGRAM" in os.environ else None
-    )
+    return load()
 
 
 @dataclass
@@ -86,6 +85,15 @@ def play_all(seeds: Iterable[int], source: str | None, module: ModuleType | None
         if count % RUNS_PER_COLLECTION == 0:
             gc.collect()
         yield play_seed(seed, source, module)
+
+
+def find(fault: Fault, seeds: Iterable[int]) -> Outcome | None:
+    """Plant a fault, and play seeds until one shows it; None if none does."""
+    module = load(fault.plant(PROGRAM.read_text()))
+    for outcome in play_all(seeds, fault.source, module):
+        if outcome.violations:
+            return outcome
+    return None
 
 
 def read_corpus() -> list[tuple[int, str]]:

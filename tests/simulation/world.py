@@ -44,10 +44,10 @@ LEAVING = 8.0
 
 
 class _Unexpected(logging.Handler):
-    """Notes what a program logs as an error of its own."""
+    """Notes what a program logs: errors that nobody expected, and for the story its warnings."""
 
     def __init__(self, timeline: Timeline) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__(logging.WARNING)
         self._timeline = timeline
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -55,7 +55,8 @@ class _Unexpected(logging.Handler):
         if record.exc_info:
             text += f": {record.exc_info[1]!r}"
         on = Machine.current.name if Machine.current else "?"
-        self._timeline.note("error", on=on, text=text)
+        own = record.exc_info or "should not happen" in text or record.name != "sse_relay"
+        self._timeline.note("error" if own and record.levelno >= logging.ERROR else "log", on=on, text=text)
 
 
 @contextlib.contextmanager
@@ -112,7 +113,7 @@ def surroundings(module: ModuleType, world: World) -> Iterator[None]:
         for logger in loggers:
             logger.addHandler(handler)
             logger.propagate = False
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.WARNING)
         gc.disable()
         try:
             yield
@@ -300,7 +301,7 @@ class World:
     def _publish(self, transaction: Any, tag: str, channel: str, data: str, name: str | None) -> None:
         if self.server.log is None and name is not None:
             payload = self.module.json.dumps({"event": name, "data": data}, ensure_ascii=False)
-            transaction.publish(tag, channel, payload)
+            transaction.publish(tag, channel, data, name, payload)
         else:
             transaction.publish(tag, channel, data, name)
 
