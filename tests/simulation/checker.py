@@ -3,9 +3,9 @@
 A history is a list of records that JSON can hold, each with ``t``, seconds, and ``do``:
 
     run      source, relays: what was run
-    commit   n, pid, events [[tag, channel, seen, name]…], size: a transaction; each event saw the first `seen`
-             commits, and the largest has so many bytes; xid; after: tags that they saw
-    number   epoch, first, tags: the log has given these events the numbers from `first` on; null: no event
+    commit   n, pid, events [[tag, channel, seen, name]…], size: a transaction; each event saw the first
+             `seen` commits, and the largest has so many bytes; xid; after: tags that they saw
+    number   epoch, first, tags: the log has given these events numbers from `first` on; null: no event
     undone   tags: a crash or failover has lost these
     unnumbered  epoch, first, count: it has lost these numbers, and the events come again
     epoch    epoch: the log has begun another history
@@ -401,7 +401,7 @@ class Checker:
             return
         settings, knobs = self._plan["settings"], self._plan["knobs"]
         piece = max(settings["max_backlog"], knobs["RESUME_PIECE_BYTES"], HIGH_WATER)
-        most = (settings["max_backlog"] + piece + self._largest)
+        most = settings["max_backlog"] + piece + self._largest
         if record["held"] > most:
             text = f"{record['held']} bytes waited for {record['client']}, more than {most}"
             self._blame("held", record["t"], text)

@@ -50,7 +50,9 @@ def _count_up(first: int, count: int | None, end: float) -> Iterator[int]:
 @click.option("--shrink", is_flag=True, help="With --seed: take steps away while it fails in the same way.")
 @click.option("--corpus", is_flag=True, help="Play the seeds that once failed.")
 @click.option("--planted", is_flag=True, help="Find each planted fault, within --seeds (2,000).")
-@click.option("--soak", type=int, metavar="EVENTS", help="Publish so many events on a real PostgreSQL instead.")
+@click.option(
+    "--soak", type=int, metavar="EVENTS", help="Publish so many events on a real PostgreSQL instead."
+)
 @click.option("--clients", default=8, show_default=True, help="Of --soak.")
 @click.option("--compare", type=int, metavar="CALLS", help="Hold the model against a real PostgreSQL.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
@@ -119,7 +121,6 @@ def play_one(seed: int, source: str | None, *, trace: bool, smaller: bool) -> in
 def hold_against_server(calls: int, seed: int) -> None:
     """Make random calls on the model and on a real server; print how many were compared."""
     import harness
-
     from simulation.compare import Comparison
 
     with harness.Server() as server:

@@ -26,7 +26,7 @@ ROUND = 40
 SECONDS = 10.0
 
 
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """Model and server have answered differently."""
 
 
@@ -89,13 +89,15 @@ class Comparison:
         """Make so many calls.
 
         Raises:
-            Difference: With the call and both answers.
+            DifferenceError: With the call and both answers.
         """
         steps = {
-            self._publish: 10, self._commit: 6, self._roll_back: 1, self._savepoint: 1, self._undo_savepoint: 1,
-            self._notify: 1, self._listen: 1, self._refused: 1, self._waiting: 3, self._advance: 5,
+            self._publish: 10, self._commit: 6, self._roll_back: 1, self._savepoint: 1,
+            self._undo_savepoint: 1, self._notify: 1, self._listen: 1, self._refused: 1,
+            self._waiting: 3, self._advance: 5,
             self._read: 4, self._replay: 4, self._replay_size: 2, self._recent: 1, self._next: 1,
-            self._attach: 1, self._position: 2, self._prune: 1, self._renew: 0.1, self._revoke: 0.2,
+            self._attach: 1, self._position: 2, self._prune: 1, self._last: 1,
+            self._renew: 0.1, self._revoke: 0.2,
         }  # fmt: skip
         while sum(self.calls.values()) < calls:
             (step,) = self._chance.choices([*steps], [*steps.values()])
@@ -106,7 +108,7 @@ class Comparison:
     def _compare(self, what: str, call: object, model: object, real: object) -> None:
         self.calls[what] += 1
         if model != real:
-            raise Difference(f"{what} {call!r}:\nmodel {str(model)[:2000]}\nreal  {str(real)[:2000]}")
+            raise DifferenceError(f"{what} {call!r}:\nmodel {str(model)[:2000]}\nreal  {str(real)[:2000]}")
 
     def _one(self, statement: str, values: Any = None) -> Any:
         with self._admin.cursor() as cursor:
@@ -131,7 +133,7 @@ class Comparison:
         """Give the model's new epoch the name of the real one."""
         real = str(self._one("SELECT epoch FROM sse_relay.epoch"))
         if (self._log.epoch != self._epoch) != (real != self._epoch):
-            raise Difference(f"only one has renewed its epoch: {self._log.epoch}, {real}, {self._epoch}")
+            raise DifferenceError(f"only one has renewed its epoch: {self._log.epoch}, {real}, {self._epoch}")
         self._log.epoch = self._epoch = real
 
     # Publishers.
@@ -254,16 +256,15 @@ class Comparison:
 
     def _waiting(self) -> None:
         again = self._chance.random() < 0.5
-        model = self._server.execute(self._ears[0], self._program.LOG_WAITING_SQL, (again and self._snapshot or None, None))  # type: ignore[arg-type]  # fmt: skip
+        mine, theirs = (self._snapshot, self._real_snapshot) if again else (None, None)
+        ear: Any = self._ears[0]
+        model = self._server.execute(ear, self._program.LOG_WAITING_SQL, (mine, None))
         with self._relays[0].cursor() as cursor:
-            cursor.execute(self._program.LOG_WAITING_SQL, (again and self._real_snapshot or None, None))
+            cursor.execute(self._program.LOG_WAITING_SQL, (theirs, None))
             real = cursor.fetchall()
         ((shown, xids, pids, *rest),), ((real_shown, *real_rest),) = model, real
-        mine, theirs = read_snapshot(shown), read_snapshot(real_shown)
         self._compare("waiting", again, [xids, pids, *rest], real_rest)
-        recent = self._xids[-50:]
-        seen = [mine.shows(xid) for xid in recent]
-        self._compare("snapshot", recent, seen, [theirs.shows(xid) for xid in recent])
+        self._compare_snapshots(shown, real_shown)
         if not again and self._chance.random() < 0.3:
             # All that it lists is numbered: the next call may begin there.
             for start in range(0, len(xids), 500):
@@ -289,20 +290,24 @@ class Comparison:
         limit = self._chance.choice((1, 10, 1_000))
         self._ask("read", "LOG_READ_SQL", {"id": self._id(), "limit": limit})
 
-    def _span(self, name: str) -> dict[str, Any]:
+    def _span(self) -> dict[str, Any]:
         channels = self._chance.sample(CHANNELS, self._chance.randint(1, 4))
-        since = [self._id() for _ in channels]
-        several = "%(since)s::bigint[]" in getattr(self._program, name)
         return {
-            "channels": channels, "since": since if several else since[0], "until": self._id() + 1,
+            "channels": channels,
+            "since": [self._id() for _ in channels],
+            "until": self._id() + 1,
             "bytes": self._chance.choice((1, 5_000, 4_194_304)),
-        }  # fmt: skip
+            "most": self._chance.choice((1, 10, 1_000)),
+        }
+
+    def _last(self) -> None:
+        self._ask("last", "LOG_LAST_SQL", self._span())
 
     def _replay(self) -> None:
-        self._ask("replay", "LOG_REPLAY_SQL", self._span("LOG_REPLAY_SQL"))
+        self._ask("replay", "LOG_REPLAY_SQL", self._span())
 
     def _replay_size(self) -> None:
-        self._ask("replay size", "LOG_REPLAY_SIZE_SQL", self._span("LOG_REPLAY_SIZE_SQL"))
+        self._ask("replay size", "LOG_REPLAY_SIZE_SQL", self._span())
 
     def _recent(self) -> None:
         self._ask("recent", "LOG_RECENT_SQL", (self._chance.choice((0, 1_000, 10_000_000)),))
@@ -321,7 +326,10 @@ class Comparison:
         model, real = self._log.position(), str(self._one("SELECT sse_relay.position()"))
         (place, _, shown), (real_place, _, real_shown) = model.partition("@"), real.partition("@")
         self._compare("position", "", place, real_place)
-        mine, theirs = read_snapshot(shown), read_snapshot(real_shown)
+        self._compare_snapshots(shown, real_shown)
+
+    def _compare_snapshots(self, model: str, real: str) -> None:
+        mine, theirs = read_snapshot(model), read_snapshot(real)
         recent = self._xids[-50:]
         seen = [mine.shows(xid) for xid in recent]
         self._compare("snapshot", recent, seen, [theirs.shows(xid) for xid in recent])

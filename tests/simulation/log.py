@@ -192,8 +192,7 @@ class Log:
             last[row.xid, row.pid] = max(row.seq, last.get((row.xid, row.pid), 0))
         order = sorted(last, key=lambda sender: last[sender])
         answer = (str(self.snapshot()), [str(xid) for xid, _ in order], [pid for _, pid in order])
-        windows = "upto" in self.server.module.LOG_WAITING_SQL
-        return [(*answer, None) if windows else answer]
+        return [(*answer, None, len(found) if since is not None else len(order))]
 
     def _advance(self, connection: Connection, values: Any) -> list[Row]:
         xids, pids, sweep = values
@@ -237,16 +236,11 @@ class Log:
         return sorted((row for row in self.pending if (row.xid, row.pid) == sender), key=attrgetter("seq"))
 
     def _read(self, connection: Connection, values: Any) -> list[Row]:
-        if isinstance(values, dict):
-            since, limit = values["id"], values["limit"]
-        else:
-            since, limit = values[0], self.server.module.LOG_PAGE_ROWS
+        since, limit = values["id"], values["limit"]
         start = self._place(since)
         found = self._rows(self.events[start : start + limit], PAGE_BYTES)
-        if isinstance(values, dict):
-            here = self.events[start - 1].xid if start and self.events[start - 1].id == since else None
-            found = [(*row, self._newest(), here, False) for row in found]
-        return found
+        here = self.events[start - 1].xid if start and self.events[start - 1].id == since else None
+        return [(*row, self._newest(), here, False) for row in found]
 
     def _next(self, since: int) -> list[Row]:
         start = self._place(since)
@@ -264,17 +258,18 @@ class Log:
     def _replay_size(self, connection: Connection, values: Any) -> list[Row]:
         found = self._between(values)[:10_001]
         count = (len(found), sum(len(row.data.encode()) for row in found))
-        full = "h.epoch" in self.server.module.LOG_REPLAY_SIZE_SQL
-        return [(self.epoch, self.pruned, self._newest(), *count) if full else count]
+        return [count]
 
     def _replay(self, connection: Connection, values: Any) -> list[Row]:
         rows = self._between(values)[: self.server.module.LOG_PAGE_ROWS]
-        return self._rows(rows, values.get("bytes", PAGE_BYTES))
+        return self._rows(rows, values["bytes"])
 
     def _last(self, connection: Connection, values: Any) -> list[Row]:
         found: list[Row] = []
-        for channel, until, most in zip(values["channels"], values["until"], values["most"], strict=True):
-            ids = [row.id for row in self.events if row.channel == channel and row.id <= until][-most:]
+        until = values["until"]
+        for channel in values["channels"]:
+            ids = [row.id for row in self.events if row.channel == channel and row.id <= until]
+            ids = ids[-values["most"] :]
             found.append((channel, ids[0] - 1 if ids else until))
         return found
 
@@ -308,9 +303,7 @@ class Log:
         return bisect_right(self.events, since, key=attrgetter("id"))
 
     def _between(self, values: Any) -> list[Logged]:
-        channels, since = values["channels"], values["since"]
-        starts = since if isinstance(since, (list, tuple)) else [since] * len(channels)
-        after = dict(zip(channels, starts, strict=True))
+        after = dict(zip(values["channels"], values["since"], strict=True))
         if not after:
             return []
         last = self._place(values["until"])
@@ -372,7 +365,12 @@ def refuse(channel: str | None, data: str | None, event: str | None) -> tuple[st
     if not 1 <= size <= 63 or channel.startswith("sse_relay") or CONTROL.search(channel):
         return "22023", "channel"
     name = event or ""
-    if name in ("error", "open") or name.startswith("relay.") or len(name.encode()) > 256 or LINES.search(name):
+    if (
+        name in ("error", "open")
+        or name.startswith("relay.")
+        or len(name.encode()) > 256
+        or LINES.search(name)
+    ):
         return "22023", "event"
     wire = LINES.sub("\n", data).replace("\n", "\ndata: ")
     return ("22001", "data") if max(len(wire.encode()), len(data.encode())) > MAX_DATA else None

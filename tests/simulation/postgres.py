@@ -220,7 +220,7 @@ class Server:
             return [(True,)]
         if "pg_is_in_recovery()" in statement:
             return [(self.standby, "UTF8")]
-        if re.match(r"SET |SELECT (pg_catalog\.)?set_config\(", statement):
+        if re.match(r"(SET|RESET) |SELECT (pg_catalog\.)?set_config\(", statement):
             return []
         raise AssertionError(f"the model does not know this statement: {statement}")
 

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import harness
 import psycopg2
 
+import harness
 from simulation.checker import Checker, Record
 from simulation.clients import Reader, request_of, take_block, write_data
 from sse_relay import apply_schema
@@ -152,11 +152,13 @@ class Follower(threading.Thread):
 
     def _load_page(self) -> str | None:
         """Return the position of a page that is loaded now."""
-        with contextlib.suppress(psycopg2.Error), contextlib.closing(psycopg2.connect(self._soak.dsn)) as page:
-            with page.cursor() as cursor:
+        try:
+            with contextlib.closing(psycopg2.connect(self._soak.dsn)) as page, page.cursor() as cursor:
                 cursor.execute("SELECT sse_relay.position()")
-                return str(cursor.fetchone()[0])
-        return None
+                ((position,),) = cursor.fetchall()
+                return str(position)
+        except psycopg2.Error:
+            return None
 
     def _note(self, do: str, **facts: Any) -> None:
         self.records.append({"t": time.time(), "do": do, "client": self.name, **facts})
@@ -217,7 +219,7 @@ class Soak:
             self.dsn = server.database.dsn
             apply_schema(self.dsn)
             server.database.execute(SCENE_SQL, (CHAINS,))
-            stack.callback(lambda: [relay.close() for relay in self._relays])
+            stack.callback(self._close_relays)
             self._relays += [self._start_relay() for _ in range(3)]
             for relay in self._relays:
                 relay.wait_for_log(harness.READY, 60)
@@ -237,16 +239,22 @@ class Soak:
                 server.database.execute("SELECT say(%s, %s, %s)", (channel, tag, write_data(tag, 0)))
             ends = {follower: {f"end.{channel}" for channel in follower.channels} for follower in followers}
             harness.wait_until(
-                lambda: all(each.error or each.tags >= end for each, end in ends.items()), 300, "the last events"
+                lambda: all(each.error or each.tags >= end for each, end in ends.items()),
+                300,
+                "the last events",
             )
             self.over.set()
             for follower in followers:
                 follower.join(30)
-            for thread in (*followers, *publishers):
-                if thread.error is not None:
-                    raise thread.error
+            for error in (*(each.error for each in followers), *(each.error for each in publishers)):
+                if error is not None:
+                    raise error
             self.figures["seconds"] = int(time.time() - began)
             return self._judge(server.database, followers)
+
+    def _close_relays(self) -> None:
+        for relay in self._relays:
+            relay.close()
 
     def _start_relay(self, bind: str | None = None) -> harness.Relay:
         return harness.Relay("--source", "log", "--heartbeat", "1", dsn=self.dsn, bind=bind, wait=False)
@@ -305,8 +313,8 @@ class Soak:
 def _truth(database: harness.Database) -> Iterator[Record]:
     """Return what was committed, by the ledger, and in which order, by the log."""
     rows = database.execute(
-        "SELECT split_part(e.data, ' ', 1), e.id, extract(epoch FROM e.created)::float8 FROM sse_relay.events AS e"
-        " ORDER BY e.id"
+        "SELECT split_part(e.data, ' ', 1), e.id, extract(epoch FROM e.created)::float8"
+        " FROM sse_relay.events AS e ORDER BY e.id"
     )
     created = {tag: (number, moment) for tag, number, moment in rows}
     ((epoch,),) = database.execute("SELECT epoch FROM sse_relay.epoch")
