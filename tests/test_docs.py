@@ -185,6 +185,17 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors(str(file.resolve().relative_to(ROOT))), (text, target)
 
 
+def test_words_are_those_of_the_style() -> None:
+    """Docstrings say what is returned; nothing is written in words that readers stumbled over."""
+    places = [PROGRAM, ROOT / ".ci" / "run", *(ROOT / "systemd").iterdir(), *(ROOT / "tests").rglob("*.py")]
+    texts = {str(path): path.read_text() for path in places if path != Path(__file__)} | pages()
+    stumbles = re.compile(
+        r'"""(?:Gives?|Says?|Tells? whether)\b.*|\bmend(?:s|ed|ing)?\b|\bamid\b|\bfor ever\b'
+        r"|\bin the midst\b|\bneeds not\b|\b[A-Z]+_MOST\b"
+    )
+    assert {path: found for path, text in texts.items() if (found := stumbles.findall(text))} == {}
+
+
 def check(*command: str | Path, source: str = "") -> None:
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr + source

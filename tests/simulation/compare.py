@@ -130,7 +130,7 @@ class Comparison:
         return model, real
 
     def _name_epoch(self) -> None:
-        """Give the model's new epoch the name of the real one."""
+        """Name the model's new epoch as the real one is named."""
         real = str(self._one("SELECT epoch FROM sse_relay.epoch"))
         if (self._log.epoch != self._epoch) != (real != self._epoch):
             raise DifferenceError(f"only one has renewed its epoch: {self._log.epoch}, {real}, {self._epoch}")

@@ -74,7 +74,7 @@ class Timeline:
 
 
 class Counted:
-    """Gives hashes in order of creation: sets of these iterate alike in every run."""
+    """Hashes in order of creation, so that sets of these iterate alike in every run."""
 
     counter: Iterator[int] = itertools.count()
 
