@@ -513,7 +513,7 @@ def expect_end(relay: harness.Relay, words: str) -> None:
     """Check that the relay ends with status 1 and says why in one line."""
     assert relay.wait(15) == 1
     assert words in relay.lines[-1]
-    assert [line for line in relay.lines if "Error" in line] == [relay.lines[-1]]
+    assert [line for line in relay.lines if " ERROR " in line] == [relay.lines[-1]]
     assert "Traceback" not in relay.log
 
 
