@@ -6279,14 +6279,14 @@ class Exchange:
         OSError, http.client.HTTPException: There is no answer in time.
     """
 
-    def __init__(self, url: str, trust: Path | None, method: str = "GET", **headers: str) -> None:
+    def __init__(self, url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) -> None:
         parts = urllib.parse.urlsplit(url)
         host, port, limit = parts.hostname or "", parts.port, DOCTOR_ANSWER_WAIT
         browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
         self._connection = http.client.HTTPConnection(host, port, timeout=limit)
         if parts.scheme == "https":
-            context = ssl.create_default_context(cafile=trust)
-            self._connection = http.client.HTTPSConnection(host, port, timeout=limit, context=context)
+            trust.set_alpn_protocols(["http/1.1"])
+            self._connection = http.client.HTTPSConnection(host, port, timeout=limit, context=trust)
         self.body = b""
         self.ended = False
         self._more = threading.Condition()
@@ -6475,7 +6475,7 @@ STREAM_TABLE: Final[Table] = (
 )  # fmt: skip
 
 
-def observe(url: str, trust: Path | None, publish: Callable[[str], object] | None) -> Seen:
+def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | None) -> Seen:
     """Open a stream as a browser does, publish to it, and wait for a heartbeat.
 
     Args:
@@ -6530,7 +6530,7 @@ def observe_events(stream: Exchange, seen: Seen, publish: Callable[[str], object
             return
 
 
-def readable_without_token(url: str, trust: Path | None) -> str:
+def readable_without_token(url: str, trust: ssl.SSLContext) -> str:
     """Return `Seen.readable`: try any other channel, then these."""
     parts = urllib.parse.urlsplit(url)
     query = [pair for pair in urllib.parse.parse_qsl(parts.query) if pair[0] != "access_token"]
@@ -6548,18 +6548,17 @@ def readable_without_token(url: str, trust: Path | None) -> str:
     return "none" if refused else ""
 
 
-def negotiate(host: str, port: int, trust: Path | None) -> str | None:
+def negotiate(host: str, port: int, trust: ssl.SSLContext) -> str | None:
     """Offer HTTP/2 by TLS and return what the server chose; None if it chose nothing."""
-    context = ssl.create_default_context(cafile=trust)
-    context.set_alpn_protocols(["h2", "http/1.1"])
+    trust.set_alpn_protocols(["h2", "http/1.1"])
     with (
         socket.create_connection((host, port), DOCTOR_ANSWER_WAIT) as sock,
-        context.wrap_socket(sock, server_hostname=host) as secured,
+        trust.wrap_socket(sock, server_hostname=host) as secured,
     ):
         return secured.selected_alpn_protocol()
 
 
-def examine_stream(url: str, trust: Path | None, dsn: str, source: str | None) -> Iterator[Finding]:
+def examine_stream(url: str, trust: ssl.SSLContext, dsn: str, source: str | None) -> Iterator[Finding]:
     """Open the stream at an address, publish to its first channel, and judge what comes."""
     with contextlib.ExitStack() as stack:
         publish = None
@@ -6607,11 +6606,8 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
+        entry = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        entry["message"] = record.getMessage()
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry)
@@ -6651,27 +6647,166 @@ def start_log(level: str, form: str = "text") -> None:
 #
 # What the commands take. Options of `run` have the defaults of `Settings`.
 
-HELP_NAMES: Final = ["-h", "--help"]
-COMMAND_SETTINGS: Final = {"auto_envvar_prefix": "SSE_RELAY", "show_default": True}
 YEAR: Final = 365 * 86400
 
 
-def read_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """Read a number of bytes, or of KiB or MiB."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*(B|KiB|MiB)?", value, re.ASCII)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a size: give bytes, or say 256KiB or 64MiB")
-    return int(match[1]) * {"KiB": KIB, "MiB": MIB}.get(match[2], 1)
+class Text(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A text that a function reads, or refuses by an error that says why."""
+
+    def __init__(self, metavar: str, read: Callable[[str], Any] = str) -> None:
+        self.name = self.metavar = metavar
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value) if isinstance(value, str) else value
+        except (ValueError, RelayError) as error:
+            self.fail(str(error), param, ctx)
 
 
 class Seconds(click.FloatRange):
     """A range of numbers without NaN, which passes every comparison."""
+
+    metavar = "SECONDS"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds: float = super().convert(value, param, ctx)
         if math.isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds", param, ctx)
         return seconds
+
+
+class Count(click.IntRange):
+    """A range of whole numbers."""
+
+    def __init__(self, least: int = 1, most: int | None = None, metavar: str = "COUNT") -> None:
+        super().__init__(least, most)
+        self.metavar = metavar
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes, or of KiB or MiB."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*(B|KiB|MiB)?", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size: give bytes, or say 256KiB or 64MiB")
+    return int(match[1]) * {"KiB": KIB, "MiB": MIB}.get(match[2], 1)
+
+
+def read_address(text: str) -> str:
+    """Refuse addresses that cannot be read."""
+    split_address(text)
+    return text
+
+
+def read_path(text: str) -> str:
+    """Refuse a path that no request could match."""
+    if text != "/" and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
+        raise ValueError("give an absolute path such as /events, or / for channels at the root")
+    return text
+
+
+def read_origin(text: str) -> str:
+    """Refuse what no browser sends as an Origin."""
+    if not ORIGIN.fullmatch(text.replace("*", "x")) or re.search(r"^http://.*:80$|^https://.*:443$", text):
+        raise ValueError(
+            f"{text!r} is no origin: give scheme://host[:port] in lower case, as browsers send it, "
+            "without a default port, or null"
+        )
+    return text
+
+
+def read_url(text: str) -> str:
+    """Refuse what is not the address of a stream."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            channels_of(text)
+            return text
+    raise ValueError("give the address of a stream, https://HOST/events/CHANNEL")
+
+
+def read_authority(text: str) -> ssl.SSLContext:
+    """Read a file of certificates to trust."""
+    try:
+        return ssl.create_default_context(cafile=text)
+    except OSError as error:
+        raise ValueError(f"{text}: {error.strerror or 'there is no certificate in it'}") from None
+
+
+ADDRESS: Final = Text("HOST:PORT|unix:PATH", read_address)
+FILE: Final = click.Path(dir_okay=False, path_type=Path)
+NAME: Final = Text("NAME")
+SIZE: Final = Text("SIZE", read_size)
+
+
+def option(flag: str, kind: Any, text: str, default: Any = None, **more: Any) -> click.Option:
+    """Return an option; its kind names its value."""
+    metavar = getattr(kind, "metavar", None)
+    return click.Option([flag], type=kind, metavar=metavar, default=default, help=text, **more)
+
+
+def setting(flag: str, kind: Any, text: str, shown: str | None = None) -> click.Option:
+    """Return an option with the default that `Settings` has for it, or one that is shown in its place."""
+    default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
+    if multiple := isinstance(default, tuple):
+        text += " Repeatable."
+    if kind is SIZE:
+        default = f"{default // MIB}MiB" if default % MIB == 0 else f"{default // KIB}KiB"
+    if isinstance(default, float):
+        default = f"{default:g}"
+    return option(flag, kind, text, default, multiple=multiple, show_default=shown)
+
+
+def switch(flag: str, text: str, *name: str) -> click.Option:
+    """Return an option without a value. No variable sets it: it changes what a command does."""
+    return click.Option([flag, *name], is_flag=True, allow_from_autoenv=False, help=text)
+
+
+DSN_OPTIONS: Final = (
+    option("--dsn", Text("DSN"),
+        "PostgreSQL, as a URL or libpq's 'host=... dbname=...'. Also read from DATABASE_URL; without it "
+        "libpq's PG* variables count. Other users of the machine can see what stands on a command line."),
+    option("--dsn-file", FILE, "Read the DSN from a file, a systemd credential for instance."),
+)  # fmt: skip
+SOURCE: Final = setting("--source", click.Choice(["notify", "log"]),
+    "notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept in the "
+    "database; needs the command schema.",
+)  # fmt: skip
+RUN_OPTIONS: Final = (
+    setting("--bind", ADDRESS, "Where to serve streams.", "systemd's sockets, else 127.0.0.1:8008"),
+    setting("--admin", ADDRESS,
+        "Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it.",
+        "nowhere"),
+    setting("--path", Text("PATH", read_path),
+        "Where the streams are; / serves /CHANNEL, right at the root."),
+    setting("--heartbeat", Seconds(0.1, 3600), "Write to a stream that has been idle for so long."),
+    setting("--retry", Count(1, NEVER_MS, "MILLISECONDS"),
+        "Least wait of a client before it comes back; grows with the number of clients."),
+    setting("--memory", SIZE, "Recent events kept, for clients that come back."),
+    setting("--linger", Seconds(0, 86400), "Listen to a channel for so long after its last client left."),
+    setting("--max-clients", Count(), "Streams open at once.", "what the limit of open files allows"),
+    setting("--max-per-subject", Count(),
+        "Streams open at once whose tokens have the same subject (sub).", "any number"),
+    setting("--max-channels", Count(), "Channels listened to at once."),
+    setting("--max-backlog", SIZE, "What may wait for one client before it is written to again."),
+    setting("--max-age", Seconds(1, YEAR),
+        "End a stream after so long, give or take 10 %; clients come back by their position, and so spread "
+        "over relays that were added.", "never"),
+    setting("--allow-channel", Text("GLOB"),
+        "Let everybody read channels of these names; * stands for any characters."),
+    setting("--allow-origin", Text("ORIGIN", read_origin),
+        "Let pages of another origin read, such as https://app.example."),
+    setting("--jwt-key-file", FILE,
+        "Let tokens (JWT) that are signed with this key open channels: a public key in PEM form, or a "
+        "secret of at least 32 bytes. Read again on SIGHUP."),
+    setting("--jwt-cookie", NAME,
+        "Look for a token in this cookie too, beside the Authorization header and ?access_token=."),
+    setting("--loop", click.Choice(["asyncio", "uvloop"]),
+        "Event loop. uvloop takes less CPU for each event, and more for each new client."),
+    option("--log-format", click.Choice(["text", "json"]), "How a line of the log looks.", "text"),
+    option("--log-level", click.Choice(["debug", "info", "warning", "error"]),
+        "Least severity that is logged.", "info"),
+)  # fmt: skip
 
 
 class Commands(click.Group):
@@ -6685,41 +6820,41 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
 
-def setting(flag: str, **attributes: Any) -> Callable[..., Any]:
-    """Return an option with the default that `Settings` has for it."""
-    default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
-    if isinstance(default, float):
-        default = f"{default:g}"
-    if isinstance(attributes.get("type"), Seconds):
-        attributes["metavar"] = "SECONDS"
-    if attributes.get("callback") is read_size:
-        default = f"{default // MIB}MiB" if default % MIB == 0 else f"{default // KIB}KiB"
-    return click.option(flag, default=default, **attributes)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sse-relay")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Relay PostgreSQL's NOTIFY to browsers as Server-Sent Events.
+
+    Arguments that begin with an option mean the command "run".
+
+    \b
+    Example:
+        sse_relay.py --dsn postgresql://app@localhost/app
+        curl -N http://127.0.0.1:8008/events/orders
+        psql -c "SELECT pg_notify('orders', 'hello')"
+    """
+    if ctx.invoked_subcommand != "run":
+        for message in unknown_variables():
+            click.echo(f"Warning: {message}", err=True)
 
 
-def dsn_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --dsn and --dsn-file."""
-    dsn_file = click.option(
-        "--dsn-file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Read the DSN from a file, a systemd credential for instance.",
+def command(*params: click.Parameter) -> Callable[[Callable[..., Any]], click.Command]:
+    """Add a command. A prefix for variables that it inherited would contain its name."""
+    return cli.command(
+        params=list(params), context_settings={"auto_envvar_prefix": "SSE_RELAY", "show_default": True}
     )
-    dsn = click.option(
-        "--dsn",
-        metavar="DSN",
-        help="PostgreSQL, as a URL or libpq's 'host=... dbname=...'. Also read from DATABASE_URL; without it "
-        "libpq's PG* variables count. Other users of the machine can see what stands on a command line.",
-    )
-    return dsn(dsn_file(command))
 
 
-source_option = setting(
-    "--source",
-    type=click.Choice(["notify", "log"]),
-    help="notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept "
-    "in the database; needs the command schema.",
-)
+def unknown_variables() -> Iterator[str]:
+    """Yield a warning for each variable SSE_RELAY_* that no option reads."""
+    known = {(option.name or "").upper() for command in cli.commands.values() for option in command.params}
+    for variable in sorted(os.environ):
+        name = variable.removeprefix("SSE_RELAY_")
+        if name not in {variable, *known}:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean SSE_RELAY_{near[0]}?" if near else ""
+            yield f"the environment variable {variable} is unknown and does nothing{hint}"
 
 
 def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
@@ -6747,51 +6882,8 @@ def resolve_dsn(dsn: str | None, dsn_file: Path | None) -> str:
     return dsn
 
 
-def check_bind(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Refuse addresses that cannot be read; one, several or none."""
-    for bind in [value] if isinstance(value, str) else value or ():
-        try:
-            split_address(bind)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-    return value
-
-
-def check_path(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Refuse a path that no request could match."""
-    if value != "/" and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value):
-        raise click.BadParameter("give an absolute path such as /events, or / for channels at the root")
-    return value
-
-
-def check_origins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse what no browser sends as an Origin."""
-    for origin in value:
-        if not ORIGIN.fullmatch(origin.replace("*", "x")) or re.search(
-            r"^http://.*:80$|^https://.*:443$", origin
-        ):
-            raise click.BadParameter(
-                f"{origin!r} is no origin: give scheme://host[:port] in lower case, as browsers send it, "
-                "without a default port, or null"
-            )
-    return value
-
-
-def unknown_variables() -> Iterator[str]:
-    """Yield a warning for each variable SSE_RELAY_* that no option reads."""
-    known = {(option.name or "").upper() for command in cli.commands.values() for option in command.params}
-    for variable in sorted(os.environ):
-        name = variable.removeprefix("SSE_RELAY_")
-        if name not in {variable, *known}:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean SSE_RELAY_{near[0]}?" if near else ""
-            yield f"the environment variable {variable} is unknown and does nothing{hint}"
-
-
 def run_relay(
-    settings: Settings,
-    pages: Pages | None = None,
-    on_ready: Callable[[], object] = lambda: None,
+    settings: Settings, pages: Pages | None = None, on_ready: Callable[[], object] = lambda: None
 ) -> None:
     """Run a relay in an event loop of its own, and another after it if it was asked to restart.
 
@@ -6811,14 +6903,12 @@ def run_relay(
         return uvloop.new_event_loop()
 
     async def serve() -> None:
-        tell = on_ready
-        again = True
-        while again:
+        for tell in itertools.chain([on_ready], itertools.repeat(lambda: None)):
             relay = Relay(settings, pages)
             selector.first = relay.listener.descriptors
             await relay.run(tell)
-            again = relay.again
-            tell = lambda: None  # noqa: E731  # once is enough
+            if not relay.again:
+                return
 
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -6827,140 +6917,8 @@ def run_relay(
         raise click.ClickException(f"PostgreSQL cannot be used: {error}") from None
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": HELP_NAMES})
-@click.version_option(__version__, prog_name="sse-relay")
-@click.pass_context
-def cli(ctx: click.Context) -> None:
-    """Relay PostgreSQL's NOTIFY to browsers as Server-Sent Events.
-
-    Arguments that begin with an option mean the command "run".
-
-    \b
-    Example:
-        sse_relay.py --dsn postgresql://app@localhost/app
-        curl -N http://127.0.0.1:8008/events/orders
-        psql -c "SELECT pg_notify('orders', 'hello')"
-    """
-    if ctx.invoked_subcommand != "run":
-        for message in unknown_variables():
-            click.echo(f"Warning: {message}", err=True)
-
-
-def command() -> Callable[[Callable[..., Any]], click.Command]:
-    """Add a command. A prefix for variables that it inherited would contain its name."""
-    return cli.command(context_settings=COMMAND_SETTINGS)
-
-
-@command()
-@dsn_options
-@source_option
-@setting(
-    "--bind",
-    multiple=True,
-    metavar="HOST:PORT|unix:PATH",
-    callback=check_bind,
-    show_default="systemd's sockets, else 127.0.0.1:8008",
-    help="Where to serve streams. Repeatable.",
-)
-@setting(
-    "--admin",
-    metavar="HOST:PORT|unix:PATH",
-    callback=check_bind,
-    show_default="nowhere",
-    help="Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it.",
-)
-@setting("--path", callback=check_path, help="Where the streams are; / serves /CHANNEL, right at the root.")
-@setting("--heartbeat", type=Seconds(0.1, 3600), help="Write to a stream that has been idle for so long.")
-@setting(
-    "--retry",
-    type=click.IntRange(1, NEVER_MS),
-    metavar="MILLISECONDS",
-    help="Least wait of a client before it comes back; grows with the number of clients.",
-)
-@setting(
-    "--memory", callback=read_size, metavar="SIZE", help="Recent events kept, for clients that come back."
-)
-@setting(
-    "--linger", type=Seconds(0, 86400), help="Listen to a channel for so long after its last client left."
-)
-@setting(
-    "--max-clients",
-    type=click.IntRange(1),
-    metavar="COUNT",
-    show_default="what the limit of open files allows",
-    help="Streams open at once.",
-)
-@setting(
-    "--max-per-subject",
-    type=click.IntRange(1),
-    metavar="COUNT",
-    show_default="any number",
-    help="Streams open at once whose tokens have the same subject (sub).",
-)
-@setting("--max-channels", type=click.IntRange(1), metavar="COUNT", help="Channels listened to at once.")
-@setting(
-    "--max-backlog",
-    callback=read_size,
-    metavar="SIZE",
-    help="What may wait for one client before it is written to again.",
-)
-@setting(
-    "--max-age",
-    type=Seconds(1, YEAR),
-    show_default="never",
-    help="End a stream after so long, give or take 10 %; clients come back by their position, and so spread "
-    "over relays that were added.",
-)
-@setting(
-    "--allow-channel",
-    multiple=True,
-    metavar="GLOB",
-    help="Let everybody read channels of these names; * stands for any characters. Repeatable.",
-)
-@setting(
-    "--allow-origin",
-    multiple=True,
-    metavar="ORIGIN",
-    callback=check_origins,
-    help="Let pages of another origin read, such as https://app.example. Repeatable.",
-)
-@setting(
-    "--jwt-key-file",
-    multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Let tokens (JWT) that are signed with this key open channels: a public key in PEM form, or a "
-    "secret of at least 32 bytes. Repeatable; read again on SIGHUP.",
-)
-@setting(
-    "--jwt-cookie",
-    metavar="NAME",
-    help="Look for a token in this cookie too, beside the Authorization header and ?access_token=.",
-)
-@setting(
-    "--loop",
-    type=click.Choice(["asyncio", "uvloop"]),
-    help="Event loop. uvloop takes less CPU for each event, and more for each new client.",
-)
-@click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", help="How a line of the log looks."
-)
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    help="Least severity that is logged.",
-)
-@click.pass_context
-def run(
-    ctx: click.Context,
-    /,
-    dsn: str | None,
-    dsn_file: Path | None,
-    log_level: str,
-    log_format: str,
-    **options: Any,
-) -> None:
+@command(*DSN_OPTIONS, SOURCE, *RUN_OPTIONS)
+def run(log_level: str, log_format: str, dsn: str | None, dsn_file: Path | None, **options: Any) -> None:
     """Run the relay until SIGTERM.
 
     Every option can also be given as an environment variable: --max-clients as
@@ -6978,7 +6936,7 @@ def run(
         run_relay(settings)
     except click.ClickException as error:
         log.error(error.message)
-        ctx.exit(error.exit_code)
+        sys.exit(error.exit_code)
 
 
 # ==== Commands ================================================================
@@ -6992,6 +6950,8 @@ REMEDIES: Final = {
     psycopg2.errorcodes.UNDEFINED_FUNCTION: NOT_INSTALLED[1],
     psycopg2.errorcodes.INVALID_SCHEMA_NAME: NOT_INSTALLED[1],
 }
+# Seconds. An upgrade may rewrite a large log.
+SCHEMA_TIMEOUT: Final = 3600.0
 
 
 class UnsendableError(RelayError):
@@ -7030,17 +6990,15 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
     """
     try:
         check_channel(channel)
+        size = len(encode_payload(data, event).encode())
     except RefusedError as refused:
         raise UnsendableError(refused.what) from None
+    except UnicodeEncodeError:
+        raise UnsendableError("the event is not valid UTF-8") from None
     if event and sendable_name(event) is None:
         raise UnsendableError(f"an event cannot be named {event!r}")
     if "\0" in data:
         raise UnsendableError("PostgreSQL cannot carry the character NUL")
-    try:
-        (event or "").encode()
-        size = len(encode_payload(data, event).encode())
-    except UnicodeEncodeError:
-        raise UnsendableError("the event is not valid UTF-8") from None
     if source == "notify" and size > MAX_PAYLOAD_BYTES:
         raise UnsendableError(
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
@@ -7051,17 +7009,12 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
         return source_of(cursor)
 
 
-@command()
-@dsn_options
-@source_option
-@click.option(
-    "--event", metavar="NAME", help="Name of the event; pages get it by addEventListener(NAME, ...)."
-)
-@click.argument("channel")
-@click.argument("data", default="-")
-def publish(
-    dsn: str | None, dsn_file: Path | None, source: str, event: str | None, channel: str, data: str
-) -> None:
+@command(
+    *DSN_OPTIONS, SOURCE,
+    option("--event", NAME, "Name of the event; pages get it by addEventListener(NAME, ...)."),
+    click.Argument(["channel"]), click.Argument(["data"], default="-"),
+)  # fmt: skip
+def publish(source: str, event: str | None, channel: str, data: str, **where: Any) -> None:
     """Send DATA to CHANNEL, as your application would.
 
     Without DATA, or if it is "-", standard input is sent, without the line end at its end.
@@ -7071,21 +7024,15 @@ def publish(
         sse_relay.py publish --dsn postgresql://app@localhost/app orders '{"id": 42}'
         date | sse_relay.py publish --event tick clock
     """
-    dsn = resolve_dsn(dsn, dsn_file)
+    dsn = resolve_dsn(**where)
     if data == "-":
         data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = data.removesuffix("\n").removesuffix("\r")
     with explained("PostgreSQL did not take the event", dsn):
         made_for = send_event(dsn, source, channel, data, event)
     if (source, made_for) == ("notify", "log"):
-        what = (
-            "Warning: this database has the durable log; a relay with --source log does not hear this event"
-        )
-        click.echo(f"{what}: publish with --source log", err=True)
-
-
-# Seconds. An upgrade may rewrite a large log.
-SCHEMA_TIMEOUT: Final = 3600.0
+        what = "this database has the durable log; a relay with --source log does not hear this event"
+        click.echo(f"Warning: {what}: publish with --source log", err=True)
 
 
 def apply_schema(dsn: str) -> list[str]:
@@ -7113,17 +7060,13 @@ def apply_schema(dsn: str) -> list[str]:
         return warnings + [f"{what}: {remedy}" for what, remedy in cursor.fetchall()]
 
 
-@command()
-@dsn_options
-@click.option("--apply", is_flag=True, allow_from_autoenv=False, help="Run the SQL instead of printing it.")
-@click.option(
-    "--renew-epoch",
-    is_flag=True,
-    allow_from_autoenv=False,
-    help="After a volume or a cold copy of the database was put back: let every client know by relay.gap "
-    "that events may be missing.",
-)
-def schema(dsn: str | None, dsn_file: Path | None, apply: bool, renew_epoch: bool) -> None:
+@command(
+    *DSN_OPTIONS, switch("--apply", "Run the SQL instead of printing it."),
+    switch("--renew-epoch",
+        "After a volume or a cold copy of the database was put back: let every client know by relay.gap that "
+        "events may be missing."),
+)  # fmt: skip
+def schema(apply: bool, renew_epoch: bool, **where: Any) -> None:
     """Print the SQL of the durable log, or install or upgrade it.
 
     It is safe to repeat: events, settings and grants stay. The role needs CREATE on the
@@ -7137,7 +7080,7 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool, renew_epoch: boo
     if not (apply or renew_epoch):
         click.echo(f"BEGIN READ WRITE;\n{SCHEMA_SQL}\nCOMMIT;")
         return
-    dsn = resolve_dsn(dsn, dsn_file)
+    dsn = resolve_dsn(**where)
     if apply:
         with explained("the schema was not applied", dsn):
             for warning in apply_schema(dsn):
@@ -7150,23 +7093,14 @@ def schema(dsn: str | None, dsn_file: Path | None, apply: bool, renew_epoch: boo
         click.echo("The log has a new epoch: clients that come back get relay.gap.")
 
 
-@command()
-@click.option(
-    "--key-file",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="A private key in PEM form, or the secret that the relay's --jwt-key-file holds.",
-)
-@click.option(
-    "--lifetime",
-    type=click.IntRange(1, 10 * YEAR),
-    default=3600,
-    metavar="SECONDS",
-    help="When the token ends; the stream ends with it.",
-)
-@click.option("--subject", metavar="NAME", help="Whose token it is, for sse_relay.revoke(NAME).")
-@click.argument("channels", nargs=-1, required=True, metavar="GLOB...")
+@command(
+    option("--key-file", FILE,
+        "A private key in PEM form, or the secret that the relay's --jwt-key-file holds.", required=True),
+    option("--lifetime", Count(1, 10 * YEAR, "SECONDS"),
+        "When the token ends; the stream ends with it.", 3600),
+    option("--subject", NAME, "Whose token it is, for sse_relay.revoke(NAME)."),
+    click.Argument(["channels"], nargs=-1, required=True, metavar="GLOB..."),
+)  # fmt: skip
 def token(key_file: Path, lifetime: int, subject: str | None, channels: tuple[str, ...]) -> None:
     """Sign a token that opens channels, and print it alone.
 
@@ -7190,63 +7124,19 @@ def token(key_file: Path, lifetime: int, subject: str | None, channels: tuple[st
     click.echo(sign_token(key, channels, int(now) + lifetime, now, subject))
 
 
-def check_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse what is not the address of a stream."""
-    if value is None:
-        return None
-    try:
-        parts = urllib.parse.urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError
-        channels_of(value)
-    except ValueError:
-        raise click.BadParameter("give the address of a stream, https://HOST/events/CHANNEL") from None
-    except RefusedError as refused:
-        raise click.BadParameter(refused.reason) from None
-    return value
-
-
-def check_authority(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file without certificates."""
-    try:
-        ssl.create_default_context(cafile=value)
-    except (OSError, ssl.SSLError) as error:
-        raise click.BadParameter(f"{value}: {error.strerror or 'there is no certificate in it'}") from None
-    return value
-
-
-@command()
-@dsn_options
-@click.option(
-    "--source",
-    type=click.Choice(["notify", "log"]),
-    show_default="log if it is installed in the database",
-    help="What the relay uses.",
-)
-@click.option(
-    "--url",
-    metavar="URL",
-    callback=check_url,
-    help="Open this stream, through the proxy, and measure what a browser gets. Publishes up to three "
-    f"events, named {DOCTOR_EVENT}, to its first channel. Takes up to a minute.",
-)
-@click.option(
-    "--ca-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    callback=check_authority,
-    help="Trust this authority's certificate, in PEM form, for --url, instead of those of the system.",
-)
-@click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print the findings as JSON.")
-@click.pass_context
+@command(
+    *DSN_OPTIONS,
+    option("--source", click.Choice(["notify", "log"]), "What the relay uses.",
+        show_default="log if it is installed in the database"),
+    option("--url", Text("URL", read_url),
+        "Open this stream, through the proxy, and measure what a browser gets. Publishes up to three events, "
+        f"named {DOCTOR_EVENT}, to its first channel. Takes up to a minute."),
+    option("--ca-file", Text("FILE", read_authority),
+        "Trust this authority's certificate, in PEM form, for --url, instead of those of the system."),
+    switch("--json", "Print the findings as JSON.", "as_json"),
+)  # fmt: skip
 def doctor(
-    ctx: click.Context,
-    dsn: str | None,
-    dsn_file: Path | None,
-    source: str | None,
-    url: str | None,
-    ca_file: Path | None,
-    as_json: bool,
+    source: str | None, url: str | None, ca_file: ssl.SSLContext | None, as_json: bool, **where: Any
 ) -> None:
     """Check a deployment from end to end, and say what to fix.
 
@@ -7257,16 +7147,12 @@ def doctor(
         sse_relay.py doctor --dsn-file /etc/sse-relay/dsn
         sse_relay.py doctor --dsn-file /etc/sse-relay/dsn --url https://app.example/events/orders
     """
-    dsn = resolve_dsn(dsn, dsn_file)
+    dsn = resolve_dsn(**where)
     findings: list[Finding] = []
-
-    def examine() -> Iterator[Finding]:
-        yield from examine_machine()
-        yield from examine_database(dsn, source)
-        if url is not None:
-            yield from examine_stream(url, ca_file, dsn, source)
-
-    for finding in examine():
+    checks = [examine_machine(), examine_database(dsn, source)]
+    if url is not None:
+        checks.append(examine_stream(url, ca_file or ssl.create_default_context(), dsn, source))
+    for finding in itertools.chain(*checks):
         findings.append(finding)
         if not as_json:
             click.echo(f"{finding.level:8} {finding.check}: {finding.what}")
@@ -7275,7 +7161,7 @@ def doctor(
     healthy = all(finding.level != "problem" for finding in findings)
     if as_json:
         click.echo(json.dumps({"healthy": healthy, "findings": [f._asdict() for f in findings]}, indent=2))
-    ctx.exit(0 if healthy else 1)
+    sys.exit(0 if healthy else 1)
 
 
 # ==== Demo ====================================================================
@@ -7289,13 +7175,11 @@ def read_event(body: bytes) -> tuple[str, str, str | None]:
     Raises:
         UnsendableError: They are not there.
     """
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fields = json.loads(body)
         channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
         if all(isinstance(text, str) for text in (channel, data, event or "")):
             return channel, data, event
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
     raise UnsendableError("the request is no JSON object with channel, data and event")
 
 
@@ -7312,11 +7196,8 @@ def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: s
             detail = error.message
         except (RelayError, psycopg2.Error) as error:
             detail = explain(error, dsn)
-        return web.json_response(
-            {"title": "not done", "status": 400, "detail": detail},
-            status=400,
-            content_type="application/problem+json",
-        )
+        problem = {"title": "not done", "status": 400, "detail": detail}
+        return web.json_response(problem, status=400, content_type="application/problem+json")
 
     return answer
 
@@ -7344,27 +7225,16 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
     async def restart_postgres(relay: Relay, body: bytes) -> None:
         await asyncio.to_thread(restart)
 
-    return {
-        ("GET", "/"): show,
-        ("HEAD", "/"): show,
-        ("GET", "/status"): status,
-        ("POST", "/publish"): only_here(publish, postgres.dsn),
-        ("POST", "/restart-relay"): only_here(restart_relay, postgres.dsn),
-        ("POST", "/restart-postgresql"): only_here(restart_postgres, postgres.dsn),
-    }
+    acts = {"publish": publish, "restart-relay": restart_relay, "restart-postgresql": restart_postgres}
+    posts = {("POST", f"/{name}"): only_here(act, postgres.dsn) for name, act in acts.items()}
+    return {("GET", "/"): show, ("HEAD", "/"): show, ("GET", "/status"): status, **posts}
 
 
-@command()
-@source_option
-@click.option(
-    "--bind",
-    default="127.0.0.1:8008",
-    metavar="HOST:PORT",
-    callback=check_bind,
-    help="Where to listen.",
-)
-@setting("--max-age", type=Seconds(1, YEAR), show_default="never", help="End a stream after so long.")
-def demo(source: str, bind: str, max_age: float | None) -> None:
+@command(
+    SOURCE,
+    option("--bind", Text("HOST:PORT", read_address), "Where to listen.", "127.0.0.1:8008"),
+)  # fmt: skip
+def demo(source: str, bind: str) -> None:
     """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
 
     \b
@@ -7377,23 +7247,17 @@ def demo(source: str, bind: str, max_age: float | None) -> None:
     if isinstance(address, Path) or not address[1]:
         raise click.UsageError(f"--bind {bind}: the demo is for a browser, so give HOST:PORT")
     if not is_local(bind):
-        raise click.UsageError(
-            f"--bind {bind}: the demo lets everybody publish, so it listens on this machine only"
-        )
+        what = "the demo lets everybody publish, so it listens on this machine only"
+        raise click.UsageError(f"--bind {bind}: {what}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
     with EmbeddedPostgres() as postgres:
         if source == "log":
             apply_schema(postgres.dsn)
-        settings = Settings(
-            postgres.dsn,
-            source=source,
-            bind=(bind,),
-            max_age=max_age,
-            allow_channel=("*",),
-            allow_origin=DEVELOPMENT_ORIGINS,
-        )
         notify = "pg_notify" if source == "notify" else "sse_relay.publish"
         program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
+        settings = Settings(
+            postgres.dsn, source, (bind,), allow_channel=("*",), allow_origin=DEVELOPMENT_ORIGINS
+        )
 
         def show() -> None:
             click.echo(

@@ -31,7 +31,6 @@ from sse_relay import (
     Access,
     RefusedError,
     Settings,
-    check_origins,
     cli,
     compile_globs,
     compile_origins,
@@ -41,6 +40,7 @@ from sse_relay import (
     is_local_host,
     make_access,
     read_cookie,
+    read_origin,
     resolve_dsn,
 )
 
@@ -597,8 +597,7 @@ def test_development_origins_are_allowed_until_one_is_named(
     ],
 )
 def test_which_origins_may_read(allowed: str, origin: str, opens: bool) -> None:
-    done = click.Context(click.Command("run")), click.Option(["--allow-origin"])
-    access = Access(compile_globs([]), compile_origins(check_origins(*done, (allowed,))))
+    access = Access(compile_globs([]), compile_origins([read_origin(allowed)]))
     for preflight in (False, True):
         if not opens:
             with pytest.raises(RefusedError) as refused:
@@ -619,8 +618,8 @@ def test_which_origins_may_read(allowed: str, origin: str, opens: bool) -> None:
      "https://app.example https://other.example", "Null", "http*://app.example", ""],
 )  # fmt: skip
 def test_what_no_browser_sends_cannot_be_allowed(origin: str) -> None:
-    with pytest.raises(click.BadParameter, match="no origin"):
-        check_origins(click.Context(click.Command("run")), click.Option(["--allow-origin"]), (origin,))
+    with pytest.raises(ValueError, match="no origin"):
+        read_origin(origin)
 
 
 @pytest.mark.parametrize(
