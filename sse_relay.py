@@ -539,7 +539,7 @@ class Position(NamedTuple):
 
 
 POSITION: Final = re.compile(
-    r"([A-Za-z0-9_]{1,40})-([0-9]{1,19})(?:@([0-9]{1,20}:[0-9]{1,20}:[0-9,]*))?(?:/.*)?",
+    r"([A-Za-z0-9_]{1,40})-([0-9]{1,19})(?:@([0-9]{1,20}:[0-9]{1,20}:[0-9,]{0,4000}))?(?:/.*)?",
     re.ASCII | re.DOTALL,
 )
 
@@ -1177,7 +1177,8 @@ class Memory:
         end = shelf.ends[shelf.start]
         self.size -= end - shelf.before
         shelf.before = end
-        self._floors[channel] = shelf.numbers[shelf.start]
+        # Where what was damaged begins, coverage may begin later than with this frame.
+        self._floors[channel] = max(self._floors.get(channel, 0), shelf.numbers[shelf.start])
         shelf.frames[shelf.start] = None
         shelf.start += 1
         if shelf.size * 8 <= self.limit:
@@ -1704,6 +1705,8 @@ class Hub:
                     if left <= 0:
                         await asyncio.sleep(0)
                         left = WRITES_PER_TURN
+                        # Meanwhile a stream may have become live at a later number.
+                        forms = self._heartbeat_forms()
 
     def _heartbeat_forms(self) -> tuple[bytes, bytes, bytes, bytes]:
         """Return the blocks of a heartbeat: comment, position, event, event with position."""
@@ -1781,6 +1784,7 @@ CONNECT_TIMEOUT: Final = 5
 CANARY_INTERVAL: Final = 1.5
 CANARY_TIMEOUT: Final = 3.0
 QUERY_TIMEOUT: Final = 10.0
+CLIENT_RETRY: Final = 1.0
 FIRST_BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 5.0
 # Notifications that are encoded and written as one burst. Larger bursts would gain
@@ -2052,13 +2056,20 @@ def _look_at(descriptors: Sequence[int], *_: object) -> None:
 
 
 async def open_connection(dsn: str) -> aiopg.Connection:
-    """Open a session whose settings no default of the role or the server can change."""
+    """Open a session whose settings no default of the role or the server can change.
+
+    Raises:
+        LostConnectionError, psycopg2.Error: There is none.
+    """
     # aiopg asks select() whether libpq has closed the socket of a broken connection. select() knows
     # no descriptor above 1023: with so many clients the loss would go unnoticed.
     vars(aiopg.connection)["select"] = types.SimpleNamespace(select=_look_at)
-    connection = await aiopg.connect(
-        dsn, timeout=CONNECT_TIMEOUT, enable_json=False, enable_hstore=False, enable_uuid=False
-    )
+    try:
+        connection = await aiopg.connect(
+            dsn, timeout=CONNECT_TIMEOUT, enable_json=False, enable_hstore=False, enable_uuid=False
+        )
+    except TimeoutError:
+        raise LostConnectionError(f"PostgreSQL did not answer within {CONNECT_TIMEOUT} s") from None
     try:
         await execute(connection, SESSION_SQL)
         ((system,),) = await execute(connection, "SELECT pg_catalog.version()")
@@ -2190,6 +2201,8 @@ class Listener:
         self._query_lock = asyncio.Lock()
         self._client: aiopg.Connection | None = None
         self._client_lock = asyncio.Lock()
+        # Loop time before which it is not opened again.
+        self._client_retry_at = 0.0
 
     def interest_changed(self) -> None:
         """Look at the source's interest again; all changes of one turn go in one round trip."""
@@ -2204,19 +2217,40 @@ class Listener:
                 raise LostConnectionError("not connected")
             return await execute(self._querying, statement, values, timeout)
 
-    async def client_query(self, statement: str, values: Values = ()) -> list[tuple[Any, ...]]:
+    async def client_query(
+        self, statement: str, values: Values, wanted: Callable[[], bool]
+    ) -> list[tuple[Any, ...]]:
         """Run one statement that clients cause, on a connection of its own. Raises what `execute` does.
 
         A statement that has begun belongs to the connection: run this in a task that is not
         cancelled when a client leaves.
+
+        Args:
+            wanted: Whether somebody still waits for the rows, asked when the statement's turn has come.
         """
         async with self._client_lock:
-            if not self.ready.is_set():
-                raise LostConnectionError("not connected")
+            if not (self.ready.is_set() and wanted()):
+                raise LostConnectionError("not connected, or no longer wanted")
             if self._client is None or self._client.closed:
-                self._client = await open_connection(self._pinned_dsn)
-                await execute(self._client, self.source.session_sql)
+                self._client = await self._open_client()
             return await execute(self._client, statement, values)
+
+    async def _open_client(self) -> aiopg.Connection:
+        session, now = self._listening, asyncio.get_running_loop().time()
+        if now < self._client_retry_at:
+            raise LostConnectionError("the connection for clients was refused just now")
+        self._client_retry_at = now + CLIENT_RETRY
+        connection = await open_connection(self._pinned_dsn)
+        try:
+            await execute(connection, self.source.session_sql)
+            if self._listening is not session:
+                # It may lead to a server that is no longer the one.
+                raise LostConnectionError("the session has ended meanwhile")
+        except BaseException:
+            close_connection(connection)
+            raise
+        self._client_retry_at = now
+        return connection
 
     async def run(self) -> None:
         """Connect, listen, reconnect. Never returns.
@@ -2667,7 +2701,9 @@ class NotifySource:
 
     def confirmed(self, channels: Collection[str]) -> None:
         self.number += 1
-        self._hub.stand(self.epoch, self.number)
+        if self._connected.is_set():
+            # Before that, an outage is still to be told: a position beyond it would hide it.
+            self._hub.stand(self.epoch, self.number)
         for channel in channels:
             self._memory.begin(channel, self.number)
             if (confirmation := self._confirmations.pop(channel, None)) is not None:
@@ -2806,9 +2842,14 @@ BEGIN
                 USING ERRCODE = 'insufficient_privilege';
         END IF;
         IF EXISTS (SELECT FROM pg_roles AS r, pg_roles AS o
-                WHERE r.rolname IN (session_user, current_user) AND o.rolname = owner
-                    AND (r.rolsuper > o.rolsuper OR NOT o.rolsuper AND (r.rolcreaterole > o.rolcreaterole
-                        OR r.rolreplication > o.rolreplication OR r.rolbypassrls > o.rolbypassrls))) THEN
+                WHERE r.rolname IN (session_user, current_user) AND o.rolname = owner AND NOT o.rolsuper
+                    AND (r.rolcreaterole > o.rolcreaterole OR r.rolreplication > o.rolreplication
+                        OR r.rolbypassrls > o.rolbypassrls OR EXISTS (SELECT FROM pg_roles AS m
+                        -- PostgreSQL's own roles write files and run programs.
+                        WHERE (m.rolsuper OR m.rolcreaterole OR m.rolreplication OR m.rolbypassrls
+                                OR m.oid < 16384 AND m.rolname <> 'pg_database_owner')
+                            AND pg_has_role(r.oid, m.oid, 'MEMBER')
+                            AND NOT pg_has_role(o.oid, m.oid, 'MEMBER')))) THEN
             RAISE 'schema sse_relay belongs to %, which has fewer rights than %', owner, session_user USING
                 ERRCODE = 'insufficient_privilege',
                 HINT = format('Apply it as a login role that is a member of %I and has no more rights: '
@@ -3217,7 +3258,11 @@ CREATE OR REPLACE FUNCTION sse_relay.renew_epoch()
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     newest bigint := coalesce((SELECT max(id) FROM sse_relay.events), 0);
+    used bigint := greatest(newest, (SELECT max(id) FROM sse_relay.revocations));
 BEGIN
+    -- No id is given out again, whatever has been restored or restarted.
+    PERFORM setval('sse_relay.events_id_seq', greatest(used, last_value), used > 0 OR is_called)
+        FROM sse_relay.events_id_seq;
     INSERT INTO sse_relay.settings (version) VALUES (2) ON CONFLICT (single) DO NOTHING;
     INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
     UPDATE sse_relay.epoch SET
@@ -3260,10 +3305,9 @@ BEGIN
     epoch := sse_relay.current_epoch();
     SELECT coalesce(max(e.id), 0) INTO newest FROM sse_relay.events AS e;
     IF epoch IS NULL OR (known_epoch = epoch AND known_id > newest)
-            OR newest > (SELECT last_value FROM sse_relay.events_id_seq)
+            OR greatest(newest, (SELECT max(id) FROM sse_relay.revocations))
+                > (SELECT last_value FROM sse_relay.events_id_seq)
             OR NOT EXISTS (SELECT FROM sse_relay.settings) THEN
-        PERFORM setval('sse_relay.events_id_seq', greatest(newest, last_value), newest > 0 OR is_called)
-            FROM sse_relay.events_id_seq;
         PERFORM sse_relay.renew_epoch();
         epoch := sse_relay.current_epoch();
     END IF;
@@ -3720,15 +3764,17 @@ ORDER BY e.id
 """
 
 # (channels list[str], until int, most int) as named -> (channel text, before bigint): the number just before
-# the channel's newest events, at most so many, with ids up to `until`. From the index alone.
+# the channel's newest events, at most so many, with ids up to `until`, none that could be missing others.
+# From the index alone.
 LOG_LAST_SQL: Final = """
 SELECT channel, coalesce((
     SELECT min(newest.id) - 1 FROM (
         SELECT e.id FROM sse_relay.events AS e
-        WHERE (e.channel, e.id) > (c.channel, 0) AND (e.channel, e.id) <= (c.channel, %(until)s)
+        WHERE (e.channel, e.id) > (c.channel, coalesce(s.pruned, 0))
+            AND (e.channel, e.id) <= (c.channel, %(until)s)
         ORDER BY e.channel DESC, e.id DESC LIMIT %(most)s
     ) AS newest), %(until)s)
-FROM unnest(%(channels)s::text[]) AS c (channel)
+FROM unnest(%(channels)s::text[]) AS c (channel) LEFT JOIN sse_relay.settings AS s ON true
 """
 
 # -> (events removed int): repeat until 0. A statement of its own, in autocommit.
@@ -3913,6 +3959,8 @@ class LogSource:
         self._sweeps_asked: list[asyncio.Event] = []
         # What is being read for clients, or was just read, by statement and values.
         self._shared: dict[tuple[object, ...], asyncio.Task[Any]] = {}
+        # How many streams wait for it.
+        self._waiting: Counter[tuple[object, ...]] = Counter()
 
     # For streams.
 
@@ -4038,7 +4086,8 @@ class LogSource:
 
         async def read() -> Any:
             arrays = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            return convert(await listener.client_query(statement, arrays))
+            wanted = functools.partial(self._waiting.__contains__, key)
+            return convert(await listener.client_query(statement, arrays, wanted))
 
         def done(task: asyncio.Task[Any]) -> None:
             if task.cancelled() or task.exception():
@@ -4056,8 +4105,14 @@ class LogSource:
                 del self._shared[next(iter(self._shared))]
             task = self._shared[key] = asyncio.create_task(read())
             task.add_done_callback(done)
-        # It belongs to the connection, not to the stream that asked first.
-        return await asyncio.shield(task)
+        self._waiting[key] += 1
+        try:
+            # It belongs to the connection, not to the stream that asked first.
+            return await asyncio.shield(task)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
 
     def sweep(self) -> asyncio.Event:
         """Return what is set when all that is pending now has been numbered and read."""
@@ -4145,6 +4200,8 @@ class LogSource:
             await asyncio.shield(self._hub.send_gaps(reason, self.epoch, self.number))
         else:
             await self._remember()
+            # It reads up to the present number.
+            await self._read_revocations()
 
     async def _read_revocations(self) -> None:
         """Hand on the revocations that are new since the last one that was read."""
@@ -4722,7 +4779,12 @@ class Streams:
         evictions = 0
         try:
             while True:
+                # Others are served between two pages, even if the socket takes them all.
+                await asyncio.sleep(0)
                 await subscriber.drained()
+                if cursor is not None and cursor.last:
+                    # They are asked for once, whatever gap comes next.
+                    wish = wish._replace(last=0)
                 page: Page | asyncio.Event | None = source.blocked(channels)
                 if page is None and cursor is None:
                     page = source.locate(wish, channels)

@@ -424,6 +424,19 @@ async def bring_to(stage: Stage, state_wanted: str) -> Client:
     return client
 
 
+async def test_no_heartbeat_gives_a_position_beyond_an_outage_that_is_not_told_yet() -> None:
+    hub = sse_relay.Hub(1 << 20, 15.0)
+    source = sse_relay.NotifySource(hub, sse_relay.Memory(1 << 20), sse_relay.Interest(["a"], 60.0, 10))
+    source.confirmed(["a"])
+    await source.connected()
+    told = hub._heartbeat_forms()
+    source.lost()
+    source.confirmed(["a"])
+    assert hub._heartbeat_forms() == told
+    await source.connected()
+    assert hub._heartbeat_forms() != told
+
+
 def test_the_table_of_states_is_the_one_that_is_tested() -> None:
     section = Path(sse_relay.__file__).read_text().partition("# ==== Streams ")[2]
     rows = re.findall(r"^# (\w[\w ]*?) *\| ", section, re.MULTILINE)

@@ -695,6 +695,80 @@ async def test_wake_ups_dropped_during_a_sweep_are_found_before_later_ones_are_n
     assert answers.numbered == ["sweep", "1", "2", "sweep", "100", "101", "99999"]
 
 
+async def test_a_sign_out_during_the_first_reading_is_not_passed_over() -> None:
+    """Another relay numbers it while this one fills its memory."""
+    source = sse_relay.LogSource(sse_relay.Hub(1 << 20, 15.0), sse_relay.Memory(1 << 20))
+    seen: list[str] = []
+    source.on_revoked = lambda subject, stamp: seen.append(subject)
+
+    class Late(Answers):
+        async def query(self, statement: str, values: Any = ()) -> list[tuple[Any, ...]]:
+            read = any(asked == sse_relay.LOG_RECENT_SQL for asked, _ in self.asked)
+            if statement == sse_relay.LOG_REVOCATIONS_SQL and read and values[0] < 5:
+                return [(5, "user-7", 1.0)]
+            return await super().query(statement, values)
+
+    source.listener = Late()  # type: ignore[assignment]  # all that it asks is `query`
+    await source.connected()
+    assert seen == ["user-7"]
+
+
+async def test_a_statement_that_has_not_begun_is_not_run_for_a_stream_that_has_left() -> None:
+    source = sse_relay.LogSource(sse_relay.Hub(1 << 20, 15.0), sse_relay.Memory(1 << 20))
+    turn, run = asyncio.Event(), []
+
+    class Busy(Answers):
+        async def client_query(self, statement: str, values: Any, wanted: Callable[[], bool]) -> list[Any]:
+            await turn.wait()
+            if not wanted():
+                raise sse_relay.LostConnectionError("no longer wanted")
+            run.append(values["until"])
+            return [("a", 0)]
+
+    source.listener = Busy()  # type: ignore[assignment]  # all that it asks is `client_query`
+    asking = [
+        asyncio.create_task(source._share("SELECT", {"until": until}, dict)) for until in (1, 1, 2, 3, 3)
+    ]
+    await asyncio.sleep(0)
+    for task in (asking[0], asking[2]):
+        task.cancel()
+    await asyncio.sleep(0)
+    turn.set()
+    assert await asyncio.gather(asking[1], *asking[3:]) == [{"a": 0}] * 3
+    assert run == [1, 3]
+
+
+def test_ids_that_restart_do_not_meet_those_of_sign_outs(log: Database, start_relay: RelayStarter) -> None:
+    relay = start_relay(*LOG, dsn=log.dsn)
+    log.execute("SELECT sse_relay.revoke('user-1')")
+    wait_until(lambda: log.execute("SELECT FROM sse_relay.revocations"))
+    log.execute("TRUNCATE sse_relay.pending, sse_relay.events RESTART IDENTITY")
+    log.execute("SELECT sse_relay.revoke('user-2')")
+    with SseReader(relay.url("a")) as reader:
+        wait_until(lambda: reader.starts)
+        publish(log, "a", "later")
+        reader.wait_for_data("later", 4)
+    assert len(log.execute("SELECT FROM sse_relay.revocations")) == 2
+    assert log.execute("SELECT FROM sse_relay.pending") == []
+
+
+def test_the_newest_events_are_found_behind_one_that_was_deleted(
+    log: Database, start_relay: RelayStarter
+) -> None:
+    start_relay(*LOG, dsn=log.dsn)
+    publish(log, "a", *words("event", 100))
+    numbered(log, 100)
+    log.execute("DELETE FROM sse_relay.events WHERE id = (SELECT max(id) - 10 FROM sse_relay.events)")
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a", last="20")) as reader, SseReader(relay.url("b")) as other:
+        reader.wait_for_data("event 99")
+        assert reader.data == words("event", 100)[-10:]
+        assert len(reader.starts) == 1
+        assert gaps(reader) == []
+        publish(log, "b", "still here")
+        other.wait_for_data("still here")
+
+
 @pytest.mark.slow
 def test_an_event_without_a_notification_is_out_within_the_sweep_interval(
     log: Database, start_relay: RelayStarter

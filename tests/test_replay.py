@@ -258,6 +258,16 @@ def test_a_channel_is_covered_from_its_begin_until_its_end() -> None:
     assert not memory.covers("a", 4)
 
 
+def test_coverage_that_began_anew_does_not_grow_when_older_frames_go() -> None:
+    memory = Memory(2 * (FRAME_OVERHEAD_BYTES + 200))
+    memory.begin_all(0)
+    memory.append(make_frame(10, "a"))
+    memory.begin("a", 30)
+    for number in range(31, 40):
+        memory.append(make_frame(number, "b"))
+    assert not memory.covers("a", 15)
+
+
 def test_clear_leaves_nothing_and_memory_works_on() -> None:
     memory = Memory(3_000)
     memory.begin_all(0)

@@ -309,7 +309,9 @@ def test_a_superuser_does_not_apply_the_schema_of_a_lesser_role(
         CREATE TRIGGER evil AFTER INSERT OR UPDATE ON sse_relay.settings FOR EACH STATEMENT
             EXECUTE FUNCTION sse_relay.evil(); RESET ROLE"""
     )
-    for mighty in (database, creator):
+    indirect = make_login("indirect")
+    database.execute(f'GRANT "{owner}", pg_execute_server_program TO {name_of(indirect)}')
+    for mighty in (database, creator, indirect):
         with pytest.raises(
             psycopg2.errors.InsufficientPrivilege, match=f"belongs to {owner}, which has fewer"
         ):
