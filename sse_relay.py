@@ -2830,8 +2830,10 @@ BEGIN
                 'database, begin with SET default_transaction_read_only = off.';
     END IF;
 
-    -- Two that apply at once take turns.
+    -- Two that apply at once take turns. Anybody could hold this lock, so it is not waited for long.
+    PERFORM set_config('lock_timeout', '10s', true);
     PERFORM pg_advisory_xact_lock(hashtext('sse_relay schema'));
+    PERFORM set_config('lock_timeout', patience, true);
 
     -- All objects have one owner, whoever applies the script. Triggers and defaults of that owner would
     -- run with the rights of a more powerful role that applies it.
@@ -5209,10 +5211,14 @@ def _open_unix_socket(path: Path) -> socket.socket:
     try:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(path.stat().st_mode):
+                # A process that is frozen does not answer, but it is there.
+                sock.settimeout(1.0)
                 try:
                     sock.connect(str(path))
                 except ConnectionRefusedError:
                     path.unlink()  # left behind by a process that was killed
+                except TimeoutError:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
                 else:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
                 finally:
@@ -5342,7 +5348,12 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         requests = self._request_count
         super().data_received(data)
-        self.door.received(self, 0 if self._request_count > requests else self.unfinished + len(data))
+        if self._request_count > requests:
+            # What follows the last whole request belongs to the next.
+            unfinished = len(data) - data.rfind(b"\r\n\r\n") - 4
+        else:
+            unfinished = self.unfinished + len(data)
+        self.door.received(self, max(0, unfinished))
 
     def handle_error(
         self,
@@ -5458,7 +5469,7 @@ class Door(web.Server):
             return web.Response()  # the client has left, which aiohttp would log as an error of ours
         finally:
             if request.transport is not None:
-                self._wait(connection, KEEPALIVE_TIMEOUT)
+                self._wait(connection, REQUEST_TIMEOUT if connection.unfinished else KEEPALIVE_TIMEOUT)
 
 
 def _quiet_http_log() -> logging.Logger:
@@ -5714,7 +5725,8 @@ class Relay:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        # The demo ends with its terminal.
+        loop.add_signal_handler(signal.SIGHUP, self._signal if self._is_demo else self._reload)
         log.info("sse-relay %s, source %s", __version__, self.settings.source)
         door, admin_door = self._doors()
         runner = await serve_on(door, self.sockets.streams)
