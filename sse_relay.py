@@ -3809,26 +3809,11 @@ SELECT n.oid IS NOT NULL AS installed,
 FROM (SELECT) AS always LEFT JOIN pg_namespace AS n ON n.nspname = 'sse_relay'
 """  # noqa: S608  # of constants
 
-# -> (owner text, super bool)
+# -> the same: a superuser as the log's owner.
 DOCTOR_OWNER_SQL: Final = """
-SELECT r.rolname AS owner, r.rolsuper AS super
-FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'sse_relay'
-"""
-
-# -> (epoch text, valid bool): whether it belongs to this server, its history, and this database.
-DOCTOR_EPOCH_SQL: Final = """
-SELECT epoch, xmin = xid::xid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND coalesce(system = (SELECT system_identifier FROM pg_control_system()), true)
-    AND coalesce(timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8), true) AS valid
-FROM sse_relay.epoch
-"""
-
-# -> (retention text, short bool, overdue bool): whether it is short, and whether nobody prunes.
-DOCTOR_RETENTION_SQL: Final = """
-SELECT retention::text, retention < '10 minutes' AS short,
-    retention + '5 minutes' < (SELECT clock_timestamp() - created FROM sse_relay.events
-        WHERE id > pruned AND id < (SELECT max(id) FROM sse_relay.events) ORDER BY id LIMIT 1) AS overdue
-FROM sse_relay.settings
+SELECT format('the durable log belongs to a superuser (%I), whose rights its functions have', r.rolname),
+    'let a role own it that has no other rights and cannot log in'
+FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'sse_relay' AND r.rolsuper
 """
 
 
@@ -6168,7 +6153,6 @@ EMPTY_QUEUE: Final = (
     "end the session that listens within a long transaction: SELECT pid, xact_start, query FROM "
     "pg_stat_activity WHERE state LIKE 'idle in transaction%' ORDER BY xact_start"
 )
-KEPT: Final = "events are kept for {s.retention}"
 
 HERE_TABLE: Final[Table] = (
     ("open files", "ok", lambda s: s.clients >= 7_500, FILES, ""),
@@ -6194,30 +6178,10 @@ GRANTS_LOOK: Final[tuple[str, Table]] = (DOCTOR_ROLE_SQL, (
     ("grants", "problem", lambda s: s.lacking, "this role may not use the durable log", "{s.lacking}"),
     ("grants", "ok", lambda s: s.installed, "this role may run a relay on the durable log", ""),
 ))  # fmt: skip
-LOG_LOOKS: Final[tuple[tuple[str, Table], ...]] = (
-    (DOCTOR_OWNER_SQL, (
-        ("owner", "warning", lambda s: s.super,
-            "the durable log belongs to a superuser ({s.owner}), whose rights its functions have",
-            "let a role own it that has no other rights and cannot log in"),
-        ("owner", "ok", always, "the durable log belongs to {s.owner}", ""),
-    )),
-    (DOCTOR_EPOCH_SQL, (
-        ("epoch", "ok", lambda s: s and s.valid, "the log's epoch is {s.epoch}", ""),
-        ("epoch", "warning", always,
-            "the log comes from another server or another time: restored, promoted or copied",
-            "start a relay: it begins a new epoch, and every client gets relay.gap"),
-    )),
-    (DOCTOR_RETENTION_SQL, (
-        ("retention", "warning", lambda s: s.overdue, KEPT + ", but older ones are still there",
-            "start a relay: it prunes the log"),
-        ("retention", "warning", lambda s: s.short, KEPT + ": clients that are away for longer get relay.gap",
-            "UPDATE sse_relay.settings SET retention = '24 hours'"),
-        ("retention", "ok", always, KEPT, ""),
-    )),
-)  # fmt: skip
-# Statements whose rows (what, remedy) are each a warning, and what is so without any.
+# Statements whose rows (what, remedy) are warnings, and what is so without any.
 WITHHELD: Final = ("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures")
 LOG_WARNINGS: Final = (
+    ("owner", DOCTOR_OWNER_SQL, "the durable log does not belong to a superuser"),
     ("limits", LOG_LIMITS_SQL, "the log's owner may call what tells a restored database from another"),
     ("privileges", LOG_EXCESS_SQL, "nobody has rights on the log beyond the documented ones"),
 )
@@ -6236,7 +6200,7 @@ def look(cursor: psycopg2.extensions.cursor, statement: str, table: Table) -> It
     try:
         cursor.execute(statement)
         yield from judge(table, cursor.fetchone())
-    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ObjectNotInPrerequisiteState) as error:
+    except psycopg2.errors.InsufficientPrivilege as error:
         yield Finding("unknown", table[0][0], one_line(error, ""), "run this as a role that may look there")
 
 
@@ -6260,20 +6224,6 @@ def time_notifications(dsn: str) -> float | None:
             listening.notifies.clear()
             times.append(time.monotonic() - started)
     return sorted(times)[2] * 1000
-
-
-def check_backlog(cursor: psycopg2.extensions.cursor) -> Finding:
-    """Check whether committed events wait for longer than a sweep to be numbered."""
-    seen: list[set[str]] = []
-    for wait in (SWEEP_INTERVAL + 1, 0):
-        cursor.execute(LOG_WAITING_SQL, (None, None))
-        seen.append(set((cursor.fetchone() or ("", [], []))[1]))
-        if not set.intersection(*seen):
-            return Finding("ok", "backlog", "no committed event waits to be numbered")
-        time.sleep(wait)
-    what = f"the events of {len(set.intersection(*seen))} transaction(s) wait to be numbered"
-    fix = "start a relay with --source log on this database, or look at the log of the one that runs"
-    return Finding("warning", "backlog", f"{what}, for more than {SWEEP_INTERVAL:g} s", fix)
 
 
 def source_of(cursor: psycopg2.extensions.cursor) -> str:
@@ -6301,11 +6251,8 @@ def examine_log(cursor: psycopg2.extensions.cursor) -> Iterator[Finding]:
         yield as_finding("schema", error)
         return
     yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
-    for statement, table in LOG_LOOKS:
-        yield from look(cursor, statement, table)
-    for check, statement, fine in LOG_WARNINGS:
-        yield warn(cursor, check, statement, fine)
-    yield check_backlog(cursor)
+    for row in LOG_WARNINGS:
+        yield warn(cursor, *row)
 
 
 def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
@@ -6344,6 +6291,8 @@ DOCTOR_HEARTBEAT_WAIT: Final = 40.0
 DOCTOR_SLOW: Final = 0.1
 # Pages have no listener for this name, so they do not notice the event.
 DOCTOR_EVENT: Final = "sse-relay-doctor"
+# A stream that the relay has opened has a position.
+ID_FIELD: Final = b"id: "
 
 
 class Exchange:
@@ -6365,8 +6314,7 @@ class Exchange:
         self.ended = False
         self._more = threading.Condition()
         try:
-            target = urllib.parse.urlunsplit(("", "", parts.path, parts.query, ""))
-            self._connection.request(method, target, headers={**browser, **headers})
+            self._connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
             self._socket = self._connection.sock
             self.answer = self._connection.getresponse()
         except BaseException:
@@ -6400,56 +6348,37 @@ class Exchange:
                 self.ended = not data
                 self._more.notify()
 
-    def wait_for(self, arrived: Callable[[], object], limit: float) -> bool:
-        """Wait until something has arrived; return whether it has, before the end or the limit in seconds."""
+    def wait_for(self, text: bytes, limit: float = DOCTOR_ANSWER_WAIT, after: int = 0) -> bool:
+        """Return whether a text arrives after so many bytes, before the end or the limit in seconds."""
         with self._more:
-            self._more.wait_for(lambda: arrived() or self.ended, limit)
-            return bool(arrived())
-
-    def holds(self, text: bytes) -> bool:
-        """Return whether a text has arrived."""
-        return text in self.body
-
-    def goes_live(self) -> bool:
-        """Return whether the relay opens the stream: then it sends a position."""
-        return self.wait_for(functools.partial(self.holds, b"id: "), DOCTOR_ANSWER_WAIT)
+            self._more.wait_for(lambda: self.ended or text in self.body[after:], limit)
+            return text in self.body[after:]
 
 
 @dataclass
 class Seen:
     """What a browser gets of one stream. Times are seconds."""
 
-    origin: str
-    """Scheme and host, as a page there sends them."""
-    alpn: str | None = ""
-    """What TLS agreed on when HTTP/2 was offered; "" without TLS."""
-    error: Exception | None = None
-    """Why there was no answer."""
-    head: int = 0
-    """Status of a HEAD request with the page's own Origin."""
+    origin: str  # scheme and host, as a page there sends them
+    alpn: str | None = ""  # what TLS agreed on when HTTP/2 was offered; "" without TLS
+    error: Exception | None = None  # why there was no answer
+    head: int = 0  # status of a HEAD request with the page's own Origin
     status: int = 0
     version: int = 0
+    # Of the stream, else of the HEAD request.
     headers: http.client.HTTPMessage = field(default_factory=http.client.HTTPMessage)
-    """Of the stream, else of the HEAD request."""
     body: bytes = b""
-    opened: float | None = None
-    """From the request to the first byte of the stream."""
-    ended: float | None = None
-    """From the request to the end of the stream, if it ended by itself."""
-    readable: str = ""
-    """Without a token: "all" channels, "this" one, or "none"; "" if that did not show."""
-    unpublished: str = ""
-    """Why no event was published."""
-    commit: float = 0.0
-    """What publishing took."""
-    delay: float | None = None
-    """From before the commit to the event; of several events the shortest."""
-    silence: float | None = None
-    """From then to the next byte."""
+    opened: float | None = None  # from the request to the first byte of the stream
+    ended: float | None = None  # from the request to the end of the stream, if it ended by itself
+    readable: str = ""  # without a token: "all" channels, "this" one, or "none"; "" if that did not show
+    unpublished: str = ""  # why no event was published
+    commit: float = 0.0  # what publishing took
+    delay: float | None = None  # from before the commit to the event; of several events the shortest
+    silence: float | None = None  # from then to the next byte
 
     @property
     def live(self) -> bool:
-        return b"id: " in self.body
+        return ID_FIELD in self.body
 
     @property
     def refusal(self) -> str:
@@ -6458,10 +6387,14 @@ class Seen:
         return b": ".join(found.groups()).decode(errors="replace") if found else ""
 
     @property
+    def sent_back(self) -> bool:
+        """Whether the stream ended at once, with nothing but ``retry:``."""
+        return self.status == 200 and self.ended is not None and not self.live and not self.refusal
+
+    @property
     def away(self) -> bool:
         """Whether the proxy answers in the relay's place; a relay's own headers forbid to transform."""
-        sent_back = self.status == 200 and self.ended is not None and not self.live and not self.refusal
-        return sent_back and "no-transform" not in str(self.headers["Cache-Control"])
+        return self.sent_back and "no-transform" not in str(self.headers["Cache-Control"])
 
 
 IN_NGINX: Final = "in nginx, for this location: "
@@ -6477,17 +6410,17 @@ STREAM_TABLE: Final[Table] = (
     ("answer", "problem", lambda s: isinstance(s.error, ssl.SSLCertVerificationError),
         "browsers do not trust the certificate: {s.error}",
         "install a valid one for this name, with its whole chain; for a private authority give --ca-file"),
-    ("answer", "problem", lambda s: s.error, "no answer: {s.error}",
-        "start the proxy, or correct the address"),
+    ("answer", "problem", lambda s: s.error,
+        "no answer: {s.error}", "start the proxy, or correct the address"),
     ("answer", "problem", lambda s: s.refusal, "the relay refuses this stream with {s.refusal}",
         "name an open channel, or give a token as ?access_token=, or correct the relay's options"),
     ("answer", "problem", lambda s: s.status in (502, 503, 504) or s.away,
         "the relay is away: clients are sent away (status {s.status})",
         "start it (systemctl start sse-relay), and compare its --bind with the proxy's upstream"),
-    ("answer", "problem", lambda s: s.status == 200 and s.ended is not None and not s.live,
+    ("answer", "problem", lambda s: s.sent_back,
         "the relay is full or stopping: clients are told to come back", "raise --max-clients"),
-    ("answer", "problem", lambda s: (s.status or s.head) != 200, "the answer has status {s.status}",
-        "correct the address, or the relay's --path"),
+    ("answer", "problem", lambda s: (s.status or s.head) != 200,
+        "the answer has status {s.status}", "correct the address, or the relay's --path"),
     ("answer", "ok", always, "the relay answers", ""),
     ("restart", "problem", lambda s: s.status >= 500,
         "while the relay is away browsers get {s.status}, on which EventSource gives up for good",
@@ -6496,20 +6429,20 @@ STREAM_TABLE: Final[Table] = (
     ("restart", "unknown", lambda s: not s.error,
         "what browsers get while the relay is away shows only when it is",
         "systemctl stop sse-relay.socket, run this again, systemctl start sse-relay"),
-    ("HTTP", "problem", lambda s: s.version == 10, "the proxy answers by HTTP/1.0",
-        "use a proxy that speaks HTTP/1.1"),
+    ("HTTP", "problem", lambda s: s.version == 10,
+        "the proxy answers by HTTP/1.0", "use a proxy that speaks HTTP/1.1"),
     ("HTTP", "ok", lambda s: s.alpn == "h2", "browsers speak HTTP/2", ""),
-    ("HTTP", "warning", lambda s: s.version and s.alpn == "", SIX_STREAMS + "; HTTP/2 needs TLS",
-        "serve it by https, with HTTP/2"),
-    ("HTTP", "warning", lambda s: s.version, SIX_STREAMS,
-        "in nginx: listen 443 ssl http2; from version 1.25.1 on: http2 on;"),
+    ("HTTP", "warning", lambda s: s.version and s.alpn == "",
+        SIX_STREAMS + "; HTTP/2 needs TLS", "serve it by https, with HTTP/2"),
+    ("HTTP", "warning", lambda s: s.version,
+        SIX_STREAMS, "in nginx: listen 443 ssl http2; from version 1.25.1 on: http2 on;"),
     ("access", "warning", lambda s: s.readable == "all",
         "everybody who reaches this address can read every channel, without a token",
         "if that is not meant, give the relay --jwt-key-file, or --allow-channel for what is public"),
     ("access", "ok", lambda s: s.readable == "this", "everybody can read this channel, but not others", ""),
     ("access", "ok", lambda s: s.readable == "none", "without a token nobody can read this channel", ""),
-    ("access", "unknown", lambda s: s.live, "what can be read without a token did not show",
-        "open this address without its token"),
+    ("access", "unknown", lambda s: s.live,
+        "what can be read without a token did not show", "open this address without its token"),
     ("headers", "problem", lambda s: s.status == 200 and EVENT_STREAM not in str(s.headers["Content-Type"]),
         "Content-Type is {s.headers[Content-Type]}: EventSource gives up for good",
         "correct the address, or let the proxy pass the relay's headers on"),
@@ -6534,8 +6467,7 @@ STREAM_TABLE: Final[Table] = (
     ("compression", "ok", lambda s: s.live, "the stream is not compressed", ""),
     ("delay", "unknown", lambda s: s.live and s.unpublished, "no event was published: {s.unpublished}",
         "to measure the delay, run this with the DSN of a role that may publish"),
-    ("delay", "problem", lambda s: s.live and s.delay is None,
-        "the published event did not come in time",
+    ("delay", "problem", lambda s: s.live and s.delay is None, "the published event did not come in time",
         "give the DSN and the --source that this relay has; look at its /ready and its log"),
     ("delay", "warning", lambda s: s.live and s.delay > DOCTOR_SLOW + 4 * s.commit, DELAY, UNBUFFERED),
     ("delay", "ok", lambda s: s.live, DELAY, ""),
@@ -6567,13 +6499,13 @@ def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | 
         with Exchange(url, trust) as stream:
             answer = stream.answer
             seen.status, seen.version, seen.headers = answer.status, answer.version, answer.headers
-            if stream.wait_for(lambda: stream.body, DOCTOR_ANSWER_WAIT):
+            if stream.wait_for(b"\n"):
                 seen.opened = time.monotonic() - started
-            if stream.goes_live():
+            if stream.wait_for(ID_FIELD):
                 seen.readable = readable_without_token(url, trust)
                 observe_events(stream, seen, publish)
-                size, before = len(stream.body), time.monotonic()
-                if stream.wait_for(lambda: len(stream.body) > size, DOCTOR_HEARTBEAT_WAIT):
+                before = time.monotonic()
+                if stream.wait_for(b"\n", DOCTOR_HEARTBEAT_WAIT, len(stream.body)):
                     seen.silence = time.monotonic() - before
             seen.body = stream.body
             seen.ended = time.monotonic() - started if stream.ended else None
@@ -6597,7 +6529,7 @@ def observe_events(stream: Exchange, seen: Seen, publish: Callable[[str], object
             seen.unpublished = one_line(error, "")
             return
         seen.commit = time.monotonic() - begin
-        if not stream.wait_for(functools.partial(stream.holds, text.encode()), DOCTOR_EVENT_WAIT):
+        if not stream.wait_for(text.encode(), DOCTOR_EVENT_WAIT):
             return
         seen.delay = min(seen.delay or math.inf, time.monotonic() - begin)
         if seen.delay <= DOCTOR_SLOW:
@@ -6609,16 +6541,16 @@ def readable_without_token(url: str, trust: ssl.SSLContext) -> str:
     parts = urllib.parse.urlsplit(url)
     query = [pair for pair in urllib.parse.parse_qsl(parts.query) if pair[0] != "access_token"]
     other, path, others = f"doctor-{secrets.token_hex(8)}", parts.path, query
-    if any(name == "channel" for name, _ in query):
+    if "channel" in dict(query):
         others = [("channel", other)]
     else:
         path = f"{path.rpartition('/')[0]}/{other}"
     for word, place, pairs in (("all", path, others), ("this", parts.path, query)):
         bare = parts._replace(path=place, query=urllib.parse.urlencode(pairs)).geturl()
         with Exchange(bare, trust) as stream:
-            if stream.goes_live():
+            if stream.wait_for(ID_FIELD):
                 return word
-            refused = stream.holds(b"relay.refused") or stream.answer.status in (401, 403)
+            refused = b"relay.refused" in stream.body or stream.answer.status in (401, 403)
     return "none" if refused else ""
 
 
@@ -6640,8 +6572,8 @@ def examine_stream(url: str, trust: ssl.SSLContext, dsn: str, source: str | None
             # Connected before, so that the delay is the event's alone.
             connection = stack.enter_context(visit(dsn, 3 * DOCTOR_HEARTBEAT_WAIT))
             cursor = stack.enter_context(connection.cursor())
-            send = functools.partial(publish_event, cursor, source or source_of(cursor), channels_of(url)[0])
-            publish = functools.partial(send, event=DOCTOR_EVENT)
+            where = cursor, source or source_of(cursor), channels_of(url)[0]
+            publish = functools.partial(publish_event, *where, event=DOCTOR_EVENT)
         yield from judge(STREAM_TABLE, observe(url, trust, publish))
 
 

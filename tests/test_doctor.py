@@ -119,7 +119,7 @@ def test_the_log_is_checked_where_it_is_installed(
     log_database: Database, make_role: Callable[..., str]
 ) -> None:
     found = diagnose(log_database.dsn)
-    checks = ["grants", "schema", "owner", "epoch", "retention", "limits", "privileges", "backlog"]
+    checks = ["grants", "schema", "owner", "limits", "privileges"]
     assert list(found)[5:] == checks
     assert named(found, "warning", "problem", "unknown") == {"owner"}, "it belongs to the tests' superuser"
     assert "grants" not in diagnose(log_database.dsn, "--source", "notify")
@@ -193,21 +193,6 @@ LOGS: list[tuple[str, str, str, str, str]] = [
         "UPDATE sse_relay.settings SET version = 99",
         "problem", "schema", "version 99", "install a newer sse-relay",
     ),
-    ("UPDATE sse_relay.epoch SET system = 1", "warning", "epoch", "another server", "start a relay"),
-    (
-        "UPDATE sse_relay.settings SET retention = '1 minute'",
-        "warning", "retention", "relay.gap", "retention = '24 hours'",
-    ),
-    (
-        """INSERT INTO sse_relay.events (xid, channel, data) SELECT pg_current_xact_id(), 'orders', '';
-        UPDATE sse_relay.settings SET retention = '10000 years'""",
-        "ok", "retention", "10000 years", "",
-    ),
-    (
-        """INSERT INTO sse_relay.events (xid, channel, data, created)
-        SELECT pg_current_xact_id(), 'orders', '', now() - '25 hours'::interval FROM generate_series(1, 3)""",
-        "warning", "retention", "older ones are still there", "start a relay",
-    ),
 ]  # fmt: skip
 
 
@@ -220,15 +205,6 @@ def test_it_names_what_is_wrong_with_the_log(
     assert found[check].level == level
     assert what in found[check].what
     assert fix in found[check].fix
-
-
-def test_it_sees_events_that_no_relay_numbers(log_database: Database, start_relay: StartRelay) -> None:
-    log_database.execute("SELECT sse_relay.publish('orders', 'hello'::text)")
-    found = diagnose(log_database.dsn)
-    assert found["backlog"].level == "warning"
-    assert "1 transaction(s)" in found["backlog"].what
-    start_relay("--source", "log", dsn=log_database.dsn)
-    assert diagnose(log_database.dsn)["backlog"].level == "ok"
 
 
 @pytest.mark.parametrize(("limit", "level"), [(512, "problem"), (4096, "warning"), (16384, "ok")])
@@ -292,10 +268,9 @@ def test_what_a_hardened_server_withholds_is_named_with_its_grant(
     assert (found["rights"].level, found["queue"].level) == ("warning", "unknown")
     assert f"GRANT SELECT ON pg_catalog.pg_settings TO {role}" in found["rights"].fix
     assert "GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system()" in found["limits"].fix
-    assert found["epoch"].level == "unknown"
     log_database.execute(f"{found['rights'].fix}; {found['limits'].fix}")
     found = diagnose(dsn)
-    assert {found[check].level for check in ("rights", "queue", "limits", "epoch")} == {"ok"}
+    assert {found[check].level for check in ("rights", "queue", "limits")} == {"ok"}
 
 
 def test_it_names_row_level_security(log_database: Database, make_role: Callable[..., str]) -> None:
