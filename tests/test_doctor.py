@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 import harness
+import sse_relay
 from harness import Database, Nginx, Relay
-from sse_relay import STREAM_TABLE, Finding, Seen, cli, judge
+from sse_relay import STREAM_TABLE, Finding, Seen, apply_schema, cli, examine_machine, judge
 
 StartRelay = Callable[..., Relay]
 
@@ -38,22 +39,16 @@ backend relay
 """
 
 
-def run_doctor(*options: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Return the exit status and all that was written; with a prefix the program is a process of its own."""
-    if prefix:
-        command = [*prefix, sys.executable, str(harness.PROGRAM), "doctor", *options]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env=harness.clean_environment()
-        )
-        return done.returncode, done.stdout
+def run_doctor(*options: str) -> tuple[int, str]:
+    """Return the exit status and all that was written."""
     result = CliRunner().invoke(cli, ["doctor", *options])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.output
 
 
-def diagnose(dsn: str, *options: str, prefix: tuple[str, ...] = ()) -> dict[str, Finding]:
+def diagnose(dsn: str, *options: str) -> dict[str, Finding]:
     """Return what the command printed as JSON, by check; each but an "ok" says what to do."""
-    status, output = run_doctor("--json", "--dsn", dsn, *options, prefix=prefix)
+    status, output = run_doctor("--json", "--dsn", dsn, *options)
     assert status in (0, 1), output
     answer = json.loads(output)
     findings = {finding["check"]: Finding(**finding) for finding in answer["findings"]}
@@ -113,16 +108,11 @@ def test_nothing_is_wrong_with_a_good_database(database: Database) -> None:
     found = diagnose(database.dsn)
     assert list(found) == ["open files", "connection", "notifications", "rights", "queue"]
     assert named(found, "ok") == found.keys()
-
-
-def test_the_log_is_checked_where_it_is_installed(
-    log_database: Database, make_role: Callable[..., str]
-) -> None:
-    found = diagnose(log_database.dsn)
-    checks = ["grants", "schema", "owner", "limits", "privileges"]
-    assert list(found)[5:] == checks
+    apply_schema(database.dsn)
+    found = diagnose(database.dsn)
+    assert list(found)[5:] == ["grants", "schema", "owner", "limits", "privileges"]
     assert named(found, "warning", "problem", "unknown") == {"owner"}, "it belongs to the tests' superuser"
-    assert "grants" not in diagnose(log_database.dsn, "--source", "notify")
+    assert "grants" not in diagnose(database.dsn, "--source", "notify")
 
 
 def test_people_read_a_line_for_each_finding_and_one_for_what_fixes_it(database: Database) -> None:
@@ -183,36 +173,23 @@ def test_it_names_an_encoding_that_cannot_work(database: Database) -> None:
         database.execute("DROP DATABASE latin WITH (FORCE)")
 
 
-# What is done to the log, the level and check of what is found, words of it, and of its fix.
-LOGS: list[tuple[str, str, str, str, str]] = [
-    (
-        "UPDATE sse_relay.settings SET version = 0",
-        "problem", "schema", "version 0", "run sse_relay.py schema --apply",
-    ),
-    (
-        "UPDATE sse_relay.settings SET version = 99",
-        "problem", "schema", "version 99", "install a newer sse-relay",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("statement", "level", "check", "what", "fix"), LOGS, ids=[row[0] for row in LOGS])
-def test_it_names_what_is_wrong_with_the_log(
-    log_database: Database, statement: str, level: str, check: str, what: str, fix: str
-) -> None:
-    log_database.execute(statement)
+@pytest.mark.parametrize(
+    ("version", "fix"), [(0, "run sse_relay.py schema --apply"), (99, "install a newer sse-relay")]
+)
+def test_it_names_another_version_of_the_log(log_database: Database, version: int, fix: str) -> None:
+    log_database.execute("UPDATE sse_relay.settings SET version = %s", (version,))
     found = diagnose(log_database.dsn)
-    assert found[check].level == level
-    assert what in found[check].what
-    assert fix in found[check].fix
+    assert named(found, "problem") == {"schema"}
+    assert f"version {version}" in found["schema"].what
+    assert fix in found["schema"].fix
 
 
 @pytest.mark.parametrize(("limit", "level"), [(512, "problem"), (4096, "warning"), (16384, "ok")])
-def test_it_names_a_low_limit_of_open_files(database: Database, limit: int, level: str) -> None:
-    found = diagnose(database.dsn, prefix=(harness.require("prlimit"), f"--nofile={limit}"))
-    assert found["open files"].level == level
-    assert str(limit) in found["open files"].what
-    assert ("LimitNOFILE=65536" in found["open files"].fix) is (level != "ok")
+def test_it_names_a_low_limit_of_open_files(limit: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse_relay, "raise_file_limit", lambda: limit)
+    (found,) = examine_machine()
+    assert (found.level, "LimitNOFILE=65536" in found.fix) == (level, level != "ok")
+    assert str(limit) in found.what
 
 
 # ==== Rights ==================================================================
@@ -234,12 +211,28 @@ def test_the_grants_that_it_names_are_just_what_a_relay_needs(
         reader.wait_for_data("hello")
 
 
-def test_one_missing_grant_is_named_alone(log_database: Database, make_role: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        (
+            "REVOKE EXECUTE ON FUNCTION sse_relay.prune() FROM {}",
+            "GRANT EXECUTE ON FUNCTION sse_relay.prune() TO {}",
+        ),
+        (
+            "ALTER TABLE sse_relay.events ENABLE ROW LEVEL SECURITY",
+            "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY",
+        ),
+    ],
+)
+def test_what_alone_is_missing_is_named_alone(
+    log_database: Database, make_role: Callable[..., str], change: str, fix: str
+) -> None:
     dsn = as_relay(log_database, make_role)
     role = psycopg2.extensions.parse_dsn(dsn)["user"]
-    log_database.execute(f"REVOKE EXECUTE ON FUNCTION sse_relay.prune() FROM {role}")
-    found = diagnose(dsn)["grants"]
-    assert (found.level, found.fix) == ("problem", f"GRANT EXECUTE ON FUNCTION sse_relay.prune() TO {role}")
+    log_database.execute(change.format(role))
+    found = diagnose(dsn)
+    assert named(found, "problem") == {"grants"}
+    assert found["grants"].fix == fix.format(role)
 
 
 @pytest.mark.parametrize("statements", [APPLICATION, OPERATOR])
@@ -273,14 +266,6 @@ def test_what_a_hardened_server_withholds_is_named_with_its_grant(
     assert {found[check].level for check in ("rights", "queue", "limits")} == {"ok"}
 
 
-def test_it_names_row_level_security(log_database: Database, make_role: Callable[..., str]) -> None:
-    dsn = as_relay(log_database, make_role)
-    log_database.execute("ALTER TABLE sse_relay.events ENABLE ROW LEVEL SECURITY")
-    found = diagnose(dsn)
-    assert named(found, "problem") == {"grants"}
-    assert found["grants"].fix == "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY"
-
-
 def test_it_names_rights_that_nobody_needs(log_database: Database, make_role: Callable[..., str]) -> None:
     dsn = make_role("GRANT INSERT ON sse_relay.events TO {}")
     role = psycopg2.extensions.parse_dsn(dsn)["user"]
@@ -295,15 +280,14 @@ def test_it_names_rights_that_nobody_needs(log_database: Database, make_role: Ca
 
 
 @pytest.mark.parametrize(
-    "url", ["nonsense", "ftp://127.0.0.1/events/orders", "http://127.0.0.1/", "http://127.0.0.1/events/%00"]
-)
-def test_what_is_no_stream_is_a_usage_error(database: Database, url: str) -> None:
-    assert run_doctor("--dsn", database.dsn, "--url", url)[0] == 2
-
-
-def test_a_file_without_a_certificate_is_a_usage_error(database: Database, tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    assert run_doctor("--dsn", database.dsn, "--ca-file", str(tmp_path / "empty"))[0] == 2
+    "option",
+    [
+        "--url=nonsense", "--url=ftp://127.0.0.1/events/orders", "--url=http://127.0.0.1/",
+        "--url=http://127.0.0.1/events/%00", f"--ca-file={os.devnull}", "--ca-file=/nowhere",
+    ],
+)  # fmt: skip
+def test_what_is_no_stream_or_certificate_is_a_usage_error(option: str) -> None:
+    assert run_doctor("--dsn", "", option)[0] == 2
 
 
 def seen(body: bytes = b":\nretry: 1\n\nid: a-1\n\n", **how: Any) -> dict[str, Finding]:
@@ -360,29 +344,29 @@ def test_what_was_seen_is_judged_by_the_table(how: dict[str, Any], levels: dict[
 
 
 @pytest.fixture
-def served(start_relay: StartRelay, database: Database, tmp_path: Path) -> str:
-    """A relay that beats often, on a unix socket; its address in the form of --bind."""
-    address = f"unix:{tmp_path}/http.sock"
-    start_relay("--heartbeat", "0.5", bind=address, dsn=database.dsn)
-    return address
+def serve(start_relay: StartRelay, database: Database, tmp_path: Path) -> Callable[..., str]:
+    """Start a relay that beats often, on a unix socket; return its address in the form of --bind."""
+
+    def start(*options: str) -> str:
+        address = f"unix:{tmp_path}/http.sock"
+        start_relay("--heartbeat", "0.5", *options, bind=address, dsn=database.dsn)
+        return address
+
+    return start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
 def test_behind_the_documented_nginx_all_is_well(
-    database: Database, start_relay: StartRelay, tmp_path: Path, source: str, request: pytest.FixtureRequest
+    database: Database, serve: Callable[..., str], tmp_path: Path, source: str
 ) -> None:
     if source == "log":
-        request.getfixturevalue("log_database")
-    address = f"unix:{tmp_path}/http.sock"
-    start_relay(
-        "--heartbeat", "0.5", "--source", source, "--allow-channel", "orders", bind=address, dsn=database.dsn
-    )
+        apply_schema(database.dsn)
+    address = serve("--source", source, "--allow-channel", "orders")
     with Nginx(tmp_path, address, tls=True) as nginx:
-        trusted = diagnose(
-            database.dsn, "--url", f"{nginx.url}/events/orders", "--ca-file", str(nginx.certificate)
-        )
-        untrusted = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders")
+        url = f"{nginx.url}/events/orders"
+        trusted = diagnose(database.dsn, "--url", url, "--ca-file", str(nginx.certificate))
+        untrusted = diagnose(database.dsn, "--url", url)
     assert named(trusted, "problem", "warning", "unknown") - {"owner"} == {"restart"}
     assert trusted.keys() >= {"first byte", "heartbeat", "delay", "compression", "HTTP", "upstream", "access"}
     assert "HTTP/2" in trusted["HTTP"].what
@@ -392,45 +376,37 @@ def test_behind_the_documented_nginx_all_is_well(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("grants", "unknown"), [(APPLICATION, "grants"), ((), "delay")])
 def test_each_role_measures_what_it_can(
-    log_database: Database,
-    make_role: Callable[..., str],
-    start_relay: StartRelay,
-    tmp_path: Path,
-    grants: tuple[str, ...],
-    unknown: str,
+    log_database: Database, make_role: Callable[..., str], serve: Callable[..., str], tmp_path: Path
 ) -> None:
-    dsn = make_role(*grants) if grants else as_relay(log_database, make_role)
-    address = f"unix:{tmp_path}/http.sock"
-    start_relay("--heartbeat", "0.5", "--source", "log", bind=address, dsn=log_database.dsn)
-    with Nginx(tmp_path, address) as nginx:
-        found = diagnose(dsn, "--url", f"{nginx.url}/events/orders")
-    assert named(found, "problem") == set()
-    assert named(found, "unknown") == {"restart", unknown}
-    assert found["access"].level == "warning"
-    assert found["heartbeat"].level == "ok"
+    with Nginx(tmp_path, serve("--source", "log")) as nginx:
+        for dsn, unknown in (
+            (make_role(*APPLICATION), "grants"),
+            (as_relay(log_database, make_role), "delay"),
+        ):
+            found = diagnose(dsn, "--url", f"{nginx.url}/events/orders")
+            assert named(found, "problem") == set()
+            assert named(found, "unknown") == {"restart", unknown}
+            assert found["access"].level == "warning"
+            assert found["heartbeat"].level == "ok"
 
 
 @pytest.mark.slow
 def test_with_a_token_it_looks_what_opens_without(
-    database: Database, start_relay: StartRelay, tmp_path: Path
+    database: Database, serve: Callable[..., str], tmp_path: Path
 ) -> None:
     key = tmp_path / "key"
     key.write_text("k" * 32)
-    address = f"unix:{tmp_path}/http.sock"
-    start_relay("--heartbeat", "0.5", "--jwt-key-file", str(key), bind=address, dsn=database.dsn)
-    command = [sys.executable, str(harness.PROGRAM), "token", "--key-file", str(key), "orders"]
-    token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    with Nginx(tmp_path, address) as nginx:
-        found = diagnose(database.dsn, "--url", f"{nginx.url}/events/orders?access_token={token}")
-        _, refused = run_doctor(
-            "--dsn", database.dsn, "--url", f"{nginx.url}/events/other?access_token={token}"
+    token = CliRunner().invoke(cli, ["token", "--key-file", str(key), "orders"]).output.strip()
+    with Nginx(tmp_path, serve("--jwt-key-file", str(key))) as nginx:
+        found, refused = (
+            diagnose(database.dsn, "--url", f"{nginx.url}/events/{channel}?access_token={token}")
+            for channel in ("orders", "other")
         )
     assert named(found, "problem") == set()
     assert "nobody" in found["access"].what
-    assert "the relay refuses this stream with 403" in refused
-    assert token not in refused + str(found)
+    assert "the relay refuses this stream with 403" in refused["answer"].what
+    assert token not in f"{refused} {found}"
 
 
 def location(relay: str, *lines: str) -> str:
@@ -521,17 +497,14 @@ def test_it_tells_what_a_restart_looks_like_while_the_relay_is_away(
 
 
 @pytest.mark.slow
-def test_an_event_of_another_database_is_missed(served: str, server: harness.Server, tmp_path: Path) -> None:
-    with server.fresh_database() as other, Nginx(tmp_path, served) as nginx:
-        found = diagnose(other.dsn, "--url", f"{nginx.url}/events/orders")
+def test_another_database_or_none_leaves_the_rest_to_measure(
+    serve: Callable[..., str], server: harness.Server, tmp_path: Path
+) -> None:
+    with server.fresh_database() as other, Nginx(tmp_path, serve()) as nginx:
+        url = f"{nginx.url}/events/orders"
+        found, alone = diagnose(other.dsn, "--url", url), diagnose("host=127.0.0.1 port=1", "--url", url)
     assert named(found, "problem") == {"delay"}
     assert "give the DSN" in found["delay"].fix
-
-
-@pytest.mark.slow
-def test_without_a_database_the_rest_is_still_measured(served: str, tmp_path: Path) -> None:
-    with Nginx(tmp_path, served) as nginx:
-        found = diagnose("host=127.0.0.1 port=1", "--url", f"{nginx.url}/events/orders")
-    assert named(found, "problem") == {"connection"}
-    assert found["delay"].level == "unknown"
-    assert found["heartbeat"].level == "ok"
+    assert named(alone, "problem") == {"connection"}
+    assert alone["delay"].level == "unknown"
+    assert alone["heartbeat"].level == "ok"
