@@ -1055,6 +1055,8 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 
 # Python objects of one frame in memory: the tuple, its bytes object, its list slots.
 FRAME_OVERHEAD_BYTES: Final = 250
+# Of one channel that holds any: its shelf, lists, name, and places in the tables.
+SHELF_OVERHEAD_BYTES: Final = 550
 
 
 @dataclass(slots=True)
@@ -1116,7 +1118,7 @@ class Memory:
         self._floors.pop(channel, None)
         shelf = self._shelves.pop(channel, None)
         if shelf is not None:
-            self.size -= shelf.size
+            self.size -= shelf.size + SHELF_OVERHEAD_BYTES
             self._loud.discard(channel)
 
     def clear(self) -> None:
@@ -1152,6 +1154,7 @@ class Memory:
                 self._heads = sorted((self._oldest(name), name) for name in self._shelves)
             shelf = self._shelves[channel] = _Shelf()
             heappush(self._heads, (frame.number, channel))
+            self.size += SHELF_OVERHEAD_BYTES
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
         shelf.numbers.append(frame.number)
         shelf.frames.append(frame)
@@ -1185,6 +1188,7 @@ class Memory:
             self._loud.discard(channel)
         if shelf.start == len(shelf.frames):
             del self._shelves[channel]
+            self.size -= SHELF_OVERHEAD_BYTES
             if self._base is not None:
                 # Not one number for each channel that ever was: that would have no bound.
                 self._base = max(self._base, self._floors.pop(channel))

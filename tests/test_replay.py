@@ -13,10 +13,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import sse_relay
 from sse_relay import FRAME_OVERHEAD_BYTES, Frame, Memory
 
 CHANNELS = ["a", "b", "c", "d", "e", "f"]
 EVERYTHING = 10**9
+
+
+@pytest.fixture(autouse=True)
+def only_frames_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let memory count frames alone, so that sizes here are sums of theirs."""
+    monkeypatch.setattr(sse_relay, "SHELF_OVERHEAD_BYTES", 0)
 
 
 def make_frame(number: int, channel: str, size: int = FRAME_OVERHEAD_BYTES + 50) -> Frame:
@@ -256,6 +263,17 @@ def test_a_channel_is_covered_from_its_begin_until_its_end() -> None:
     memory.append(make_frame(6, "a"))
     assert numbers(memory.page({"a": 5}, EVERYTHING)[0]) == [6]
     assert not memory.covers("a", 4)
+
+
+def test_a_channel_with_one_event_counts_with_what_it_takes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse_relay, "SHELF_OVERHEAD_BYTES", 550)
+    memory = Memory(100_000)
+    memory.begin_all(0)
+    for number in range(1, 1_001):
+        memory.append(make_frame(number, f"c{number}"))
+    kept = sum(memory.missed(f"c{number}", 0)[0] for number in range(1, 1_001))
+    assert kept == 100_000 // (FRAME_OVERHEAD_BYTES + 50 + 550)
+    assert memory.size == kept * (FRAME_OVERHEAD_BYTES + 50 + 550)
 
 
 def test_coverage_that_began_anew_does_not_grow_when_older_frames_go() -> None:
