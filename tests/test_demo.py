@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,16 +17,18 @@ from typing import Any, Literal
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 import harness
+import sse_relay
 from harness import PROGRAM, Browser, Database, Page, Relay, SseReader
 
 LAST_LINE = "Ctrl-C ends it."
 
 
-def start(*options: str, bind: str | None = None, temporary: Path | None = None) -> Relay:
+def start(*options: str, temporary: Path | None = None) -> Relay:
     env = {"TMPDIR": str(temporary)} if temporary else {}
-    demo = Relay(*options, command=("demo",), bind=bind, env=env, wait=False)
+    demo = Relay(*options, command=("demo",), env=env, wait=False)
     try:
         demo.wait_for_log(LAST_LINE, timeout=30)
     except BaseException:
@@ -43,31 +46,9 @@ def end(demo: Relay) -> None:
         demo.close()
 
 
-def interrupt(demo: Relay) -> None:
-    """End a demo as Ctrl-C does; its PostgreSQL is not in the terminal's group."""
-    demo.process.send_signal(signal.SIGINT)
-    assert demo.wait(20) == 0
-    assert demo.lines[-1] == LAST_LINE, "nothing is said at the end"
-
-
-def run_demo(*options: str, bind: str = "127.0.0.1:1", env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run a demo that ends by itself; return its status and its last line."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "demo", "--bind", bind, *options], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=False,
-        env={**harness.clean_environment(), **(env or {})},
-    )  # fmt: skip
-    assert "Traceback" not in done.stdout
-    return done.returncode, done.stdout.rstrip().rpartition("\n")[2]
-
-
 def printed(demo: Relay) -> list[str]:
     """What the demo says to use: the DSN, the page's address, then the commands."""
     return [line.strip() for line in demo.lines if line.startswith("    ")]
-
-
-def dsn_of(demo: Relay) -> str:
-    return printed(demo)[0]
 
 
 def processes_below(folder: Path) -> list[str]:
@@ -112,9 +93,9 @@ def wait_state(page: Page, state: str) -> None:
     )
 
 
-def rows(page: Page) -> list[str]:
-    """The data of the events on the page, newest first."""
-    script = "[...document.querySelectorAll('#events .event .data')].map(data => data.textContent)"
+def rows(page: Page, kind: str = "event") -> list[str]:
+    """The data of the events on the page, or what it says of gaps, newest first."""
+    script = f"[...document.querySelectorAll('#events .{kind} .data')].map(data => data.textContent)"
     return list(page.evaluate(script))
 
 
@@ -122,10 +103,9 @@ def wait_row(page: Page, data: str) -> None:
     harness.wait_until(lambda: data in rows(page), what=f"a row {data!r}")
 
 
-def gaps(page: Page) -> list[str]:
-    """What the page says of gaps, newest first."""
-    script = "[...document.querySelectorAll('#events .gap .data')].map(data => data.textContent)"
-    return list(page.evaluate(script))
+def reasons(page: Page) -> list[str]:
+    """The reasons of the gaps that the page tells, newest first."""
+    return [text.rpartition("(")[2] for text in rows(page, "gap")]
 
 
 def figures(page: Page) -> dict[str, tuple[str, str, str]]:
@@ -142,7 +122,7 @@ def status(demo: Relay) -> dict[str, Any]:
 
 
 def publish_anyhow(demo: Relay, data: str) -> bool:
-    """Publish past the page; tell whether the demo was there."""
+    """Publish past the page; return whether the demo was there."""
     try:
         return httpx.post(f"http://{demo.bind}/publish", json={"channel": "orders", "data": data}).is_success
     except httpx.TransportError:
@@ -168,8 +148,8 @@ def result(page: Page) -> str:
 # ==== The page ================================================================
 
 
-def first_event(browser: Browser) -> float:
-    """Start a demo, publish on its page and see the event there; return how many seconds that took."""
+@pytest.mark.slow
+def test_from_nothing_to_the_first_event_takes_less_than_10_s(browser: Browser) -> None:
     began = time.monotonic()
     fresh = start()
     try:
@@ -181,31 +161,18 @@ def first_event(browser: Browser) -> float:
             assert result(page) == "Published to orders."
             # Nothing is fetched from elsewhere: it works without the internet.
             assert all(url.startswith(f"http://{fresh.bind}/") for _, url in page.requests)
-            return seconds
     finally:
         end(fresh)
-
-
-@pytest.mark.slow
-def test_from_nothing_to_the_first_event_takes_less_than_10_s(browser: Browser) -> None:
     # Where others use the machine too, as much longer as there are more of them than processors.
-    seconds = first_event(browser)
     assert seconds < 10 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.slow
-def test_the_page_shows_what_others_publish(page: Page, demo: Relay) -> None:
-    database = Database(dsn_of(demo))
-    try:
+def test_the_page_shows_what_it_and_others_publish(page: Page, demo: Relay) -> None:
+    with contextlib.closing(Database(printed(demo)[0])) as database:
         for text in ('<b>"quoted"</b> & more', "two\nlines", "Größe 🎉"):
             database.notify("orders", text)
             wait_row(page, text)
-    finally:
-        database.close()
-
-
-@pytest.mark.slow
-def test_the_page_shows_named_events_that_it_publishes(page: Page) -> None:
     publish(page, "of a name", name="created")
     wait_row(page, "of a name")
     assert "created" in page.evaluate("document.querySelector('#events li').textContent")
@@ -235,7 +202,7 @@ def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
     wait_state(page, "live")
     wait_row(page, "meanwhile")
     assert rows(page)[:2] == ["meanwhile", "before"]
-    assert gaps(page) == []
+    assert reasons(page) == []
 
 
 @pytest.mark.slow
@@ -251,13 +218,8 @@ def test_the_figures_move_when_events_are_published(page: Page) -> None:
 
     harness.wait_until(moved, what="figures")
     now = figures(page)
-    assert list(now) == [
-        "Clients",
-        "Channels",
-        "Events per second",
-        "Delivery delay",
-        "PostgreSQL round trip",
-    ]
+    names = ["Clients", "Channels", "Events per second", "Delivery delay", "PostgreSQL round trip"]
+    assert list(now) == names
     assert now["Channels"][0] == "1"
     for figure in ("Delivery delay", "PostgreSQL round trip"):
         assert re.fullmatch(r"[0-9.]+ m?s", now[figure][0]), now
@@ -267,8 +229,8 @@ def test_the_figures_move_when_events_are_published(page: Page) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
-def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: Browser, folder: Path) -> None:
-    fresh = start("--source", source, temporary=folder)
+def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: Browser) -> None:
+    fresh = start("--source", source)
     try:
         with browser.open(url=f"http://{fresh.bind}/") as page:
             wait_state(page, "live")
@@ -285,11 +247,11 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
             publish(page, "after")
             wait_row(page, "after")
             if source == "log":
-                assert (rows(page), gaps(page)) == (["after", "meanwhile", "before"], [])
+                assert (rows(page), reasons(page)) == (["after", "meanwhile", "before"], [])
             else:
                 # Most likely nobody listened to the channel when it was published.
                 assert [row for row in rows(page) if row != "meanwhile"] == ["after", "before"]
-                assert [gap.rpartition("(")[2] for gap in gaps(page)] == ["restart)."]
+                assert reasons(page) == ["restart)."]
 
             click(page, "Restart PostgreSQL")
             harness.wait_until(lambda: "lost PostgreSQL" in fresh.log, 20, "the end of the connection")
@@ -297,15 +259,10 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
             assert page.evaluate("document.getElementById('state').dataset.state") == "live"
             assert publish_anyhow(fresh, "last")
             wait_row(page, "last")
-            reasons = [gap.rpartition("(")[2] for gap in gaps(page)]
-            assert reasons == ([] if source == "log" else ["outage).", "restart)."])
-        fresh.process.send_signal(signal.SIGINT)
-        assert fresh.wait(20) == 0
+            assert reasons(page) == ([] if source == "log" else ["outage).", "restart)."])
         assert "Traceback" not in fresh.log
     finally:
         end(fresh)
-    harness.wait_until(lambda: not processes_below(folder), what="the end of all processes")
-    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -361,34 +318,29 @@ def test_publishing_is_answered_with_204_and_reaches_the_streams(demo: Relay) ->
         ]
 
 
-@pytest.mark.parametrize(
-    ("body", "detail"),
-    [
-        (b"", "the request is no JSON object"),
-        (b"not json", "the request is no JSON object"),
-        (b"\xff", "the request is no JSON object"),
-        (b"[]", "the request is no JSON object"),
-        (b"null", "the request is no JSON object"),
-        (b'{"channel": "orders"}', "the request is no JSON object"),
-        (b'{"channel": "orders", "data": 1}', "the request is no JSON object"),
-        (b'{"channel": "orders", "data": "x", "event": 1}', "the request is no JSON object"),
-        (b"[" * 100_000, "the request is no JSON object"),
-        (b'{"channel": "", "data": "x"}', "the channel's name is empty"),
-        (b'{"channel": "sse_relay_x", "data": "x"}', "the relay's own"),
-        (b'{"channel": "orders", "data": "x", "event": "relay.gap"}', "cannot be named 'relay.gap'"),
-        (b'{"channel": "orders", "data": "\\u0000"}', "NUL"),
-        (b'{"channel": "orders", "data": "\\ud800"}', "not valid UTF-8"),
-        (b'{"channel": "orders", "data": "%b"}' % (b"x" * 8_000), "8000 bytes"),
-    ],
-    ids=range(15),
-)
-def test_what_cannot_be_published_is_answered_with_a_problem(demo: Relay, body: bytes, detail: str) -> None:
-    response = httpx.post(f"http://{demo.bind}/publish", content=body)
-    assert response.status_code == 400
-    assert response.headers["Content-Type"].startswith("application/problem+json")
-    problem = json.loads(response.text)
-    assert problem["status"] == 400
-    assert detail in problem["detail"]
+NOT_SENT = "the request is no JSON object"
+# What the page could ask for, and what is wrong with it.
+PROBLEMS: list[tuple[bytes, str]] = [
+    *((body, NOT_SENT) for body in (b"", b"not json", b"\xff", b"[]", b"null", b"[" * 100_000)),
+    (b'{"channel": "orders"}', NOT_SENT),
+    (b'{"channel": "orders", "data": 1}', NOT_SENT),
+    (b'{"channel": "orders", "data": "x", "event": 1}', NOT_SENT),
+    (b'{"channel": "", "data": "x"}', "the channel's name is empty"),
+    (b'{"channel": "sse_relay_x", "data": "x"}', "the relay's own"),
+    (b'{"channel": "orders", "data": "x", "event": "relay.gap"}', "cannot be named 'relay.gap'"),
+    (b'{"channel": "orders", "data": "\\u0000"}', "NUL"),
+    (b'{"channel": "orders", "data": "\\ud800"}', "not valid UTF-8"),
+    (b'{"channel": "orders", "data": "%b"}' % (b"x" * 8_000), "8000 bytes"),
+]
+
+
+def test_what_cannot_be_published_is_answered_with_a_problem(demo: Relay) -> None:
+    for body, detail in PROBLEMS:
+        response = httpx.post(f"http://{demo.bind}/publish", content=body)
+        assert response.status_code == 400
+        assert response.headers["Content-Type"].startswith("application/problem+json")
+        assert response.json()["status"] == 400
+        assert detail in response.json()["detail"]
 
 
 def test_a_body_without_end_is_refused(demo: Relay) -> None:
@@ -423,9 +375,9 @@ def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
-def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> None:
+def test_the_printed_commands_work_as_printed_until_ctrl_c(source: str, tmp_path: Path, folder: Path) -> None:
     harness.require("psql")
-    fresh = start("--source", source)
+    fresh = start("--source", source, temporary=folder)
     try:
         _, address, curl, psql, command = printed(fresh)
         assert address == f"http://{fresh.bind}/"
@@ -439,24 +391,16 @@ def test_the_printed_commands_work_as_printed(source: str, tmp_path: Path) -> No
                 # In another terminal, and so perhaps in another folder.
                 subprocess.run(["bash", "-c", typed], check=True, timeout=20, cwd=tmp_path)
                 assert any(line == "data: hello\n" for line in lines)
+            assert processes_below(folder)
+            # PostgreSQL is not in the terminal's group.
+            fresh.process.send_signal(signal.SIGINT)
+            assert fresh.wait(20) == 0
+            assert fresh.lines[-1] == LAST_LINE, "nothing is said at the end"
+            stream.wait(10)
         finally:
             stream.kill()
             stream.wait()
             stream.stdout.close()
-        interrupt(fresh)
-    finally:
-        end(fresh)
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_it_and_leaves_nothing_behind(folder: Path) -> None:
-    fresh = start(temporary=folder)
-    try:
-        with SseReader(fresh.url("orders")) as reader:
-            reader.wait_for_id()
-            assert processes_below(folder)
-            interrupt(fresh)
-            reader.wait_for_end()
     finally:
         end(fresh)
     harness.wait_until(lambda: not processes_below(folder), what="the end of all processes")
@@ -488,15 +432,18 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_demo_that_cannot_start_says_why(demo: Relay, folder: Path) -> None:
-    status, error = run_demo(bind=demo.bind, env={"TMPDIR": str(folder)})
-    assert status == 1
-    assert error.startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "demo", "--bind", demo.bind], stdin=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
+        env={**harness.clean_environment(), "TMPDIR": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
+    assert "Traceback" not in done.stdout
     assert list(folder.iterdir()) == []
-
-    status, error = run_demo(env={"PGBIN": "/nowhere"})
-    assert status == 1
-    assert error == "Error: PGBIN=/nowhere does not hold initdb and postgres"
 
 
 @pytest.mark.parametrize(
@@ -510,16 +457,8 @@ def test_a_demo_that_cannot_start_says_why(demo: Relay, folder: Path) -> None:
         ("8008", "neither HOST:PORT nor unix:PATH"),
     ],
 )
-def test_it_is_for_this_machine_alone(bind: str, message: str) -> None:
-    status, error = run_demo(bind=bind)
-    assert status == 2
-    assert message in error
-
-
-@pytest.mark.slow
-def test_several_demos_run_side_by_side(demo: Relay) -> None:
-    other = start()
-    try:
-        assert dsn_of(other) != dsn_of(demo)
-    finally:
-        end(other)
+def test_it_is_for_this_machine_alone(bind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse_relay, "start_log", lambda level: None)
+    done = CliRunner().invoke(sse_relay.cli, ["demo", "--bind", bind])
+    assert done.exit_code == 2
+    assert message in done.output
