@@ -240,9 +240,9 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
 
             click(page, "Restart the relay")
             wait_state(page, "waiting")
-            harness.wait_until(lambda: publish_anyhow(fresh, "meanwhile"), what="the relay's return")
-            position = harness.wait_until(lambda: status(fresh)["position"], what="a position")
-            assert (position.partition("-")[0] == epoch) == (source == "log")
+            harness.wait_until(lambda: publish_anyhow(fresh, "meanwhile"), what="the demo's answer")
+            harness.wait_until(lambda: status(fresh)["ready"], 20, "the relay's return")
+            assert (status(fresh)["position"].partition("-")[0] == epoch) == (source == "log")
             wait_state(page, "live")
             publish(page, "after")
             wait_row(page, "after")
