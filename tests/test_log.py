@@ -1,6 +1,6 @@
 """The durable log, from ``publish`` to the client: real relays on a real PostgreSQL.
 
-The two stress tests and the hand-over are short forms of ``stress_log.py``, which runs as long as one likes.
+Under stress it is tested by the soak of tests/simulation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import httpx
 import psycopg2
 import psycopg2.extensions
 import pytest
-import stress_log
 
 import harness
 import pages
@@ -123,25 +122,6 @@ def stream_name(channel: str, name: str | None, several: bool) -> str:
 
 def words(prefix: str, count: int) -> list[str]:
     return [f"{prefix} {number}" for number in range(count)]
-
-
-# ==== All of it, under stress =================================================
-
-
-@pytest.mark.parametrize("durable", [True, False], ids=["durable", "synchronous_commit=off"])
-@pytest.mark.slow
-def test_every_client_gets_what_was_committed_once_and_in_order(durable: bool, seed: int) -> None:
-    """Takes some 12 s: relays start again and again, PostgreSQL crashes once."""
-    stress_log.run(3_000, seed, durable=durable)
-
-
-@pytest.mark.parametrize("together", [True, False], ids=["one transaction", "position first"])
-@pytest.mark.slow
-def test_a_page_and_its_stream_show_every_change(
-    log: Database, start_relay: RelayStarter, seed: int, together: bool
-) -> None:
-    relays = [start_relay(*LOG, dsn=log.dsn) for _ in range(2)]
-    stress_log.hand_over(log, [relay.bind for relay in relays], 60, seed, together=together)
 
 
 # ==== Relays and PostgreSQL that go and come back =============================

@@ -48,7 +48,7 @@ def _count_up(first: int, count: int | None, end: float) -> Iterator[int]:
 @click.option("--source", type=click.Choice(["notify", "log"]), help="Default: the seed decides.")
 @click.option("--trace", is_flag=True, help="With --seed: print the history.")
 @click.option("--shrink", is_flag=True, help="With --seed: take steps away while it fails in the same way.")
-@click.option("--corpus", is_flag=True, help="Play the seeds that once failed.")
+@click.option("--corpus", is_flag=True, help="Play the plans that once failed.")
 @click.option("--planted", is_flag=True, help="Find each planted fault, within --seeds (2,000).")
 @click.option(
     "--soak", type=int, metavar="EVENTS", help="Publish so many events on a real PostgreSQL instead."
@@ -86,14 +86,12 @@ def command(
         sys.exit(run_soak(soak, clients, random.randrange(1_000_000) if first is None else first))
     if planted:
         sys.exit(find_planted(seeds or 2_000, first or 0, jobs))
-    todo: Iterator[tuple[int, str | None]]
     if corpus:
-        todo = iter(run.read_corpus())
-    else:
-        first = random.randrange(1_000_000_000) if first is None else first
-        click.echo(f"seeds from {first} on")
-        end = time.monotonic() + (seconds or 1e9)
-        todo = ((number, source) for number in _count_up(first, seeds if seeds or seconds else 100, end))
+        sys.exit(play_corpus())
+    first = random.randrange(1_000_000_000) if first is None else first
+    click.echo(f"seeds from {first} on")
+    end = time.monotonic() + (seconds or 1e9)
+    todo = ((number, source) for number in _count_up(first, seeds if seeds or seconds else 100, end))
     sys.exit(play_many(todo, jobs, keep_going))
 
 
@@ -166,6 +164,16 @@ def find_planted(count: int, first: int, jobs: int) -> int:
             click.echo(f"{FAULTS[number].name}: {'NOT FOUND' if seeds is None else f'seed {seeds}: {text}'}")
     click.echo(f"{found} of {len(FAULTS)} planted faults found")
     return 0 if found == len(FAULTS) else 1
+
+
+def play_corpus() -> int:
+    """Play the plans that once failed. Return the exit status."""
+    plans = run.read_corpus()
+    failed = [(plan, outcome) for plan in plans if (outcome := run.play(plan)).violations]
+    for plan, outcome in failed:
+        click.echo(f"FAILED again: {plan['why']}\n    {outcome.violations[0]}")
+    click.echo(f"{len(plans)} plans, {len(failed)} failed")
+    return 1 if failed else 0
 
 
 def play_many(todo: Iterator[tuple[int, str | None]], jobs: int, keep_going: bool) -> int:

@@ -224,6 +224,7 @@ class Log:
 
         def undo() -> None:
             self.events = [row for row in self.events if row not in moved]
+            self.damaged.difference_update(row.id for row in moved)
             self.pending = sorted([*self.pending, *taken], key=attrgetter("seq"))
             self.server.timeline.note("unnumbered", epoch=epoch, first=first, count=len(tags))
 

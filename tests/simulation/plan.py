@@ -29,7 +29,7 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "MAX_WOKEN": (3, 50_000),
 }
 
-FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery")
+FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery", "damage")
 
 
 def draw(seed: int, source: str | None = None) -> Plan:

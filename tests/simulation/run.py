@@ -20,8 +20,9 @@ from simulation.planted import Fault
 from simulation.world import World
 
 PROGRAM = Path(os.environ.get("SSE_RELAY_PROGRAM", Path(__file__).resolve().parents[2] / "sse_relay.py"))
-# Seeds that once failed, each with its source: they are played before new ones.
-CORPUS = Path(__file__).with_name("corpus.txt")
+# Plans that once failed, made small, each with what was wrong then. Plans, not seeds: what a seed stands for
+# changes with `plan.draw`.
+CORPUS = Path(__file__).with_name("corpus.jsonl")
 # A run takes a few MB; collecting takes 20 ms.
 RUNS_PER_COLLECTION = 20
 
@@ -96,10 +97,9 @@ def find(fault: Fault, seeds: Iterable[int]) -> Outcome | None:
     return None
 
 
-def read_corpus() -> list[tuple[int, str]]:
-    """Return the seeds that once failed, with their sources."""
-    lines = (line.partition("#")[0].split() for line in CORPUS.read_text().splitlines())
-    return [(int(words[0]), words[1]) for words in lines if words]
+def read_corpus() -> list[Plan]:
+    """Return the plans that once failed."""
+    return [json.loads(line) for line in CORPUS.read_text().splitlines()]
 
 
 def shrink(plan: Plan, fails: Callable[[Plan], bool], tell: Callable[[int], object]) -> Plan:
