@@ -379,8 +379,7 @@ class Checker:
             "start": not since,
             "restart": self._renewed if log else bool(since) and split_position(mark or "-0")[0] != epoch,
             "outage": disturbed,
-            "evicted": not log
-            and (disturbed or plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10),
+            "evicted": not log and (plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10),
             "pruned": log and self._pruned,
             "failed": disturbed,
             "ahead": log and "server" in self._faults,

@@ -23,7 +23,8 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "RESUME_PIECE_BYTES": (1, 700, 262_144),
     "MAX_RESUME_EVENTS": (40, 10_000, 10_000),
     "LISTENS_PER_STATEMENT": (1, 2, 500),
-    "LOG_PAGE_ROWS": (2, 9, 1_000),
+    # Divided by ten where a row is damaged.
+    "LOG_PAGE_ROWS": (10, 100, 1_000),
     "MAX_ADVANCED": (1, 1_000),
     "PRUNE_INTERVAL": (2, 60),
     "MAX_WOKEN": (3, 50_000),
@@ -122,13 +123,23 @@ def _transactions(chance: random.Random, source: str, channels: list[str], count
 
 
 def _session_fault(chance: random.Random, relays: list[str]) -> Step:
-    how = ("lost now", "lost before", "lost after", "cancelled", "refused", "frozen", "late 1", "late 12")
+    how = (
+        "lost now",
+        "lost before",
+        "lost after",
+        "cancelled",
+        "refused",
+        "frozen",
+        "dead",
+        "late 1",
+        "late 12",
+    )
     return {
         "at": 1.0 + BUSY * chance.random(),
         "do": "session",
         "relay": chance.choice(relays),
         "seed": _seed(chance),
-        "how": chance.choice(how),
+        "how": chance.choice((*how, "late 12")),
         "for": chance.choice((0.5, 3.0, 8.0)),
     }
 

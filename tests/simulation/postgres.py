@@ -133,7 +133,7 @@ class Server:
         return connection
 
     def sessions_of(self, machine: Machine) -> list[Connection]:
-        return [each for each in self.connections.values() if each.machine is machine and not each.over]
+        return [each for each in self.connections.values() if each.machine is machine and not each.closed]
 
     def stop(self, text: str, code: str = "57P01") -> None:
         """End every session, and take no more."""

@@ -19,7 +19,7 @@ from typing import Any
 import psycopg2
 
 import harness
-from simulation.checker import Checker, Record
+from simulation.checker import Checker, Record, split_position
 from simulation.clients import Reader, request_of, take_block, write_data
 from sse_relay import apply_schema
 
@@ -134,7 +134,6 @@ class Follower(threading.Thread):
         self.channels = self._chance.sample(CHANNELS, self._chance.randint(1, 3))
         self.records: list[Record] = []
         self.position = ""
-        self.tags: set[str] = set()
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -149,6 +148,11 @@ class Follower(threading.Thread):
             except Exception as error:
                 self.error = error
                 return
+
+    def has_come_to(self, ends: dict[str, int]) -> bool:
+        """Return whether it has got, or was told of, the last events of its channels."""
+        last = max(ends[channel] for channel in self.channels)
+        return bool(self.position) and split_position(self.position)[1] >= last
 
     def _load_page(self) -> str | None:
         """Return the position of a page that is loaded now."""
@@ -181,10 +185,8 @@ class Follower(threading.Thread):
                 now = time.time()
                 items: list[list[Any]] = []
                 for block in reader.feed(data):
-                    mark, tag = take_block(block, now, items)
+                    mark, _ = take_block(block, now, items)
                     self.position = mark or self.position
-                    if tag.startswith("end."):
-                        self.tags.add(tag)
                 if items:
                     self._note("got", stream=stream, items=items)
                 if self._soak.over.is_set():
@@ -237,9 +239,16 @@ class Soak:
             for channel in CHANNELS:
                 tag = f"end.{channel}"
                 server.database.execute("SELECT say(%s, %s, %s)", (channel, tag, write_data(tag, 0)))
-            ends = {follower: {f"end.{channel}" for channel in follower.channels} for follower in followers}
             harness.wait_until(
-                lambda: all(each.error or each.tags >= end for each, end in ends.items()),
+                lambda: server.database.execute("SELECT count(*) FROM sse_relay.pending") == [(0,)],
+                60,
+                "numbers",
+            )
+            ends = dict(
+                server.database.execute("SELECT channel, max(id) FROM sse_relay.events GROUP BY channel")
+            )
+            harness.wait_until(
+                lambda: all(each.error or each.has_come_to(ends) for each in followers),
                 300,
                 "the last events",
             )

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import math
 import os
 import random
 import resource
@@ -315,8 +316,8 @@ class World:
         self.timeline.note("fault", on=step["relay"], kind=step["how"])
         if step["how"] == "lost now":
             session.lose()
-        elif step["how"] == "frozen":
-            session.frozen_until = self.timeline.now + step["for"]
+        elif step["how"] in ("frozen", "dead"):
+            session.frozen_until = self.timeline.now + step["for"] if step["how"] == "frozen" else math.inf
         else:
             session.armed = step["how"]
 
