@@ -176,6 +176,8 @@ class LostConnectionError(RelayError):
 RESERVED_NAMES: Final = frozenset({"error", "open"})
 RESERVED_NAME_PREFIX: Final = "relay."
 MAX_OWN_ID_BYTES: Final = 256
+# Characters of a client's position that a gap repeats.
+MAX_SHOWN_SINCE: Final = 100
 # NOTIFY's limit.
 MAX_PAYLOAD_BYTES: Final = 7_999
 # For how long a client stays away that is told to stop. Longer values overflow a 32-bit timer in
@@ -402,13 +404,13 @@ def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | No
 
     Args:
         gaps: The reason by channel.
-        since: The position as the client sent it; cut at 100 characters.
+        since: The position as the client sent it; cut at `MAX_SHOWN_SINCE`.
         position: The present position, for the last of them; None if older events follow.
     """
     by_reason: dict[str, list[str]] = {}
     for channel, reason in gaps.items():
         by_reason.setdefault(reason, []).append(channel)
-    shown = None if since is None else since[:100]
+    shown = None if since is None else since[:MAX_SHOWN_SINCE]
     blocks = []
     for left, (reason, channels) in zip(reversed(range(len(by_reason))), by_reason.items(), strict=True):
         data = {"channels": channels, "reason": reason, "since": shown}
@@ -2473,7 +2475,7 @@ class Page(NamedTuple):
 class Wish(NamedTuple):
     """Where a client says that it stands."""
 
-    # The position as it came, None if there was none; and read, None if it cannot be.
+    # The position as it came, cut, None if there was none; and read, None if it cannot be.
     since: str | None = None
     position: Position | None = None
     # Whether all that was pending when the stream opened has been numbered and read since: only
@@ -4864,11 +4866,11 @@ class Streams:
         start = parse_position(target.start) if target.start else None
         last = headers.get("Last-Event-ID") or target.last_event_id
         if not last or last == target.start:
-            return Wish(target.start, start, last=newest)
+            return Wish(target.start and target.start[:MAX_SHOWN_SINCE], start, last=newest)
         position = parse_position(last)
         if position and start and position.epoch == start.epoch:
             position = position._replace(snapshot=start.snapshot)
-        return Wish(last, position, last=newest)
+        return Wish(last[:MAX_SHOWN_SINCE], position, last=newest)
 
     def _token(self, request: web.BaseRequest, target: Target) -> str | None:
         """Return the request's token: bearer header, then cookie, then ``?access_token=``."""
@@ -5206,7 +5208,7 @@ def _open_unix_socket(path: Path) -> socket.socket:
                     sock.connect(str(path))
                 except ConnectionRefusedError:
                     path.unlink()  # left behind by a process that was killed
-                except TimeoutError:
+                except (BlockingIOError, TimeoutError):
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
                 else:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -6492,7 +6494,7 @@ def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | 
         publish: Sends an event with this data to a channel of the stream; blocks.
     """
     parts = urllib.parse.urlsplit(url)
-    seen = Seen(f"{parts.scheme}://{parts.netloc}")
+    seen = Seen(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")
     try:
         if parts.scheme == "https":
             seen.alpn = negotiate(parts.hostname or "", parts.port or 443, trust)
