@@ -463,6 +463,7 @@ def test_an_address_that_this_machine_lacks_is_left_out(monkeypatch: pytest.Monk
     assert refused.value.exit_code == 1
 
 
+@pytest.mark.slow
 def test_a_stale_unix_socket_is_replaced_and_a_live_one_is_not(
     database: Database, start_relay: StartRelay, tmp_path: Path
 ) -> None:
