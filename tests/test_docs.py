@@ -185,6 +185,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors(str(file.resolve().relative_to(ROOT))), (text, target)
 
 
+def test_each_test_that_is_named_exists() -> None:
+    texts = {path.stem: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    for page in pages():
+        for name in re.findall(r"`(test_\w+)(?:\.py)?`", prose(page)):
+            assert name in texts or any(f"def {name}(" in text for text in texts.values()), (page, name)
+
+
 def test_words_are_those_of_the_style() -> None:
     """Docstrings say what is returned; nothing is written in words that readers stumbled over."""
     places = [PROGRAM, ROOT / ".ci" / "run", *(ROOT / "systemd").iterdir(), *(ROOT / "tests").rglob("*.py")]
