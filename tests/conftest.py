@@ -13,11 +13,14 @@ import pytest
 import harness
 import sse_relay
 
+# What drives a browser, Node.js or a relay in a process of its own.
+SLOW_FIXTURES = {"browser", "node_modules", "start_relay", "standing"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count what drives a browser or Node.js among the slow ones."""
+    """Count tests by what they drive among the slow ones."""
     for item in items:
-        if not {"browser", "node_modules"}.isdisjoint(getattr(item, "fixturenames", ())):
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
