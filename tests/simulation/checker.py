@@ -399,8 +399,8 @@ class Checker:
         if "held" not in record:
             return
         settings, knobs = self._plan["settings"], self._plan["knobs"]
-        piece = max(settings["max_backlog"], knobs["RESUME_PIECE_BYTES"], HIGH_WATER)
-        most = settings["max_backlog"] + piece + self._largest
+        piece = max(settings["max_backlog"], knobs["RESUME_PIECE_BYTES"])
+        most = max(settings["max_backlog"], HIGH_WATER) + piece + self._largest
         if record["held"] > most:
             text = f"{record['held']} bytes waited for {record['client']}, more than {most}"
             self._blame("held", record["t"], text)

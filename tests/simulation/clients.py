@@ -299,7 +299,8 @@ class Client:
         self.live = False
         if not self.gone:
             retry = min(self._reader.retry or 100, 1000) / 1000
-            self.timeline.after(retry * self._chance.random() + NEAR, self.open)
+            away = 0.0 if self.calm else self._plan["away"]
+            self.timeline.after((retry + away) * self._chance.random() + NEAR, self.open)
 
     def settle(self) -> None:
         """Read at once what comes, and stay."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -182,10 +183,21 @@ def play_many(todo: Iterator[tuple[int, str | None]], jobs: int, keep_going: boo
     runs = deliveries = failures = 0
     kinds: Counter[str] = Counter()
     pool = multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else None
+    # A pool takes all the work that there is at once, however long it is for.
+    room, ended = threading.Semaphore(4 * jobs), threading.Event()
+
+    def hand_out() -> Iterator[tuple[int, str | None]]:
+        for job in todo:
+            room.acquire()
+            if ended.is_set():
+                return
+            yield job
+
     try:
         for _seed, source, count, violations, line in (
-            pool.imap_unordered(_play, todo, 4) if pool is not None else map(_play, todo)
+            pool.imap_unordered(_play, hand_out()) if pool is not None else map(_play, todo)
         ):
+            room.release()
             runs += 1
             kinds[source] += 1
             deliveries += count
@@ -197,6 +209,8 @@ def play_many(todo: Iterator[tuple[int, str | None]], jobs: int, keep_going: boo
                 if not keep_going:
                     break
     finally:
+        ended.set()
+        room.release(jobs)
         if pool is not None:
             pool.terminate()
     seconds = time.monotonic() - began

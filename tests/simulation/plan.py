@@ -92,6 +92,7 @@ def _client(chance: random.Random, number: int, channels: list[str]) -> Step:
         "http": 0 if chance.random() < 0.1 else 1,
         "room": chance.choice((300, 5_000, 150_000)),
         "born": chance.random() < 0.3,
+        "away": chance.choice((0.0, 0.0, 5.0)),
         "beats": chance.random() < 0.2,
         "last": chance.choice((0, 0, 0, 3)),
         # Seconds that a stream is kept; 0: until it ends.

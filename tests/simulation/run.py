@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ PROGRAM = Path(os.environ.get("SSE_RELAY_PROGRAM", Path(__file__).resolve().pare
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 # A run takes a few MB; collecting takes 20 ms.
 RUNS_PER_COLLECTION = 20
+# Of the processor. Most runs take a quarter of a second.
+MAX_SECONDS = 60.0
 
 
 def load(text: str | None = None) -> ModuleType:
@@ -41,6 +44,14 @@ def load(text: str | None = None) -> ModuleType:
 def the_program() -> ModuleType:
     """Return the program as it is, loaded once."""
     return load()
+
+
+class RunawayError(BaseException):
+    """A run that does not come to its end: time stands still. Nothing may catch it."""
+
+
+def _run_away(*_: object) -> None:
+    raise RunawayError(f"it takes more than {MAX_SECONDS} s, which is without end")
 
 
 @dataclass
@@ -69,7 +80,15 @@ class Outcome:
 def play(plan: Plan, module: ModuleType | None = None) -> Outcome:
     """Play a plan and judge its history."""
     world = World(module or the_program(), plan)
-    history = world.play()
+    signal.signal(signal.SIGVTALRM, _run_away)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    try:
+        world.play()
+    except RunawayError as error:
+        world.timeline.note("error", on="the run", text=str(error))
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+    history = world.timeline.history
     checker = Checker(history)
     violations = checker.check()
     return Outcome(plan, history, violations, checker.deliveries)
@@ -89,8 +108,11 @@ def play_all(seeds: Iterable[int], source: str | None, module: ModuleType | None
 
 
 def find(fault: Fault, seeds: Iterable[int]) -> Outcome | None:
-    """Plant a fault, and play seeds until one shows it; None if none does."""
+    """Plant a fault, and play what once failed and seeds until one shows it; None if none does."""
     module = load(fault.plant(PROGRAM.read_text()))
+    for plan in read_corpus():
+        if (outcome := play(plan, module)).violations:
+            return outcome
     for outcome in play_all(seeds, fault.source, module):
         if outcome.violations:
             return outcome
