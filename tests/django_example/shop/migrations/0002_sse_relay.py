@@ -23,6 +23,6 @@ class Migration(migrations.Migration):
     dependencies = [("shop", "0001_initial")]
     operations = [
         migrations.RunSQL(SCHEMA, "DROP SCHEMA sse_relay CASCADE"),
-        migrations.RunSQL(TRIGGER, "DROP TRIGGER publish ON shop_order"),
         migrations.RunSQL(GRANTS, migrations.RunSQL.noop),
+        migrations.RunSQL(TRIGGER, "DROP TRIGGER publish ON shop_order"),
     ]
