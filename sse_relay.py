@@ -5239,6 +5239,8 @@ class Sockets:
 
     def __init__(self, bind: Sequence[str], admin: str | None) -> None:
         inherited = inherited_sockets()
+        # Whether systemd holds any of them.
+        self.inherited = bool(inherited)
         self.streams = [sock for name, sock in inherited if name != "admin"]
         self.admin = [sock for name, sock in inherited if name == "admin"]
         # Without a socket from systemd or an option, the default.
@@ -5517,6 +5519,8 @@ async def serve_on(server: web.Server, sockets: Iterable[socket.socket]) -> web.
 MODULE_MAX_AGE: Final = 600
 # How often systemd is told the status. Each time it waits for us, it is asked for more.
 STATUS_INTERVAL: Final = 5.0
+# For how long clients are told to come back before a process ends that cannot work, in seconds.
+UNUSABLE_PAUSE: Final = 2.0
 # Seconds that stopping takes at most, and in which late requests are answered.
 STOP_TIMEOUT: Final = 1.5
 LATE_REQUESTS: Final = 0.2
@@ -5742,6 +5746,12 @@ class Relay:
                 self._tell(on_ready),
                 _wait(self._ending),
             )
+        except UnusableDatabaseError:
+            if self.sockets.inherited:
+                # As long as a client waits at its socket, systemd starts the next process at once.
+                self.streams.drain()
+                await asyncio.sleep(UNUSABLE_PAUSE)
+            raise
         finally:
             await self._stop(runner)
             await admin_runner.cleanup()
