@@ -144,6 +144,7 @@ def test_it_does_what_it_must(story: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_many_pages_ask_the_application_once_each_when_the_relay_returns(
     node_modules: Path, folder: Path, start_relay: StartRelay, database: Database, tmp_path: Path
 ) -> None:
