@@ -5808,8 +5808,12 @@ class Relay:
             return
         # systemd renews no credentials on reload: the files may be the same as before.
         new = sum(key not in self.access.keys for key in keys)
+        gone = sum(key not in keys for key in self.access.keys)
         self.access.keys = keys
-        log.info(*(("%d of %d keys are new", new, len(keys)) if new else ("the keys are unchanged",)))
+        if new or gone:
+            log.info("%d of %d keys are new, %d gone", new, len(keys), gone)
+        else:
+            log.info("the keys are unchanged")
 
     def _last_block(self) -> bytes:
         return encode_retry(retry_after(self.settings.retry, len(self.hub.subscribers)))
