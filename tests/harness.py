@@ -100,11 +100,13 @@ def free_port() -> int:
 def count_operations(work: Callable[[], object]) -> int:
     """Count the bytecode instructions that some work takes: a cost that no noise of the machine touches."""
     count = 0
+    # Python 3.12 tells no instructions of code that is traced for the first time.
+    counted = "line" if sys.version_info[:2] == (3, 12) else "opcode"
 
     def trace(frame: types.FrameType, event: str, argument: object) -> Callable[..., Any]:
         nonlocal count
         frame.f_trace_opcodes = True
-        count += event == "opcode"
+        count += event == counted
         return trace
 
     before = sys.gettrace()
