@@ -6046,7 +6046,12 @@ class EmbeddedPostgres:
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folder, binaries, cluster, port."""
-        self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
+        # A signal between the creation of the folder and the assignment would leave it behind.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         home = Path(self._home.name)
         self._log, self._data, password = home / "log", home / "data", home / "password"
         password.write_text(self._password)
