@@ -133,12 +133,11 @@ MIB: Final = 1024 * 1024
 class RelayError(Exception):
     """Base of what this program raises on purpose."""
 
-    what: str
-    """What is wrong, in one line for the person who reads it; never holds a secret."""
-    remedy: str
-    """What fixes it, or "" if nothing more can be said."""
-
     def __init__(self, what: str, remedy: str = "") -> None:
+        """Args:
+        what: What is wrong, in one line for the person who reads it; never holds a secret.
+        remedy: What fixes it, if more can be said.
+        """
         super().__init__(what, remedy)
         self.what = what
         self.remedy = remedy
@@ -148,19 +147,11 @@ class RelayError(Exception):
 
 
 class RefusedError(RelayError):
-    """A request that gets no stream."""
-
-    status: int
-    """HTTP status, which tells whose fault it is: 4xx the client's, 503 ours."""
+    """A request that gets no stream; its HTTP status tells whose fault it is: 4xx the client's, 503 ours."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
-
-    @property
-    def reason(self) -> str:
-        """What the client is told."""
-        return self.what
 
 
 class UnusableDatabaseError(RelayError):
@@ -173,9 +164,8 @@ class LostConnectionError(RelayError):
 
 # ==== Events and frames =======================================================
 
-RESERVED_NAMES: Final = frozenset({"error", "open"})
-RESERVED_NAME_PREFIX: Final = "relay."
-MAX_OWN_ID_BYTES: Final = 256
+# An application's id that survives the trip to a browser and back, in a header.
+OWN_ID: Final = re.compile(r"[ -~]{1,256}")
 # Characters of a client's position that a gap repeats.
 MAX_SHOWN_SINCE: Final = 100
 # NOTIFY's limit.
@@ -188,102 +178,64 @@ RETURNS_PER_SECOND: Final = 1_000
 
 
 class Event(NamedTuple):
-    """What an application published.
+    """What an application published."""
 
-    Attributes:
-        data: Any text.
-        name: The event's name, None for the browser's default, "message".
-        own_id: The application's own id: printable ASCII, None if it gave none.
-        dropped: The fields that could not be sent and were left out.
-    """
-
+    # Any text.
     data: str
+    # None for the browser's default, "message".
     name: str | None = None
+    # The application's own id, None if it gave none.
     own_id: str | None = None
+    # The fields that could not be sent and were left out.
     dropped: tuple[str, ...] = ()
 
 
 class Frame(NamedTuple):
-    """An event as it goes out, encoded once for all subscribers.
+    """An event as it goes out, encoded once for all subscribers."""
 
-    Attributes:
-        number: The number in its position.
-        channel: The channel it was published to.
-        block: One block of an event stream, its empty line included.
-        named: Whether the event has a name of its own. One without is sent as
-            ``named_block`` to streams of several channels.
-        xid: The transaction that published it; 0 where that is not known.
-    """
-
+    # Of its position.
     number: int
     channel: str
+    # One block of an event stream, its empty line included.
     block: bytes
+    # Whether the event has a name of its own.
     named: bool
+    # The transaction that published it; 0 where that is not known.
     xid: int = 0
 
 
 ENVELOPE_KEYS: Final = frozenset({"event", "data", "id", "retry", "comment"})
-JSON_SPACE: Final = " \t\n\r"
-JSON_SPACES: Final = re.compile(r"[ \t\n\r]*")
-INTEGER: Final = re.compile(r"-?\d+", re.ASCII)
+JSON_SPACE: Final = r"[ \t\n\r]*"
+# What stands before each value of an object, and after the last.
+JSON_KEY: Final = re.compile(r'(?:\A {|(?!\A) ,) ("(?:[^"\\]|\\.)*") : '.replace(" ", JSON_SPACE))
+JSON_END: Final = re.compile(" } ".replace(" ", JSON_SPACE))
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-# Numbers stay text: nothing here needs their value, and Python refuses to convert
-# integers of more than 4,300 digits.
-JSON: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+# Integers stay text: Python refuses to convert those of more than 4,300 digits.
+JSON: Final = json.JSONDecoder(parse_int=str, parse_constant=_refuse_constant)
 
 
-def _scan_members(text: str) -> dict[str, tuple[Any, str]]:
-    """Read a JSON object; map each key to its value and the text of that value.
+def _read_envelope(payload: str) -> dict[str, tuple[Any, str]] | None:
+    """Return each key's value and the text of that value; None if the payload is no envelope.
 
-    Numbers are left as strings. Of a key given twice, the last counts.
-
-    Raises:
-        ValueError, RecursionError: The text is no JSON object.
+    Of a key given twice, the last counts.
     """
-
-    def skip(index: int) -> int:
-        return JSON_SPACES.match(text, index).end()  # type: ignore[union-attr]  # matches the empty string
-
     members: dict[str, tuple[Any, str]] = {}
-    index = skip(0)
-    if text[index : index + 1] != "{":
-        raise ValueError("not an object")
-    index = skip(index + 1)
-    closed = text[index : index + 1] == "}"
-    while not closed:
-        if text[index : index + 1] != '"':
-            raise ValueError("not a key")
-        key, index = JSON.raw_decode(text, index)
-        index = skip(index)
-        if text[index : index + 1] != ":":
-            raise ValueError("no colon")
-        start = skip(index + 1)
-        value, end = JSON.raw_decode(text, start)
-        members[key] = value, text[start:end]
-        index = skip(end)
-        closed = text[index : index + 1] == "}"
-        if not closed:
-            if text[index : index + 1] != ",":
-                raise ValueError("no comma")
-            index = skip(index + 1)
-    if skip(index + 1) != len(text):
-        raise ValueError("text after the object")
-    return members
-
-
-def _envelope(payload: str) -> dict[str, tuple[Any, str]] | None:
-    if '"event"' not in payload and "\\" not in payload:
-        return None
+    end = 0
     try:
-        members = _scan_members(payload)
+        while before := JSON_KEY.match(payload, end):
+            key, start = JSON.decode(before[1]), before.end()
+            if key not in ENVELOPE_KEYS:
+                return None
+            value, end = JSON.raw_decode(payload, start)
+            members[key] = value, payload[start:end]
     except (ValueError, RecursionError):
         return None
-    if "data" not in members or not members.keys() <= ENVELOPE_KEYS:
+    if "data" not in members or not JSON_END.fullmatch(payload, end):
         return None
     return members if members.get("event", (None, ""))[1].startswith('"') else None
 
@@ -296,26 +248,13 @@ def whole_text(text: str) -> str:
 
 
 def is_reserved_name(name: str) -> bool:
-    """Return whether only the relay may send events of this name.
-
-    ``error`` and ``open`` collide with the events that EventSource fires itself.
-    """
-    return name in RESERVED_NAMES or name.startswith(RESERVED_NAME_PREFIX)
+    """Return whether only the relay, or EventSource itself, may fire events of this name."""
+    return name in ("error", "open") or name.startswith("relay.")
 
 
 def sendable_name(name: str | None) -> str | None:
     """Return an event's name, or None if it is empty or no stream may carry it."""
-    if not name or is_reserved_name(name) or any(c in name for c in "\r\n\0"):
-        return None
-    return name
-
-
-def is_sendable_id(text: str) -> bool:
-    """Return whether an application's id survives the trip to a browser and back.
-
-    The browser returns it in a header, so printable ASCII only.
-    """
-    return 0 < len(text) <= MAX_OWN_ID_BYTES and text.isascii() and text.isprintable()
+    return None if not name or is_reserved_name(name) or re.search("[\r\n\0]", name) else name
 
 
 def decode_notification(payload: str) -> Event:
@@ -326,25 +265,18 @@ def decode_notification(payload: str) -> Event:
     any other value keeps the text it came as. ``retry`` and ``comment`` are read and
     not sent: a publisher could park other people's clients with them.
     """
-    members = _envelope(payload) if payload[:1] in "{ \t\n\r" else None
+    members = _read_envelope(payload)
     if members is None:
         return Event(whole_text(payload))
-    dropped = []
     value, text = members["data"]
     data = value if text.startswith('"') else text
     given = whole_text(members["event"][0])
     name = sendable_name(given)
-    if given and name is None:
-        dropped.append("event")
-    own_id = None
-    if "id" in members:
-        value, text = members["id"]
-        if text.startswith('"') or INTEGER.fullmatch(text):
-            own_id = value
-        if own_id is None or not is_sendable_id(own_id):
-            own_id = None
-            dropped.append("id")
-    return Event(whole_text(data), name, own_id, tuple(dropped))
+    own_id, _ = members.get("id", (None, ""))
+    if not isinstance(own_id, str) or not OWN_ID.fullmatch(own_id):
+        own_id = None
+    lost = {"event": given and name is None, "id": "id" in members and own_id is None}
+    return Event(whole_text(data), name, own_id, tuple(field for field in lost if lost[field]))
 
 
 def encode_event(event: Event, position: bytes) -> bytes:
@@ -387,9 +319,7 @@ def named_block(frame: Frame) -> bytes:
 
 def join_blocks(frames: Iterable[Frame], several: bool) -> bytes:
     """Join the blocks of frames for a stream of one channel, or of several."""
-    if several:
-        return b"".join(map(named_block, frames))
-    return b"".join([frame.block for frame in frames])
+    return b"".join([named_block(frame) if several else frame.block for frame in frames])
 
 
 def encode_control(name: str, data: Mapping[str, object], position: bytes | None = None) -> bytes:
@@ -404,17 +334,15 @@ def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | No
 
     Args:
         gaps: The reason by channel.
-        since: The position as the client sent it; cut at `MAX_SHOWN_SINCE`.
+        since: The position as the client sent it, its first `MAX_SHOWN_SINCE` characters.
         position: The present position, for the last of them; None if older events follow.
     """
-    by_reason: dict[str, list[str]] = {}
-    for channel, reason in gaps.items():
-        by_reason.setdefault(reason, []).append(channel)
-    shown = None if since is None else since[:MAX_SHOWN_SINCE]
+    reasons = list(dict.fromkeys(gaps.values()))
     blocks = []
-    for left, (reason, channels) in zip(reversed(range(len(by_reason))), by_reason.items(), strict=True):
-        data = {"channels": channels, "reason": reason, "since": shown}
-        blocks.append(encode_control("gap", data, None if left else position))
+    for reason in reasons:
+        channels = [channel for channel in gaps if gaps[channel] == reason]
+        data = {"channels": channels, "reason": reason, "since": since}
+        blocks.append(encode_control("gap", data, position if reason == reasons[-1] else None))
     return b"".join(blocks)
 
 
@@ -4493,14 +4421,14 @@ class Refusals:
         retry = retry_after(self._retry, len(self._hub.subscribers))
         accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
         if is_stream and accepts and request.method == "GET":
-            body = encode_retry(retry) if passing else encode_refused(refused.status, refused.reason)
+            body = encode_retry(retry) if passing else encode_refused(refused.status, refused.what)
             return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
         fields = {"Cache-Control": "no-store", **headers}
         if passing:
             fields["Retry-After"] = str(-(-retry // 1000))
         if refused.status == 405:
             fields["Allow"] = "GET, HEAD, OPTIONS"
-        problem = {"title": "refused", "status": refused.status, "detail": refused.reason}
+        problem = {"title": "refused", "status": refused.status, "detail": refused.what}
         return web.Response(
             status=refused.status,
             text=json.dumps(problem) + "\n",
@@ -4519,7 +4447,7 @@ class Refusals:
             asyncio.get_running_loop().call_later(1.0, self._end_second)
         self._in_second += 1
         if self._in_second <= MAX_REFUSAL_LINES:
-            log.info("refused with %d: %s%s", refused.status, refused.reason, asked())
+            log.info("refused with %d: %s%s", refused.status, refused.what, asked())
 
     def _end_second(self) -> None:
         more, self._in_second = self._in_second - MAX_REFUSAL_LINES, 0
@@ -5362,7 +5290,7 @@ class Connection(web.RequestHandler):
         if isinstance(exc, LineTooLong):
             refused = RefusedError(431, "the request's target or a header is too long")
         self.door.refused(refused)
-        response = web.Response(status=refused.status, text=f"{refused.reason}\n")
+        response = web.Response(status=refused.status, text=f"{refused.what}\n")
         response.force_close()
         return response
 

@@ -110,7 +110,7 @@ def test_an_awkward_name_arrives_unchanged_as_a_query_and_as_a_path(name: str) -
         if is_path_name(name):
             assert parse_target(path, prefix) == wanted
         else:
-            assert "as ?channel=" in refusal(path, prefix).reason
+            assert "as ?channel=" in refusal(path, prefix).what
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_an_impossible_name_is_refused_with_its_reason(name: str, status: int, r
     with pytest.raises(RefusedError, match=reason) as caught:
         check_channel(name)
     assert caught.value.status == status
-    assert caught.value.reason.isascii()
+    assert caught.value.what.isascii()
 
 
 @quick
@@ -481,12 +481,12 @@ def test_a_target_that_opens_nothing_is_refused_with_its_reason(
 ) -> None:
     refused = refusal(target)
     assert refused.status == status
-    assert reason in refused.reason
+    assert reason in refused.what
 
 
 def test_a_refusal_names_the_routes_that_there_are() -> None:
-    assert "ask for /CHANNEL or" in refusal("/", "/").reason
-    assert "ask for /deep/CHANNEL or" in refusal("/deep", "/deep").reason
+    assert "ask for /CHANNEL or" in refusal("/", "/").what
+    assert "ask for /deep/CHANNEL or" in refusal("/deep", "/deep").what
 
 
 def test_one_stream_takes_fifty_channels_and_counts_each_once() -> None:
@@ -494,7 +494,7 @@ def test_one_stream_takes_fifty_channels_and_counts_each_once() -> None:
     query = "&".join(f"channel={name}" for name in fifty)
     assert parse_target(f"/events?{query}", "/events").channels == tuple(fifty)
     assert parse_target(f"/events?{query}&{query}", "/events").channels == tuple(fifty)
-    assert "51 channels" in refusal(f"/events?{query}&channel=more").reason
+    assert "51 channels" in refusal(f"/events?{query}&channel=more").what
 
 
 @pytest.mark.parametrize(
