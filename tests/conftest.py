@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import harness
-import sse_relay
 
 # What drives a browser, Node.js or a relay in a process of its own.
 SLOW_FIXTURES = {"browser", "node_modules", "start_relay", "standing"}
@@ -41,9 +40,9 @@ def server() -> Iterator[harness.Server]:
 
 
 @pytest.fixture
-def database(server: harness.Server) -> Iterator[harness.Database]:
+def database(server: harness.Server, request: pytest.FixtureRequest) -> Iterator[harness.Database]:
     """A database of the test's own on the shared server."""
-    with server.fresh_database() as fresh:
+    with server.fresh_database(log="log_database" in request.fixturenames) as fresh:
         yield fresh
 
 
@@ -67,8 +66,7 @@ def each_database(each_server: harness.Server) -> Iterator[harness.Database]:
 
 @pytest.fixture
 def log_database(database: harness.Database) -> harness.Database:
-    """The same, with the durable log."""
-    sse_relay.apply_schema(database.dsn)
+    """The same database, with the durable log."""
     return database
 
 

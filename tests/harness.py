@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -41,7 +42,7 @@ import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
 import pages
-from sse_relay import EmbeddedPostgres
+from sse_relay import EmbeddedPostgres, apply_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "sse_relay.py"
@@ -325,12 +326,25 @@ def postgres_versions() -> dict[str, Path]:
     }
 
 
+def memory_folder() -> str | None:
+    """Return a folder in memory with room for some servers, where making and dropping a database is cheap."""
+    with contextlib.suppress(FileNotFoundError):
+        if shutil.disk_usage("/dev/shm").free > 8 << 30:  # noqa: S108  # each server makes a folder of its own
+            return "/dev/shm"  # noqa: S108
+    return None
+
+
 class Server(EmbeddedPostgres):
     """A PostgreSQL of the tests, without waiting for the disk. Its own database is `database`."""
 
     def __init__(self, **options: str) -> None:
         super().__init__(options={"fsync": "off", "max_connections": "200", **options})
         self._numbers = iter(range(1, 1_000_000))
+
+    def _prepare(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", memory_folder())
+            super()._prepare()
 
     @functools.cached_property
     def database(self) -> Database:
@@ -359,13 +373,23 @@ class Server(EmbeddedPostgres):
             return super()._is_ready() or "standby" in (self._data / "postmaster.pid").read_text().split()
         return False
 
+    @functools.cached_property
+    def _log_template(self) -> str:
+        """A database with the durable log, for others to be copied from."""
+        self.database.execute("CREATE DATABASE log_template")
+        apply_schema(psycopg2.extensions.make_dsn(self.dsn, dbname="log_template"))
+        return "log_template"
+
     @contextlib.contextmanager
-    def fresh_database(self) -> Iterator[Database]:
-        """Make an empty database, and drop it with whoever is still connected."""
+    def fresh_database(self, *, log: bool = False) -> Iterator[Database]:
+        """Make a database, empty or with the durable log, and drop it with whoever is still connected."""
         name = f"test_{next(self._numbers)}"
-        self.database.execute(f"CREATE DATABASE {name}")
+        template = self._log_template if log else "template1"
+        self.database.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         fresh = Database(psycopg2.extensions.make_dsn(self.dsn, dbname=name))
         try:
+            if log:
+                fresh.execute("SELECT sse_relay.renew_epoch()")  # a copy has none
             yield fresh
         finally:
             fresh.close()

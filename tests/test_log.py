@@ -40,10 +40,9 @@ RelayStarter = Callable[..., Relay]
 
 
 @pytest.fixture
-def log(database: Database) -> Database:
+def log(log_database: Database) -> Database:
     """A database of the test's own with the log installed."""
-    apply_schema(database.dsn)
-    return database
+    return log_database
 
 
 @pytest.fixture

@@ -61,10 +61,9 @@ POSITION = re.compile(r"([0-9a-f]{12})-(\d+)(?:@(\d+):(\d+):((?:\d+(?:,\d+)*)?))
 
 
 @pytest.fixture
-def log(database: Database) -> Iterator[Session]:
+def log(log_database: Database) -> Iterator[Session]:
     """A database with the schema, and a session of a relay that is its owner."""
-    apply(database)
-    with Session(database) as session:
+    with Session(log_database) as session:
         yield session
 
 
@@ -677,6 +676,7 @@ def test_a_sweep_wakes_the_other_relays_only_if_it_moved_something(log: Session,
         assert [note.payload != "" for note in wait_until(lambda: notifications(other.connection))] == [True]
 
 
+@pytest.mark.slow
 def test_a_million_dead_rows_and_a_long_transaction_slow_nothing_down(
     log: Session, database: Database
 ) -> None:
@@ -713,6 +713,7 @@ def test_a_million_dead_rows_and_a_long_transaction_slow_nothing_down(
             assert max(medians.values()) < 0.02, (statistics, medians)
 
 
+@pytest.mark.slow
 def test_a_large_backlog_is_numbered_in_time_that_grows_with_its_size_only(log: Session) -> None:
     """A hundred transactions of a thousand events: no call may look at all of them."""
     log.run(
@@ -1536,6 +1537,7 @@ def forge(database: Database, role: str, stop: threading.Event) -> None:
             time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_writers_of_all_kinds_and_relays_that_die_lose_and_reorder_nothing(
     log: Session, database: Database
 ) -> None:
@@ -1944,6 +1946,7 @@ def test_a_clock_that_was_ahead_does_not_stop_the_pruning(log: Session) -> None:
 # ---------------------------------------------------------------- windows
 
 
+@pytest.mark.slow
 def test_windows_keep_the_order_of_what_could_be_seen(log: Session, database: Database) -> None:
     """A transaction counts to the window of its last row; what commits during the pass waits for the next."""
     with Session(database) as early, Session(database) as unseen:
