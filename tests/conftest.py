@@ -97,8 +97,9 @@ def start_relay() -> Iterator[Callable[..., harness.Relay]]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that other users can reach, which pytest's are not."""
-    with tempfile.TemporaryDirectory() as name:
+    """A folder in which every user may make files; pytest's own ones are closed to others."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o1777)
         yield Path(name)
 
 

@@ -350,10 +350,10 @@ class Server(EmbeddedPostgres):
     def database(self) -> Database:
         return Database(self.dsn)
 
-    def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         if self.pid:
             self.database.close()
-        super().stop(mode)
+        super().stop(how)
 
     @property
     def log(self) -> str:

@@ -209,6 +209,9 @@ BAD_ARGUMENTS: list[tuple[str, list[str], str]] = [
     ("run", ["orders"], "unexpected extra argument"),
     ("serve", ["--bind"], "No such command"),
     ("publish", ["--event=x"], "Missing argument 'CHANNEL'"),
+    ("demo", ["--bind=0.0.0.0:1", "--bind=[::]:1", "--bind=192.0.2.1:1"], "it listens on this machine only"),
+    ("demo", ["--bind=unix:/tmp/demo.sock", "--bind=127.0.0.1:0"], "give HOST:PORT"),
+    ("demo", ["--bind=8008"], "neither HOST:PORT nor unix:PATH"),
 ]
 
 

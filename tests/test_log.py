@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -297,7 +298,7 @@ def lose_and_promote(
     replication.freeze()
     publish(primary.database, "a", "lost 1", "lost 2")
     position = reader.wait_for_data("lost 2").id
-    primary.stop("immediate")
+    primary.stop(signal.SIGQUIT)
     replication.drop()
     replication.refuse()
     replication.thaw()

@@ -12,6 +12,7 @@ import json
 import random
 import re
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -1594,7 +1595,7 @@ def test_ids_survive_an_immediate_stop(own_server: Server) -> None:
         session.sweep()
         before = session.read()
         epoch = session.attach()[0]
-    own_server.stop("immediate")
+    own_server.stop(signal.SIGQUIT)
     own_server.start()
     with Session(own_server.database) as session:
         assert session.attach(epoch, before[-1][2])[0] == epoch

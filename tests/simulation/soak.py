@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import socket
 import threading
 import time
@@ -289,7 +290,8 @@ class Soak:
                 self.crowded = waiting > CROWD
             if crashes and counted > crashes[0]:
                 crashes.pop(0)
-                server.restart("immediate")
+                server.stop(signal.SIGQUIT)
+                server.start()
                 self.figures["crashes of PostgreSQL"] += 1
             kind = chance.choice(("kill", "kill", "suspend", "sessions"))
             victim = (victim + 1) % len(self._relays)
