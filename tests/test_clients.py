@@ -20,13 +20,13 @@ from urllib.parse import quote, unquote_plus
 
 import httpx
 import playwright.async_api
-import psycopg2.extensions
 import pytest
 
 import harness
 import sse_relay
 from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 from pages import block, pages
+from sites import AROUND, beside, django_databases, is_live, line_to, serving
 
 pytestmark = pytest.mark.slow
 
@@ -82,14 +82,6 @@ def relay(database: Database) -> Iterator[Relay]:
         yield running
 
 
-@pytest.fixture
-def cuttable(relay: Relay) -> Iterator[FreezableProxy]:
-    """What lets the relay seem away."""
-    host, _, port = relay.bind.rpartition(":")
-    with FreezableProxy((host, int(port))) as proxy:
-        yield proxy
-
-
 @dataclass
 class Vite:
     """A real Vite, which passes /events on by the docs' configuration."""
@@ -102,8 +94,7 @@ class Vite:
 def vite(node_modules: Path, relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vite]:
     folder = tmp_path_factory.mktemp("vite")
     port = harness.free_port()
-    relay_port = int(relay.bind.rpartition(":")[2])
-    with FreezableProxy(("127.0.0.1", relay_port)) as proxy:
+    with line_to(relay) as proxy:
         config = block("js", "// vite.config.js")
         assert "127.0.0.1:8008" in config
         (folder / "vite.config.js").write_text(config.replace("127.0.0.1:8008", f"127.0.0.1:{proxy.port}"))
@@ -114,26 +105,9 @@ def vite(node_modules: Path, relay: Relay, tmp_path_factory: pytest.TempPathFact
         (folder / "src" / "events.js").write_bytes(httpx.get(f"http://{relay.bind}/events.js").content)
         (folder / "node_modules").symlink_to(node_modules / "node_modules")
         command = [harness.require("node"), "node_modules/vite/bin/vite.js", "--host", "127.0.0.1"]
-        log = folder / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, "--port", str(port), "--strictPort"],
-                cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            )  # fmt: skip
-
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            try:
-                return httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        try:
-            wait_until(answers, 30, "Vite")
-            yield Vite(f"http://127.0.0.1:{port}", proxy)
-        finally:
-            process.terminate()
-            process.wait(10)
+        url = f"http://127.0.0.1:{port}"
+        with serving([*command, "--port", str(port), "--strictPort"], f"{url}/", folder):
+            yield Vite(url, proxy)
 
 
 # ==== The table of clients ====================================================
@@ -370,37 +344,12 @@ def test_the_table_names_the_versions_that_are_tested() -> None:
 # ==== Recipes =================================================================
 
 
-# Before a recipe: what its page has around it, and a look at its EventSource.
-AROUND = """<!doctype html><meta charset="utf-8"><title>recipe</title><script>
-const shown = [], gaps = [];
-const show = (what) => shown.push(what);
-const refetch = (gap) => gaps.push(gap);
-const Native = EventSource;
-window.EventSource = class extends Native {
-  constructor(...given) {
-    super(...given);
-    window.source = this;
-  }
-};
-</script>
-"""
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What nginx serves beside the streams, at the same origin."""
     made = tmp_path / "pages"
     made.mkdir()
     return made
-
-
-def site(folder: Path, address: str, streams: str, more: str = "") -> Nginx:
-    """Serve a folder, and a relay by the nginx block ``streams``."""
-    return Nginx(folder.parent, address, server=f"{streams}location / {{ root {folder}; }}\n{more}")
-
-
-def wait_live(page: Page) -> None:
-    wait_until(lambda: page.evaluate("window.source?.readyState") == 1, what="the stream")
 
 
 def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
@@ -420,10 +369,10 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
         )
 
     with (
-        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
-        wait_live(page)
+        wait_until(lambda: is_live(page), what="the stream")
         database.notify("orders", "1")
         wait_until(lambda: page.evaluate("shown") == [1], what="the first event")
         show(False)
@@ -441,7 +390,7 @@ def test_the_native_recipe_and_exact_numbers(
     exact = block("js", "// A reviver")
     (folder / "page.html").write_text(f"{AROUND}<script>{exact}\n{native}</script>")
     with (
-        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
         wait_until(lambda: page.evaluate("gaps.length") == 1, what="the start")
@@ -474,7 +423,7 @@ def test_the_chart_draws_the_last_values_and_then_each_new_one(
 
     publish(*range(100, 130))
     with (
-        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
 
@@ -513,7 +462,7 @@ def test_the_application_is_not_asked_for_the_client_module(
     )
     asking = re.sub(r" *error_page .*@sse_retry;\n", lambda _: more, plain) + to_ask
     nobody = asking.replace("127.0.0.1:8000", f"127.0.0.1:{harness.free_port()}")
-    with site(folder, relay.bind, nobody) as nginx:
+    with beside(folder.parent, relay.bind, nobody) as nginx:
         assert httpx.get(f"{nginx.url}/events/orders").text == "retry: 2000\n\n"
         assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
 
@@ -521,7 +470,7 @@ def test_the_application_is_not_asked_for_the_client_module(
 def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browser: Browser) -> None:
     (folder / "page.html").write_text(AROUND)
     with (
-        site(folder, relay.bind, harness.nginx_recipe("server { }")) as nginx,
+        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
         page.evaluate(
@@ -614,15 +563,11 @@ def test_playwright_answers_a_stream_as_printed(browser: Browser) -> None:
 
 
 def test_a_transaction_test_case_hears_what_is_published(database: Database, tmp_path: Path) -> None:
-    parts = psycopg2.extensions.parse_dsn(database.dsn)
-    names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
-    connection = {name: parts[key] for name, key in names.items()}
     # The model needs a table.
     model = "from unittest.mock import MagicMock\n\nOrder = MagicMock()\n"
     view = block("python", "# shop/views.py", "README.md").replace("from shop.models import Order\n", model)
     (tmp_path / "settings.py").write_text(
-        "SECRET_KEY = 'of the tests alone'\nROOT_URLCONF = 'urls'\n"
-        f"DATABASES = {{'default': {{'ENGINE': 'django.db.backends.postgresql', **{connection!r}}}}}\n"
+        "SECRET_KEY = 'of the tests alone'\nROOT_URLCONF = 'urls'\n" + django_databases(database)
     )
     (tmp_path / "urls.py").write_text(
         f"{view}\nfrom django.urls import path\n\nurlpatterns = [path('pay/<int:pk>', pay)]\n"

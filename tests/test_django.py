@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
-import os
 import random
 import re
 import shutil
@@ -27,12 +27,11 @@ import harness
 import pages
 from django_example.serve import EXAMPLE, Site, serve, sign_in, state_of
 from harness import Browser, Database, FreezableProxy, Page, Relay, SseReader, wait_until
+from sites import stale_loads
 from sse_relay import cli
 
 StartRelay = Callable[..., Relay]
 FILE_NAME = re.compile(r"(?:#|<!--) (shop/[\w./]+)(?: -->)?\n")
-# How often a page is loaded with an event between its rendering and its stream's opening.
-PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
 
 
 @pytest.fixture(scope="module")
@@ -363,26 +362,9 @@ def test_pages_show_events_from_between_their_rendering_and_their_stream(
 ) -> None:
     """PAGE_LOADS=1000 for as many."""
     order = add_order(site, 1, "tea")
-    number = 0
-
-    async def publish_first(route: playwright.async_api.Route) -> None:
-        nonlocal number
-        number += 1
-        response = await route.fetch()
-        change(site, order, str(number))
-        await route.fulfill(response=response)
-
+    state = f"document.getElementById('order-{order}').textContent.replace('tea: ', '')"
     with open_signed_in(browser, site, "ann") as page:
-        browser.run(page.playwright.route(f"{site.url}/", publish_first))
-        stale = 0
-        for _ in range(PAGE_LOADS):
-            browser.run(page.playwright.goto(site.url))
-            try:
-                awaited = f"() => document.getElementById('order-{order}').textContent === 'tea: {number}'"
-                browser.run(page.playwright.wait_for_function(awaited, timeout=10_000))
-            except playwright.async_api.TimeoutError:
-                stale += 1
-        assert (number, stale) == (PAGE_LOADS, 0)
+        assert stale_loads(page, f"{site.url}/", functools.partial(change, site, order), state) == 0
 
 
 @pytest.mark.slow

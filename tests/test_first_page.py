@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
-import psycopg2.extensions
 import pytest
 
 import harness
 from harness import Browser, Database, Page, Relay, wait_until
 from pages import blocks
+from sites import django_databases, serving
 
 FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(?: -->)?\n")
 MODELS = """
@@ -43,14 +42,8 @@ def write_project(folder: Path, database: Database, relay: str) -> None:
     """Write what Django's own commands begin with, and into it what the README shows."""
     for command in (["startproject", "project", "."], ["startapp", "shop"]):
         subprocess.run([sys.executable, "-m", "django", *command], cwd=folder, check=True, timeout=60)
-    parts = psycopg2.extensions.parse_dsn(database.dsn)
-    keys = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
-    connection = {name: parts[key] for name, key in keys.items()}
     with (folder / "project" / "settings.py").open("a") as settings:
-        settings.write("INSTALLED_APPS.append('shop')\n")
-        settings.write(
-            f"DATABASES = {{'default': {{'ENGINE': 'django.db.backends.postgresql', **{connection}}}}}\n"
-        )
+        settings.write("INSTALLED_APPS.append('shop')\n" + django_databases(database))
     (folder / "shop" / "models.py").write_text(MODELS)
     for path, text in printed_files().items():
         target = folder / ("project/urls.py" if path == "urls.py" else path)
@@ -66,24 +59,8 @@ def site(tmp_path: Path, relay: Relay, database: Database) -> Iterator[str]:
     write_project(tmp_path, database, relay.bind.replace("127.0.0.1", "localhost"))
     port = harness.free_port()
     command = [sys.executable, "manage.py", "runserver", "--noreload", str(port)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=harness.clean_environment(), stdout=log, stderr=log
-        )
-    try:
-
-        def answers() -> bool:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            try:
-                return httpx.get(f"http://localhost:{port}/states").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(answers, 20, "runserver")
+    with serving(command, f"http://localhost:{port}/states", tmp_path):
         yield f"http://localhost:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def wait_shown(page: Page, text: str) -> None:

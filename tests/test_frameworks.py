@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import playwright.async_api
 import psycopg2.extensions
 import pytest
 
 import harness
-from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
+from harness import Browser, Database, Nginx, Page, Relay, wait_until
 from pages import block, pages
+from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, serving, stale_loads
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-# How often a page is loaded with an event between its rendering and its stream's opening.
-PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
 OPTIONS = ("--source", "log", "--retry", "100")
-FILES = "types { text/javascript js; text/html html; }"
 
 
 @pytest.fixture
@@ -89,40 +84,24 @@ def serve(
     relays = [start_relay(*OPTIONS, bind=socket, dsn=database.dsn)]
     server = harness.nginx_recipe("server { }")
     server += f"location = /turbo.js {{ {FILES} root {site}; }} location / {{ proxy_pass {own_url}; }}"
-    log = folder / "log"
-    with log.open("wb") as output, Nginx(folder, socket, server=server) as nginx:
-        program, *arguments = [word.replace("PORT", str(port)) for word in command]
-        process = subprocess.Popen(
-            [harness.require(program), *arguments],
-            cwd=site, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**harness.clean_environment(), "CONNECTION": connection},
+    command = [word.replace("PORT", str(port)) for word in command]
+    env = {**harness.clean_environment(), "CONNECTION": connection}
+    with (
+        Nginx(folder, socket, server=server) as nginx,
+        serving([harness.require(command[0]), *command[1:]], f"{own_url}/orders", site, env),
+    ):
+        yield Application(
+            nginx.url, own_url,
+            lambda: relays.append(start_relay(*OPTIONS, bind=socket, dsn=database.dsn)),
+            lambda: wait_until(lambda: relays[-1].stop() == 0),
         )  # fmt: skip
 
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"{own_url}/orders").status_code == 200
-            return False
 
-        try:
-            wait_until(answers, 20, framework)
-            yield Application(
-                nginx.url, own_url,
-                lambda: relays.append(start_relay(*OPTIONS, bind=socket, dsn=database.dsn)),
-                lambda: wait_until(lambda: relays[-1].stop() == 0),
-            )  # fmt: skip
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-def order(page: Page) -> str:
-    return str(page.evaluate("document.getElementById('order-7')?.textContent"))
+ORDER = "document.getElementById('order-7')?.textContent"
 
 
 def wait_order(page: Page, state: str) -> None:
-    shown = f"() => document.getElementById('order-7')?.textContent === '{state}'"
-    page.browser.run(page.playwright.wait_for_function(shown, timeout=20_000))
+    page.browser.run(page.playwright.wait_for_function(f"() => {ORDER} === '{state}'", timeout=20_000))
 
 
 @pytest.mark.timeout(120 + PAGE_LOADS)
@@ -136,30 +115,12 @@ def test_a_frameworks_page_misses_nothing(
     tmp_path: Path,
 ) -> None:
     """PAGE_LOADS=1000 for as many."""
-    number = 0
-
-    async def change_first(route: playwright.async_api.Route) -> None:
-        nonlocal number
-        number += 1
-        response = await route.fetch()
-        application.change(str(number))
-        await route.fulfill(response=response)
-
     with (
         serve(framework, database, start_relay, node_modules, tmp_path) as application,
         browser.open(url=f"{application.url}/orders") as page,
     ):
-        assert order(page) == "new"
-        browser.run(page.playwright.route("**/orders", change_first))
-        stale = 0
-        for _ in range(PAGE_LOADS):
-            browser.run(page.playwright.goto(f"{application.url}/orders"))
-            try:
-                wait_order(page, str(number))
-            except playwright.async_api.TimeoutError:
-                stale += 1
-        assert (number, stale) == (PAGE_LOADS, 0)
-        browser.run(page.playwright.unroute("**/orders"))
+        assert page.evaluate(ORDER) == "new"
+        assert stale_loads(page, f"{application.url}/orders", application.change, ORDER) == 0
         # Live, then across a restart, then a gap, after which the page is loaded again.
         page.evaluate("() => { window.same = document.querySelector('ul'); }")
         application.change("live")
@@ -172,7 +133,7 @@ def test_a_frameworks_page_misses_nothing(
         database.execute("SELECT sse_relay.renew_epoch()")
         browser.run(page.playwright.wait_for_function("() => !window.same?.isConnected", timeout=20_000))
         wait_order(page, "missed")
-        application.change("after the gap".replace(" ", "-"))
+        application.change("after-the-gap")
         wait_order(page, "after-the-gap")
 
 
@@ -189,18 +150,6 @@ SCRIPTS = {
     "htmx": {"htmx.js": "htmx.org/dist/htmx.min.js", "sse.js": "htmx-ext-sse/dist/sse.min.js"},
     "datastar": {"datastar.js": "@starfederation/datastar/dist/datastar.js"},
 }
-# Before a recipe: a look at its EventSource.
-AROUND = """<!doctype html><meta charset="utf-8"><title>recipe</title><script>
-const Native = EventSource;
-window.EventSource = class extends Native {
-  constructor(...given) {
-    super(...given);
-    window.source = this;
-  }
-};
-document.addEventListener("htmx:sseClose", () => window.told = true);
-</script>
-"""
 
 
 @pytest.mark.parametrize("framework", ROWS)
@@ -225,18 +174,13 @@ def test_a_list_is_fetched_when_it_must_be(
     (folder / "refused.html").write_text(head + recipe.replace("/events/orders", "/events/sse_relay_x"))
     content_type, rows = ROWS[framework]
     more = f"location = /orders/rows {{ default_type {content_type}; return 200 '{rows}'; }}"
-    host, _, port = relay.bind.rpartition(":")
 
     def publish(data: str, name: str | None = None) -> None:
         database.execute("SELECT sse_relay.publish('orders', %s::text, %s)", (data, name))
 
     with (
-        FreezableProxy((host, int(port))) as cuttable,
-        Nginx(
-            tmp_path,
-            f"127.0.0.1:{cuttable.port}",
-            server=f"{harness.BARE_PROXY}{more}location / {{ {FILES} root {folder}; }}",
-        ) as nginx,
+        line_to(relay) as line,
+        beside(tmp_path, f"127.0.0.1:{line.port}", harness.BARE_PROXY, more) as nginx,
     ):
 
         def fetched() -> int:
@@ -248,7 +192,7 @@ def test_a_list_is_fetched_when_it_must_be(
         with browser.open(url=f"{nginx.url}/page.html") as page:
             shown = "document.querySelector('ul').textContent"
             wait_until(lambda: page.evaluate(shown) == "a row", 20, "the list")
-            wait_until(lambda: page.evaluate("window.source?.readyState") == 1, what="the stream")
+            wait_until(lambda: is_live(page), what="the stream")
             # Once for the page, at most once more for the stream's start.
             assert fetched() <= 2
             settled = fetched()
@@ -262,18 +206,11 @@ def test_a_list_is_fetched_when_it_must_be(
             database.execute("SELECT sse_relay.renew_epoch()")
             wait_fetched("a gap", settled)
             settled = fetched()
-            cuttable.refuse()
-            cuttable.drop()
-            wait_until(
-                lambda: (
-                    'heartbeat=event HTTP/1.1" 502' in nginx.log()
-                    or '/events/orders HTTP/1.1" 502' in nginx.log()
-                ),
-                20,
-                "a 502",
-            )
+            line.refuse()
+            line.drop()
+            wait_until(lambda: re.search(r'/events/orders\S* HTTP/1.1" 502', nginx.log()), 20, "a 502")
             publish("while away")
-            cuttable.accept()
+            line.accept()
             wait_fetched("a 502", settled)
         with browser.open(url=f"{nginx.url}/refused.html") as page:
             wait_until(lambda: page.evaluate("window.source?.readyState") == 2, what="the refusal")
@@ -299,15 +236,14 @@ def test_datastar_reads_the_stream_itself(
     )
     page_html = f'<script type=module src=/datastar.js></script><ul data-on-load="{get}"><li id="order-7">new'
     (folder / "page.html").write_text(page_html)
-    server = f"{harness.nginx_recipe('server { }')}location / {{ {FILES} root {folder}; }}"
     with (
-        Nginx(tmp_path, relay.bind, server=server) as nginx,
+        beside(tmp_path, relay.bind, harness.nginx_recipe("server { }")) as nginx,
         browser.open(url=f"{nginx.url}/page.html") as page,
     ):
 
         def shown() -> bool:
             # What was published before the stream began does not count.
             database.execute(sql)
-            return order(page) == "paid"
+            return bool(page.evaluate(ORDER) == "paid")
 
         wait_until(shown, 20, "the event")

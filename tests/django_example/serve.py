@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import httpx
 from psycopg2.extensions import make_dsn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
+from sites import serving
 
 EXAMPLE = Path(__file__).resolve().parent
 PEOPLE = """
@@ -134,23 +134,10 @@ def serve() -> Iterator[Site]:
         )  # fmt: skip
         site.manage("migrate", "-v", "0")
         site.manage("shell", "-c", f"PASSWORD = {password!r}\n{PEOPLE}")
-        log = stack.enter_context((folder / "django.log").open("wb"))
-        running = subprocess.Popen(
-            [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", django],
-            cwd=example, env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
-        stack.callback(running.wait, 10)
-        stack.callback(running.terminate)
-        harness.wait_until(lambda: answers(running, f"http://{django}/accounts/login/"), 30, "Django")
+        command = [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", django]
+        stack.enter_context(serving(command, f"http://{django}/accounts/login/", example, environment))
         site.relays.extend(start_relay(f"unix:{folder}/{number}.sock") for number in (1, 2))
         yield site
-
-
-def answers(process: subprocess.Popen[bytes], url: str) -> bool:
-    assert process.poll() is None, "Django has ended"
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url).status_code == 200
-    return False
 
 
 def sign_in(page: harness.Page, name: str, password: str) -> None:

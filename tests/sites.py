@@ -1,0 +1,118 @@
+"""Web sites for the tests of the docs' recipes: servers, pages beside a relay, and how they are watched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+import playwright.async_api
+import psycopg2.extensions
+
+from harness import Database, FreezableProxy, Nginx, Page, Relay, clean_environment, wait_until
+
+# How often a page is loaded with an event between its rendering and its stream's opening.
+PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
+# Before a recipe: a look at its EventSource, and at what it shows and fetches.
+AROUND = """<!doctype html><meta charset="utf-8"><title>recipe</title><script>
+const shown = [], gaps = [];
+const show = (what) => shown.push(what);
+const refetch = (gap) => gaps.push(gap);
+const Native = EventSource;
+window.EventSource = class extends Native {
+  constructor(...given) {
+    super(...given);
+    window.source = this;
+  }
+};
+document.addEventListener("htmx:sseClose", () => window.told = true);
+</script>
+"""
+FILES = "types { text/javascript js; text/html html; }"
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], url: str, folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Run a web server in a folder, from its first answer at an address on."""
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env or clean_environment(), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output,
+        )  # fmt: skip
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url).status_code == 200
+        return False
+
+    try:
+        wait_until(answers, 30, " ".join(command))
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def beside(folder: Path, address: str, streams: str, more: str = "") -> Nginx:
+    """Serve the folder ``pages`` in another one, and at the same origin a relay by the block ``streams``."""
+    root = folder / "pages"
+    return Nginx(folder, address, server=f"{streams}location / {{ {FILES} root {root}; }}\n{more}")
+
+
+def line_to(relay: Relay) -> FreezableProxy:
+    """Return a proxy before a relay, as the network between it and its clients."""
+    host, _, port = relay.bind.rpartition(":")
+    return FreezableProxy((host, int(port)))
+
+
+def django_databases(database: Database) -> str:
+    """Return a line of Django's settings."""
+    parts = psycopg2.extensions.parse_dsn(database.dsn)
+    keys = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
+    connection = {name: parts[key] for name, key in keys.items()}
+    return f"DATABASES = {{'default': {{'ENGINE': 'django.db.backends.postgresql', **{connection}}}}}\n"
+
+
+def stale_loads(page: Page, url: str, change: Callable[[str], object], shown: str) -> int:
+    """Load a page `PAGE_LOADS` times, each with a change between its rendering and its stream's opening.
+
+    Args:
+        change: Takes what the page must come to show, as the JavaScript ``shown`` reads it.
+
+    Returns:
+        How often it did not.
+    """
+    number = 0
+
+    async def change_first(route: playwright.async_api.Route) -> None:
+        nonlocal number
+        number += 1
+        response = await route.fetch()
+        change(str(number))
+        await route.fulfill(response=response)
+
+    async def load() -> bool:
+        await page.playwright.goto(url)
+        try:
+            await page.playwright.wait_for_function(f"() => {shown} === '{number}'", timeout=20_000)
+        except playwright.async_api.TimeoutError:
+            return False
+        return True
+
+    page.browser.run(page.playwright.route(url, change_first))
+    fresh = sum(page.browser.run(load()) for _ in range(PAGE_LOADS))
+    page.browser.run(page.playwright.unroute(url))
+    assert number == PAGE_LOADS
+    return PAGE_LOADS - fresh
+
+
+def is_live(page: Page) -> bool:
+    """Return whether the EventSource of a recipe is open."""
+    return bool(page.evaluate("window.source?.readyState === 1"))
