@@ -107,7 +107,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, Self
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Self
 
 import aiopg
 import click
@@ -2109,6 +2109,7 @@ class Listener:
 
     def __init__(self, dsn: str, source: Source) -> None:
         self.source = source
+        source.listener = self
         # Whether the last canary came back, and if not, why, in one line.
         self.ready = asyncio.Event()
         self.trouble = "not connected yet"
@@ -2123,7 +2124,6 @@ class Listener:
         self._dsn = dsn
         # The same, pinned to the server that was found.
         self._pinned_dsn = dsn
-        self._changed = asyncio.Event()
         self._canary = f"{RESERVED_CHANNEL_PREFIX}_canary_{secrets.token_hex(8)}"
         self._canaries = itertools.count(1)
         self._echo: tuple[str, asyncio.Future[None]] | None = None
@@ -2137,10 +2137,6 @@ class Listener:
         self._client_lock = asyncio.Lock()
         # Loop time before which it is not opened again.
         self._client_retry_at = 0.0
-
-    def interest_changed(self) -> None:
-        """Look at the source's interest again; all changes of one turn go in one round trip."""
-        self._changed.set()
 
     async def query(
         self, statement: str, values: Values = (), timeout: float = QUERY_TIMEOUT
@@ -2289,8 +2285,9 @@ class Listener:
 
     async def _follow_interest(self) -> None:
         while True:
-            await self._changed.wait()
-            self._changed.clear()
+            # All changes of one turn go in one round trip.
+            await self.source.interest.changed.wait()
+            self.source.interest.changed.clear()
             while await self._listen():
                 pass
 
@@ -2425,8 +2422,9 @@ class Interest:
         linger: Seconds for which a channel is listened to after its last client left.
         max_channels: Listened to at once.
         """
-        # Those with a confirmed LISTEN.
+        # Those with a confirmed LISTEN, and whether others may be wanted by now.
         self.confirmed: set[str] = set()
+        self.changed = asyncio.Event()
         self._watched = watched
         self._linger = linger
         self._max_channels = max_channels
@@ -2445,6 +2443,7 @@ class Interest:
         """
         if self._lingering.pop(channel, None) is not None:
             return
+        self.changed.set()
         if len(self._watched) + len(self._lingering) >= self._max_channels:
             if not self._lingering:
                 raise RefusedError(503, "too many channels are watched at present")
@@ -2455,37 +2454,59 @@ class Interest:
         if channel in self.confirmed:
             self._lingering[channel] = now + self._linger
 
-    def expire(self, now: float) -> bool:
-        """Let go of channels that have lingered; return whether there were any."""
-        expired = [channel for channel, end in self._lingering.items() if end <= now]
-        for channel in expired:
+    def expire(self, now: float) -> None:
+        """Let go of channels that have lingered."""
+        for channel in [channel for channel, end in self._lingering.items() if end <= now]:
             del self._lingering[channel]
-        return bool(expired)
+            self.changed.set()
 
 
-class Source(Protocol):
-    """Where events come from. It sees no subscriber, and no connection but through a `Listener`."""
+class Source:
+    """Where events come from: what both kinds do alike, and what each does in its own way.
 
-    # The history that numbers belong to, and the present number: every event up to it was given
-    # to memory.
-    epoch: str
-    number: int
-    # What the listener follows, and how it is reached.
-    interest: Interest
-    listener: Listener | None
+    It sees no subscriber, and no connection but through its `Listener`.
+    """
+
     # Settings of the sessions that run its queries.
-    session_sql: str
+    session_sql = "SELECT"  # nothing but the listener's own
+    # Set by the listener.
+    listener: Listener
+
+    def __init__(self, hub: Hub, memory: Memory, interest: Interest) -> None:
+        # What the listener follows.
+        self.interest = interest
+        # The history that numbers belong to, "" before it is known, and the present number: every
+        # event up to it was given to memory.
+        self.epoch = ""
+        self.number = 0
+        self._hub = hub
+        self._memory = memory
+        self._connected = asyncio.Event()
 
     # For streams.
 
     def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
         """Return what must happen before all events of these channels arrive, None if they do."""
+        return None if self._connected.is_set() else self._connected
 
     def locate(self, wish: Wish, channels: Sequence[str]) -> Page | asyncio.Event:
         """Return where a stream begins whose channels are not blocked: its cursor, its first gaps.
 
         Instead, an event that must happen first; ask again then with a settled wish.
         """
+        position = wish.position
+        if wish.since is None:
+            return self.tell_all(channels, "start")
+        if position is None:
+            return self.tell_all(channels, "unreadable")
+        if position.epoch != self.epoch:
+            return self.tell_all(channels, "restart")
+        if not wish.settled and (unsettled := self._unsettled(position)) is not None:
+            return unsettled
+        if position.number > self.number:
+            return self.tell_all(channels, "ahead")
+        cursor = Cursor(self.epoch, position.number, snapshot=position.snapshot)
+        return self.page(cursor, channels, RESUME_PIECE_BYTES) or Page(cursor)
 
     def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         """Return what comes next for channels that are not blocked, from memory.
@@ -2494,15 +2515,47 @@ class Source(Protocol):
             limit: Bytes; the event that reaches them is the last.
 
         Returns:
-            None if memory does not hold it, but `fetch` may.
+            None if memory does not hold it; ask `fetch` then.
         """
+        if cursor.epoch != self.epoch:
+            return self.tell_all(channels, "restart")
+        if cursor.last:
+            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
+            if any(kept < cursor.last for _, kept in newest.values()):
+                return None
+            cursor = cursor.rewound({name: before for name, (before, _) in newest.items()})
+        since = {name: cursor.after(name) for name in channels}
+        if not all(self._memory.covers(*item) for item in since.items()):
+            return None
+        if not cursor.counted and too_many(self._memory.missed(*item) for item in since.items()):
+            return self.tell_all(channels, "too-many")
+        frames, complete = self._memory.page(since, limit)
+        number = self.number if complete else frames[-1].number
+        cursor = cursor._replace(number=number, counted=True)
+        return Page(cursor, {}, unseen(frames, cursor.snapshot), complete)
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
-        """Return what comes next and is no longer in memory.
+        """Return what comes next when memory does not hold it, or the gaps that are left instead.
 
         Raises:
             LostConnectionError, psycopg2.Error: Ask again when nothing is blocked.
         """
+        raise NotImplementedError
+
+    def tell(self, cursor: Cursor, channels: Collection[str], gaps: Mapping[str, str]) -> Page:
+        """Return these gaps, told at the present number. With one for every channel nothing else is owed."""
+        if len(gaps) == len(channels):
+            return Page(Cursor(self.epoch, self.number, counted=True), gaps, (), True)
+        floors = {**cursor.floors, **dict.fromkeys(gaps, self.number)}
+        return Page(cursor._replace(floors=floors), gaps)
+
+    def tell_all(self, channels: Collection[str], reason: str) -> Page:
+        """Return a gap for every channel of a stream, which goes on from the present position."""
+        return self.tell(Cursor(self.epoch, self.number), channels, dict.fromkeys(channels, reason))
+
+    def _unsettled(self, position: Position) -> asyncio.Event | None:
+        """Return what must happen before a position of this history can be judged, None if it can be."""
+        return None
 
     # For the listener.
 
@@ -2517,6 +2570,7 @@ class Source(Protocol):
 
     async def connected(self) -> None:
         """Begin: all that was wanted is confirmed and the canary is back; deliveries follow."""
+        raise NotImplementedError
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         """Take notifications, in the order of their commits.
@@ -2524,30 +2578,28 @@ class Source(Protocol):
         Args:
             since: Loop time at which the oldest arrived.
         """
+        raise NotImplementedError
 
     async def serve(self) -> None:
         """Do the source's own work while there is a connection. Never returns."""
+        raise NotImplementedError
 
     def lost(self) -> None:
         """Note that nothing is listened to any longer."""
-
-
-def tell(source: Source, cursor: Cursor, channels: Collection[str], gaps: Mapping[str, str]) -> Page:
-    """Return these gaps, told at the present number. With a gap for every channel nothing else is owed."""
-    if len(gaps) == len(channels):
-        return Page(Cursor(source.epoch, source.number, counted=True), gaps, (), True)
-    return Page(cursor._replace(floors={**cursor.floors, **dict.fromkeys(gaps, source.number)}), gaps)
-
-
-def tell_all(source: Source, channels: Collection[str], reason: str) -> Page:
-    """Return a gap for every channel of a stream, which goes on from the present position."""
-    return tell(source, Cursor(source.epoch, source.number), channels, dict.fromkeys(channels, reason))
+        raise NotImplementedError
 
 
 def too_many(missed: Iterable[tuple[int, int]]) -> bool:
     """Return whether so many events and bytes, by channel, are more than one resume may send."""
     events, size = map(sum, zip(*missed, strict=True))
     return events > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES
+
+
+def unseen(frames: Sequence[Frame], snapshot: Snapshot | None) -> Sequence[Frame]:
+    """Return the frames without those that a snapshot showed already."""
+    if snapshot is None:
+        return frames
+    return [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
 
 
 # ==== Source notify ===========================================================
@@ -2558,7 +2610,7 @@ def too_many(missed: Iterable[tuple[int, int]]) -> bool:
 LINGER_CHECK: Final = 1.0
 
 
-class NotifySource:
+class NotifySource(Source):
     """Numbers the events of ``pg_notify`` and hands them to memory and hub.
 
     The epoch is new with each start. The number counts over all channels; each
@@ -2567,19 +2619,13 @@ class NotifySource:
     """
 
     def __init__(self, hub: Hub, memory: Memory, interest: Interest) -> None:
-        self.listener: Listener | None = None
-        self.interest = interest
-        self.session_sql = "SELECT"  # nothing but the listener's own
+        super().__init__(hub, memory, interest)
         self.epoch = secrets.token_hex(5)
-        self.number = 0
-        self._hub = hub
-        self._memory = memory
         # The number that the last loss of the connection took.
         self._lost_at = 0
-        self._connected = asyncio.Event()
         self._confirmations: dict[str, asyncio.Event] = {}
         self._warned: set[tuple[str, str]] = set()
-        hub.on_watched = self._watch
+        hub.on_watched = interest.watch
         hub.on_abandoned = self._abandon
 
     # For streams.
@@ -2592,46 +2638,19 @@ class NotifySource:
                 return self._confirmations.setdefault(channel, asyncio.Event())
         return None
 
-    def locate(self, wish: Wish, channels: Sequence[str]) -> Page:
-        position = wish.position
-        if wish.since is None:
-            return tell_all(self, channels, "start")
-        if position is None:
-            return tell_all(self, channels, "unreadable")
-        if position.epoch != self.epoch:
-            return tell_all(self, channels, "restart")
-        if position.number > self.number:
-            return tell_all(self, channels, "ahead")
-        return self.page(Cursor(self.epoch, position.number), channels, RESUME_PIECE_BYTES)
-
-    def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         if cursor.last:
-            cursor = cursor.rewound(
-                {name: self._memory.before_newest(name, cursor.last, cursor.number)[0] for name in channels}
-            )
+            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
+            return Page(cursor.rewound({name: before for name, (before, _) in newest.items()}))
         since = {name: cursor.after(name) for name in channels}
         gaps = {
             name: "outage" if number < self._lost_at else "evicted"
             for name, number in since.items()
             if not self._memory.covers(name, number)
         }
-        if len(gaps) == len(channels):
-            return tell(self, cursor, channels, gaps)
-        since = {name: self.number if name in gaps else number for name, number in since.items()}
-        if not cursor.counted and too_many(self._memory.missed(*item) for item in since.items()):
-            return tell_all(self, channels, "too-many")
-        frames, complete = self._memory.page(since, limit)
-        cursor = tell(self, cursor, channels, gaps).cursor
-        number = self.number if complete else frames[-1].number
-        return Page(cursor._replace(number=number, counted=True), gaps, frames, complete)
-
-    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
-        raise AssertionError("nothing is kept but in memory")
+        return self.tell(cursor, channels, gaps)
 
     # For the listener.
-
-    def check(self, cursor: psycopg2.extensions.cursor) -> None:
-        pass  # any database will do
 
     def confirmed(self, channels: Collection[str]) -> None:
         self.number += 1
@@ -2675,8 +2694,7 @@ class NotifySource:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(LINGER_CHECK)
-            if self.interest.expire(loop.time()):
-                self._interest_changed()
+            self.interest.expire(loop.time())
 
     def lost(self) -> None:
         if self._connected.is_set():
@@ -2685,18 +2703,9 @@ class NotifySource:
         self._connected.clear()
         self._memory.clear()
 
-    def _watch(self, channel: str) -> None:
-        self.interest.watch(channel)
-        self._interest_changed()
-
     def _abandon(self, channel: str) -> None:
         self._confirmations.pop(channel, None)
         self.interest.abandon(channel, asyncio.get_running_loop().time())
-        self._interest_changed()
-
-    def _interest_changed(self) -> None:
-        if self.listener is not None:
-            self.listener.interest_changed()
 
     def _warn(self, channel: str, fields: tuple[str, ...]) -> None:
         # Once for each channel and field: a publisher must not be able to fill the log.
@@ -3832,14 +3841,7 @@ def is_full(rows: Sequence[tuple[Any, ...]], count: int, size: int) -> bool:
     return len(rows) >= count or sum(len(row[6] or "") for row in rows) * 4 >= size
 
 
-def unseen(frames: Sequence[Frame], snapshot: Snapshot | None) -> Sequence[Frame]:
-    """Return the frames without those that a snapshot showed already."""
-    if snapshot is None:
-        return frames
-    return [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
-
-
-class LogSource:
+class LogSource(Source):
     """Numbers what was published, reads the log, and hands it to memory and hub.
 
     A wake-up names a transaction and its sender. The relay numbers that transaction's
@@ -3848,16 +3850,10 @@ class LogSource:
     finds what no wake-up named, so that a lost one is never a lost event.
     """
 
+    session_sql = LOG_SESSION_SQL
+
     def __init__(self, hub: Hub, memory: Memory) -> None:
-        self.listener: Listener | None = None
-        self.interest = Interest([LOG_CHANNEL], 0.0, 1)
-        self.session_sql = LOG_SESSION_SQL
-        # No epoch before the first connection.
-        self.epoch = ""
-        self.number = 0
-        self._hub = hub
-        self._memory = memory
-        self._connected = asyncio.Event()
+        super().__init__(hub, memory, Interest([LOG_CHANNEL], 0.0, 1))
         self._work = asyncio.Event()
         # Transactions to number, each with its sender, in the order of their commits.
         self._woken: dict[tuple[str, int], None] = {}
@@ -3885,47 +3881,15 @@ class LogSource:
 
     # For streams.
 
-    def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
-        return None if self._connected.is_set() else self._connected
-
-    def locate(self, wish: Wish, channels: Sequence[str]) -> Page | asyncio.Event:
-        position = wish.position
-        if wish.since is None:
-            return tell_all(self, channels, "start")
-        if position is None:
-            return tell_all(self, channels, "unreadable")
-        if position.epoch != self.epoch:
-            return tell_all(self, channels, "restart")
+    def _unsettled(self, position: Position) -> asyncio.Event | None:
+        # A page's snapshot may show what is not numbered yet, and an id that is ahead may be another
+        # relay's: both are settled when all that is pending has been read.
         seen = position.snapshot
-        if not wish.settled and (
-            position.number > self.number or (seen and not (self._swept and self._swept.includes(seen)))
+        if position.number <= self.number and (
+            seen is None or (self._swept is not None and self._swept.includes(seen))
         ):
-            # A page's snapshot may show what is not numbered yet, and an id that is ahead may be
-            # another relay's: both are settled when all that is pending has been read.
-            return self.sweep()
-        if position.number > self.number:
-            return tell_all(self, channels, "ahead")
-        cursor = Cursor(self.epoch, position.number, snapshot=seen)
-        return self.page(cursor, channels, RESUME_PIECE_BYTES) or Page(cursor)
-
-    def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
-        if cursor.epoch != self.epoch:
-            return tell_all(self, channels, "restart")
-        if cursor.last:
-            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
-            if any(kept < cursor.last for _, kept in newest.values()):
-                return None
-            cursor = cursor.rewound({name: before for name, (before, _) in newest.items()})
-        since = {name: cursor.after(name) for name in channels}
-        if not all(self._memory.covers(*item) for item in since.items()):
             return None
-        if not cursor.counted and too_many(self._memory.missed(*item) for item in since.items()):
-            return tell_all(self, channels, "too-many")
-        frames, complete = self._memory.page(since, limit)
-        number = self.number if complete else frames[-1].number
-        return Page(
-            cursor._replace(number=number, counted=True), {}, unseen(frames, cursor.snapshot), complete
-        )
+        return self.sweep()
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         # Up to where memory begins, and no further: so streams that stand at the same place
@@ -3935,12 +3899,12 @@ class LogSource:
             if cursor.last:
                 return await self._find_newest(cursor, channels)
             if not cursor.counted and await self._counts_too_many(cursor, channels, until):
-                return tell_all(self, channels, "too-many")
+                return self.tell_all(channels, "too-many")
             read = await self._replay(cursor, channels, until, limit)
         except (psycopg2.Error, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
-            return tell(self, cursor, channels, await self._find_damaged(cursor, channels, until, limit))
+            return self.tell(cursor, channels, await self._find_damaged(cursor, channels, until, limit))
         if read.epoch != cursor.epoch:
             if self.epoch == cursor.epoch:
                 # The reader will find the new history: this stream goes on when it has.
@@ -3948,7 +3912,7 @@ class LogSource:
             return Page(cursor)
         gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
         if gaps:
-            return tell(self, cursor, channels, gaps)
+            return self.tell(cursor, channels, gaps)
         number = read.frames[-1].number if read.full and read.frames else max(until, cursor.number)
         return Page(cursor._replace(number=number, counted=True), {}, unseen(read.frames, cursor.snapshot))
 
@@ -4001,14 +3965,12 @@ class LogSource:
         self, statement: str, values: dict[str, Any], convert: Callable[[list[tuple[Any, ...]]], Any]
     ) -> Any:
         """Run a statement for all streams that ask for the same, once within `SHARE_TIME`."""
-        assert self.listener is not None
-        listener = self.listener
         key = self.epoch, statement, *values.values()
 
         async def read() -> Any:
             arrays = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
             wanted = functools.partial(self._waiting.__contains__, key)
-            return convert(await listener.client_query(statement, arrays, wanted))
+            return convert(await self.listener.client_query(statement, arrays, wanted))
 
         def done(task: asyncio.Task[Any]) -> None:
             if task.cancelled() or task.exception():
@@ -4047,14 +4009,7 @@ class LogSource:
     def check(self, cursor: psycopg2.extensions.cursor) -> None:
         check_log(cursor)
 
-    def confirmed(self, channels: Collection[str]) -> None:
-        pass
-
-    def retracted(self, channels: Collection[str]) -> None:
-        pass
-
     async def connected(self) -> None:
-        assert self.listener is not None
         for what, remedy in await self.listener.query(LOG_LIMITS_SQL):
             self._warn("doing without: %s; %s", what, remedy)
         self._swept_up = self._swept = None
@@ -4103,7 +4058,6 @@ class LogSource:
         Args:
             replaced: Ids that this relay has read stand for other events now.
         """
-        assert self.listener is not None
         known = self.epoch or None, NO_ID if replaced else self.number
         ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, known)
         if epoch != self.epoch:
@@ -4126,7 +4080,6 @@ class LogSource:
 
     async def _read_revocations(self) -> None:
         """Hand on the revocations that are new since the last one that was read."""
-        assert self.listener is not None
         while rows := await self.listener.query(LOG_REVOCATIONS_SQL, (self._revoked,)):
             for number, subject, stamp in rows:
                 self.on_revoked(subject, stamp)
@@ -4134,7 +4087,6 @@ class LogSource:
 
     async def _remember(self) -> None:
         """Take the newest events into memory: clients that come back after a restart find them there."""
-        assert self.listener is not None
         frames: list[Frame] = []
         try:
             ((number,),) = await self.listener.query(LOG_RECENT_SQL, (self._memory.limit // 2,))
@@ -4179,7 +4131,6 @@ class LogSource:
 
     async def _sweep(self, windows: float = math.inf) -> bool:
         """Number and read all that is committed by now; return whether that was within so many windows."""
-        assert self.listener is not None
         asked, self._sweeps_asked = self._sweeps_asked, []
         done = False
         try:
@@ -4194,7 +4145,6 @@ class LogSource:
         return done
 
     async def _sweep_windows(self, windows: float) -> bool:
-        assert self.listener is not None
         snapshot, after = self._swept_up, None
         while windows > 0:
             windows -= 1
@@ -4218,7 +4168,6 @@ class LogSource:
             await self._read()
 
     async def _number_some(self, xids: Sequence[str], pids: Sequence[int], sweep: bool) -> None:
-        assert self.listener is not None
         more = True
         try:
             while more:
@@ -4276,7 +4225,6 @@ class LogSource:
         Returns:
             No rows for a damaged event.
         """
-        assert self.listener is not None
         limit = LOG_PAGE_ROWS
         attempts = 2
         while True:
@@ -4296,7 +4244,6 @@ class LogSource:
 
     async def _step_over(self, error: Exception) -> None:
         """Leave out the next event, which cannot be read, and tell its channel."""
-        assert self.listener is not None
         step, found = 0, None
         while found is None:
             try:
@@ -4322,7 +4269,6 @@ class LogSource:
         await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number, lost))
 
     async def _prune(self) -> None:
-        assert self.listener is not None
         while True:
             removed = 1
             try:
@@ -5616,7 +5562,7 @@ class Relay:
         else:
             interest = Interest(self.hub.channels.keys(), settings.linger, settings.max_channels)
             self.source = NotifySource(self.hub, memory, interest)
-        self.listener = self.source.listener = Listener(settings.dsn, self.source)
+        self.listener = Listener(settings.dsn, self.source)
         self.streams = Streams(
             self.hub,
             self.source,

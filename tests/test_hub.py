@@ -891,7 +891,7 @@ async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
     monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
     hub = Hub(1 << 20, FOREVER)
     source = sse_relay.LogSource(hub, sse_relay.Memory(1 << 20))
-    listener = source.listener = sse_relay.Listener(log_database.dsn, source)
+    listener = sse_relay.Listener(log_database.dsn, source)
     running = asyncio.create_task(listener.run())
     try:
         async with asyncio.timeout(20):
