@@ -390,43 +390,37 @@ MAX_LAST_EVENTS: Final = 1_000
 
 
 def check_channel(name: str) -> str:
-    """Return a channel's name that a client may ask for, or raise.
-
-    Raises:
-        RefusedError: 400 if it is empty, over 63 bytes of UTF-8, not Unicode or
-            contains control characters; 403 if it is one of the relay's own.
-    """
+    """Return a channel's name that a client may ask for; refuse any other with its reason."""
+    size = len(name.encode(errors="surrogatepass"))
+    categories = set(map(unicodedata.category, name))
     if not name:
         raise RefusedError(400, "the channel's name is empty")
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise RefusedError(400, "the channel's name is not valid UTF-8") from None
+    if "Cs" in categories:
+        raise RefusedError(400, "the channel's name is not valid UTF-8")
     if size > MAX_CHANNEL_BYTES:
         raise RefusedError(400, f"the channel's name has {size} bytes, at most 63 are possible")
-    if any(unicodedata.category(c) == "Cc" for c in name):
+    if "Cc" in categories:
         raise RefusedError(400, "the channel's name contains control characters")
     if name.startswith(RESERVED_CHANNEL_PREFIX):
         raise RefusedError(403, "channels whose names begin with sse_relay are the relay's own")
     return name
 
 
-def compile_globs(globs: Iterable[str]) -> re.Pattern[str]:
-    """Compile globs to one pattern for `re.Pattern.fullmatch`.
+def compile_globs(globs: Iterable[str], character: str = ".") -> re.Pattern[str]:
+    """Compile globs to one pattern for `re.Pattern.fullmatch`; without any it matches nothing.
 
-    They know ``*`` only, any run of characters; all else stands for itself,
-    upper and lower case told apart. No glob at all matches nothing.
+    They know ``*`` only, any run of such characters; all else stands for itself,
+    upper and lower case told apart.
     """
 
     def translate(glob: str) -> str:
         first, *rest = map(re.escape, glob.split("*"))
         # Atomic: what stands between two stars takes its first place and tries no other, or
         # a glob of ten stars takes minutes over one name.
-        between = "".join(f"(?>.*?{part})" for part in rest[:-1])
-        return first + between + "".join(f".*{part}" for part in rest[-1:])
+        between = "".join(f"(?>{character}*?{part})" for part in rest[:-1])
+        return first + between + "".join(f"{character}*{part}" for part in rest[-1:])
 
-    parts = [translate(glob) for glob in globs]
-    return re.compile("|".join(parts) if parts else r"(?!)", re.DOTALL)
+    return re.compile("|".join(["(?!)", *map(translate, globs)]), re.DOTALL)
 
 
 def quote_name(name: str) -> str:
@@ -475,11 +469,7 @@ POSITION: Final = re.compile(
 
 
 def parse_position(text: str) -> Position | None:
-    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``.
-
-    Returns:
-        None if it cannot be read.
-    """
+    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``; None if it is none."""
     match = POSITION.fullmatch(text)
     if match is None or int(match[2]) >= 2**63:
         return None
@@ -526,9 +516,10 @@ def split_target(target: str) -> tuple[str | None, str]:
     return match[1], match[2] if match[2].startswith("/") else "/" + match[2]
 
 
-def is_stream_path(path: str, prefix: str) -> bool:
-    """Return whether a path, without its query, is one of the stream routes."""
-    return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
+def is_stream_path(target: str, prefix: str) -> bool:
+    """Return whether a target's path is one of the stream routes."""
+    path, _, _ = target.partition("?")
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
 
 
 def parse_target(target: str, prefix: str) -> Target:
@@ -558,19 +549,19 @@ def parse_target(target: str, prefix: str) -> Target:
     channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
-    positions = [value for key, value in fields if value and key in POSITION_FIELDS]
-    first = {key: value for key, value in reversed(fields) if value}
-    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", first.get("last", "")):
+    options = {key: value for key, value in reversed(fields) if value}
+    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", options.get("last", "")):
         raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
-    if first.get("heartbeat", "event") != "event":
+    if options.get("heartbeat", "event") != "event":
         raise RefusedError(400, "?heartbeat= takes the word event")
+    positions = [value for key, value in fields if value and key in POSITION_FIELDS]
     return Target(
         channels,
         start=positions[0] if positions else None,
         last_event_id=positions[-1] if positions else None,
-        token=first.get("access_token"),
-        heartbeat="heartbeat" in first,
-        last=int(first.get("last", 0)),
+        token=options.get("access_token"),
+        heartbeat="heartbeat" in options,
+        last=int(options.get("last", 0)),
     )
 
 
@@ -681,11 +672,10 @@ def _read_pem(content: bytes, private: bool) -> Key:
             "openssl pkey -in FILE -pubout",
         )
     try:
-        key = (
-            serialization.load_pem_private_key(content, None)
-            if private
-            else serialization.load_pem_public_key(content)
-        )
+        if private:
+            key: Any = serialization.load_pem_private_key(content, None)
+        else:
+            key = serialization.load_pem_public_key(content)
     except TypeError:
         raise UnusableKeyError("the key is encrypted with a password") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -693,13 +683,12 @@ def _read_pem(content: bytes, private: bool) -> Key:
             way = "openssl x509 -in FILE -noout -pubkey"
             raise UnusableKeyError("this is a certificate; its key alone is needed", way) from None
         raise UnusableKeyError("this is no key in PEM form") from None
-    if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
+    public = key.public_key() if private else key
+    if isinstance(public, rsa.RSAPublicKey) and public.key_size >= 2048:
         return Key("RS256", key)
-    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)) and (
-        key.curve.name == "secp256r1"
-    ):
+    if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1):
         return Key("ES256", key)
-    if isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
+    if isinstance(public, ed25519.Ed25519PublicKey):
         return Key("EdDSA", key)
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
 
@@ -744,30 +733,24 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
         RefusedError: 401, with the reason; the token is never quoted.
     """
     claims = _verified_claims(token, keys)
-    expires = _moment(claims.get("exp"))
-    if expires is None:
-        raise RefusedError(401, "the token does not say when it ends (exp)")
-    if now >= expires:
-        raise RefusedError(401, "the token has expired")
-    if expires > now + MAX_LIFETIME:
-        raise RefusedError(401, "the token ends in more than ten years (exp): is that in milliseconds?")
-    begins = _moment(claims.get("nbf", 0))
-    if begins is None or now < begins:
-        raise RefusedError(401, "the token is not valid yet (nbf)")
-    if "aud" in claims:
-        raise RefusedError(401, "the token is meant for others (aud)")
-    globs = claims.get("channels")
-    if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
-        raise RefusedError(401, "the token's claim channels is no list of names or globs")
-    subject = claims.get("sub")
-    if isinstance(subject, bool) or not isinstance(subject, (str, int, type(None))):
-        raise RefusedError(401, "the token's subject (sub) is neither text nor an integer")
-    issued = _moment(claims.get("iat"))
-    if issued is None or issued > now + MAX_ISSUED_AHEAD:
-        issued = 0.0
-    return Grant(
-        _compile_grant(tuple(globs)), expires, None if subject in (None, "") else str(subject), issued
-    )
+    ends, begins, issued = (_moment(claims.get(claim)) for claim in ("exp", "nbf", "iat"))
+    globs: Any = claims.get("channels")
+    sub = claims.get("sub")
+    are_globs = isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)
+    faults = {
+        "the token does not say when it ends (exp)": math.isnan(ends),
+        "the token has expired": now >= ends,
+        "the token ends in more than ten years (exp): is that in milliseconds?": ends > now + MAX_LIFETIME,
+        "the token is not valid yet (nbf)": "nbf" in claims and not begins <= now,
+        "the token is meant for others (aud)": "aud" in claims,
+        "the token's claim channels is no list of names or globs": not are_globs,
+        "the token's subject (sub) is neither text nor an integer": type(sub) in (bool, float, list, dict),
+    }
+    for reason, wrong in faults.items():
+        if wrong:
+            raise RefusedError(401, reason)
+    known_since = issued if issued <= now + MAX_ISSUED_AHEAD else 0.0
+    return Grant(compile_globs(globs), ends, None if sub in (None, "") else str(sub), known_since)
 
 
 def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
@@ -786,32 +769,18 @@ def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
     raise RefusedError(401, "the token is not signed with a key of this relay")
 
 
-@functools.lru_cache(maxsize=1_000)
-def _compile_grant(globs: tuple[str, ...]) -> re.Pattern[str]:
-    return compile_globs(globs)
-
-
-def _moment(value: object) -> float | None:
-    """Return a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if -(2.0**53) < value < 2.0**53 else None
+def _moment(value: Any) -> float:
+    """Return a NumericDate (RFC 7519, section 2) as a float; NaN if it is something else."""
+    return float(value) if type(value) in (int, float) and abs(value) < 2**53 else math.nan
 
 
 def sign_token(
-    key: Key,
-    channels: Sequence[str],
-    expires: int,
-    issued: float | None = None,
-    subject: str | None = None,
+    key: Key, channels: Sequence[str], expires: int, issued: float | None = None, subject: str | None = None
 ) -> str:
     """Sign a token that opens these channels or globs until ``expires``, seconds since 1970."""
     claims = {"channels": list(channels), "exp": expires, "iat": issued, "sub": subject}
-    token: str = import_jwt().encode(
-        {claim: value for claim, value in claims.items() if value is not None},
-        key.material,
-        algorithm=key.algorithm,
-    )
+    given = {claim: value for claim, value in claims.items() if value is not None}
+    token: str = import_jwt().encode(given, key.material, algorithm=key.algorithm)
     return token
 
 
@@ -824,6 +793,15 @@ REVOCATION_KEPT: Final = 30 * 86_400
 REVOKED: Final = "the token has been revoked"
 # What a preflight asks for; the names are sent back.
 MAX_ASKED_HEADERS_BYTES: Final = KIB
+ALWAYS_ALLOWED_HEADERS: Final = ("Authorization", "Cache-Control", "Last-Event-ID")
+# RFC 9110, section 5.6.2.
+HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# What a browser sends as an Origin: web pages, and those of apps and extensions.
+ORIGIN: Final = re.compile(
+    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}"
+)
+# What the star of --allow-origin stands for: one label of the host's name, a part of it, or the port.
+IN_LABEL: Final = "[a-z0-9_-]"
 
 
 @dataclass
@@ -865,10 +843,11 @@ class Access:
         closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
         if not closed:
             return None
-        if not self.keys and only_tokens:
-            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
         if not self.keys:
-            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+            reason = "this channel is not open to everybody (--allow-channel)"
+            if only_tokens:
+                reason = "only a token opens channels at this address (--jwt-key-file)"
+            raise RefusedError(403, reason)
         if not token:
             raise RefusedError(401, "this channel needs a token")
         grant = verify_token(token, self.keys, now)
@@ -897,37 +876,15 @@ class Access:
         if origin != "null":
             answer["Access-Control-Allow-Credentials"] = "true"
         if preflight:
-            asked = headers.get("Access-Control-Request-Headers", "")
-            names = [name.strip() for name in asked[:MAX_ASKED_HEADERS_BYTES].split(",")]
+            asked = headers.get("Access-Control-Request-Headers", "")[:MAX_ASKED_HEADERS_BYTES].split(",")
+            names = [*ALWAYS_ALLOWED_HEADERS, *filter(HEADER_NAME.fullmatch, map(str.strip, asked))]
             answer |= {
                 "Access-Control-Allow-Methods": "GET, HEAD",
-                "Access-Control-Allow-Headers": ", ".join(
-                    dict.fromkeys(
-                        ["Authorization", "Cache-Control", "Last-Event-ID", *filter(HEADER_NAME, names)]
-                    )
-                ),
+                "Access-Control-Allow-Headers": ", ".join(dict.fromkeys(names)),
                 "Access-Control-Max-Age": "600",
                 "Vary": "Origin, Access-Control-Request-Headers",
             }
         return answer
-
-
-# RFC 9110, section 5.6.2.
-HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII).fullmatch
-# What a browser sends as an Origin: web pages, and those of apps and extensions.
-ORIGIN: Final = re.compile(
-    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}",
-    re.ASCII,
-)
-
-
-def compile_origins(origins: Iterable[str]) -> re.Pattern[str]:
-    """Compile origins to one pattern for `re.Pattern.fullmatch`.
-
-    In them ``*`` stands for one label of the host's name, a part of it, or the port.
-    """
-    parts = ["[a-z0-9_-]*".join(map(re.escape, origin.split("*"))) for origin in origins]
-    return re.compile("|".join(parts) if parts else r"(?!)", re.ASCII)
 
 
 def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> str | None:
@@ -944,8 +901,8 @@ def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> 
         return None
     scheme = headers.get("X-Forwarded-Proto", "http").partition(",")[0].strip().lower()
     host = (headers.get("Host", "") if authority is None else authority).lower()
-    default_port = {"http": ":80", "https": ":443"}.get(scheme)
-    return None if origin == f"{scheme}://{host.removesuffix(default_port or '/')}" else origin
+    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return None if origin == f"{scheme}://{host.removesuffix(default_port)}" else origin
 
 
 def read_cookie(header: str, name: str) -> str | None:
@@ -4361,7 +4318,7 @@ class Refusals:
         """
         headers = headers or {}
         path = path or self._path
-        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
+        is_stream = is_stream_path(split_target(request.raw_path)[1], path)
         self.count(refused, lambda: _asked(request, path if is_stream else None))
         passing = refused.status in (429, 503)
         retry = retry_after(self._retry, len(self._hub.subscribers))
@@ -4514,7 +4471,7 @@ class Streams:
         authority, text = split_target(request.raw_path)
         headers: dict[str, str] = {}
         try:
-            if not is_stream_path(text.partition("?")[0], path):
+            if not is_stream_path(text, path):
                 raise RefusedError(404, f"there is nothing here: streams are at {path}")
             headers = self._access.cors(request.headers, authority, request.method == "OPTIONS")
             if request.method == "OPTIONS":
@@ -5469,7 +5426,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     if settings.allow_channel or settings.jwt_key_file:
         return Access(
             compile_globs(settings.allow_channel),
-            compile_origins(settings.allow_origin),
+            compile_globs(settings.allow_origin, IN_LABEL),
             read_keys(settings.jwt_key_file),
             settings.jwt_cookie,
             revoked={} if settings.source == "log" else None,
@@ -5485,7 +5442,8 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
         "--allow-channel is given"
     )
-    return Access(compile_globs(["*"]), compile_origins(settings.allow_origin or DEVELOPMENT_ORIGINS))
+    origins = settings.allow_origin or DEVELOPMENT_ORIGINS
+    return Access(compile_globs(["*"]), compile_globs(origins, IN_LABEL))
 
 
 def client_module(path: str) -> Pages:
