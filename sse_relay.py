@@ -944,25 +944,32 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 FRAME_OVERHEAD_BYTES: Final = 250
 # Of one channel that holds any: its shelf, lists, name, and places in the tables.
 SHELF_OVERHEAD_BYTES: Final = 550
+# In place of a frame that had to go.
+GONE: Final = Frame(0, "", b"", False)
 
 
 @dataclass(slots=True)
 class _Shelf:
     """One channel's frames, oldest first; ``start`` is the first that is still kept.
 
-    ``ends[i]`` is the sum of the sizes up to and with frame i, so that the bytes
-    between two frames are a subtraction.
+    ``sums[i]`` is the sum of the sizes before frame i: the bytes between two frames are a subtraction.
     """
 
-    numbers: list[int] = field(default_factory=list)
-    frames: list[Frame | None] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    sums: list[int] = field(default_factory=lambda: [0])
     start: int = 0
-    before: int = 0
 
     @property
     def size(self) -> int:
-        return self.ends[-1] - self.before if self.ends else 0
+        return self.sums[-1] - self.sums[self.start]
+
+    @property
+    def oldest(self) -> int:
+        return self.frames[self.start].number
+
+    def above(self, number: int) -> int:
+        """Return the index of the first frame that is kept above a number."""
+        return bisect.bisect_right(self.frames, number, self.start, key=lambda frame: frame.number)
 
 
 class Memory:
@@ -1023,7 +1030,7 @@ class Memory:
 
     def covers(self, channel: str, number: int) -> bool:
         """Return whether every frame of the channel above the number is kept."""
-        floor = self._floors.get(channel, self._base)
+        floor = self.floor(channel)
         return floor is not None and floor <= number
 
     def append(self, frame: Frame) -> None:
@@ -1032,44 +1039,40 @@ class Memory:
         A frame of a channel that is not covered is not kept.
         """
         channel = frame.channel
-        if self._floors.get(channel, self._base) is None:
+        if self.floor(channel) is None:
             return
         shelf = self._shelves.get(channel)
         if shelf is None:
             if len(self._heads) > 2 * len(self._shelves) + 16:
                 # Most are of shelves that are gone. A sorted list is a heap.
-                self._heads = sorted((self._oldest(name), name) for name in self._shelves)
+                self._heads = sorted((shelf.oldest, name) for name, shelf in self._shelves.items())
             shelf = self._shelves[channel] = _Shelf()
             heappush(self._heads, (frame.number, channel))
             self.size += SHELF_OVERHEAD_BYTES
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
-        shelf.numbers.append(frame.number)
         shelf.frames.append(frame)
-        end = (shelf.ends[-1] if shelf.ends else shelf.before) + size
-        shelf.ends.append(end)
+        shelf.sums.append(shelf.sums[-1] + size)
         self.size += size
-        if (end - shelf.before) * 8 > self.limit:
+        if shelf.size * 8 > self.limit:
             self._loud.add(channel)
         while self.size > self.limit:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         if self._loud:
-            channel = min(self._loud, key=self._oldest) if len(self._loud) > 1 else next(iter(self._loud))
+            channel = min(self._loud, key=lambda name: self._shelves[name].oldest)
         else:
             number, channel = heappop(self._heads)
-            while channel not in self._shelves or self._oldest(channel) != number:
-                if channel in self._shelves:
-                    heappush(self._heads, (self._oldest(channel), channel))
+            while (found := self._shelves.get(channel)) is None or found.oldest != number:
+                if found is not None:
+                    heappush(self._heads, (found.oldest, channel))
                 number, channel = heappop(self._heads)
             heappush(self._heads, (number, channel))
         shelf = self._shelves[channel]
-        end = shelf.ends[shelf.start]
-        self.size -= end - shelf.before
-        shelf.before = end
+        self.size -= shelf.sums[shelf.start + 1] - shelf.sums[shelf.start]
         # Where what was damaged begins, coverage may begin later than with this frame.
-        self._floors[channel] = max(self._floors.get(channel, 0), shelf.numbers[shelf.start])
-        shelf.frames[shelf.start] = None
+        self._floors[channel] = max(self._floors.get(channel, 0), shelf.oldest)
+        shelf.frames[shelf.start] = GONE
         shelf.start += 1
         if shelf.size * 8 <= self.limit:
             self._loud.discard(channel)
@@ -1080,21 +1083,16 @@ class Memory:
                 # Not one number for each channel that ever was: that would have no bound.
                 self._base = max(self._base, self._floors.pop(channel))
         elif shelf.start * 2 > len(shelf.frames):
-            del shelf.numbers[: shelf.start], shelf.frames[: shelf.start], shelf.ends[: shelf.start]
+            del shelf.frames[: shelf.start], shelf.sums[: shelf.start]
             shelf.start = 0
-
-    def _oldest(self, channel: str) -> int:
-        shelf = self._shelves[channel]
-        return shelf.numbers[shelf.start]
 
     def missed(self, channel: str, number: int) -> tuple[int, int]:
         """Count the frames of a channel above a number that are kept, and their bytes."""
         shelf = self._shelves.get(channel)
         if shelf is None:
             return 0, 0
-        index = bisect.bisect_right(shelf.numbers, number, shelf.start)
-        before = shelf.ends[index - 1] if index > shelf.start else shelf.before
-        return len(shelf.frames) - index, shelf.ends[-1] - before
+        index = shelf.above(number)
+        return len(shelf.frames) - index, shelf.sums[-1] - shelf.sums[index]
 
     def before_newest(self, channel: str, count: int, until: int) -> tuple[int, int]:
         """Return where a channel's newest frames up to a number begin.
@@ -1105,9 +1103,9 @@ class Memory:
         shelf = self._shelves.get(channel)
         if shelf is None:
             return min(self.floor(channel) or 0, until), 0
-        end = bisect.bisect_right(shelf.numbers, until, shelf.start)
+        end = shelf.above(until)
         first = max(shelf.start, end - count)
-        before = shelf.numbers[first] - 1 if first < len(shelf.numbers) else until
+        before = shelf.frames[first].number - 1 if first < len(shelf.frames) else until
         return min(before, until), end - first
 
     def page(self, since: Mapping[str, int], limit: int) -> tuple[list[Frame], bool]:
@@ -1122,15 +1120,12 @@ class Memory:
         """
         found: list[Frame] = []
         for channel, number in since.items():
-            shelf = self._shelves.get(channel)
-            if shelf is None:
-                continue
-            first = bisect.bisect_right(shelf.numbers, number, shelf.start)
-            before = shelf.ends[first - 1] if first > shelf.start else shelf.before
-            last = bisect.bisect_left(shelf.ends, before + limit, first)
-            # Up to and with the frame that reaches the limit: a channel whose slice is
-            # cut short has then used up the page, so none of the others passes it.
-            found.extend(shelf.frames[first : last + 1])  # type: ignore[arg-type]  # None only below start
+            if (shelf := self._shelves.get(channel)) is not None:
+                first = shelf.above(number)
+                # Up to and with the frame that reaches the limit: a channel whose slice is
+                # cut short has then used up the page, so none of the others passes it.
+                end = bisect.bisect_left(shelf.sums, shelf.sums[first] + limit, first + 1)
+                found.extend(shelf.frames[first:end])
         found.sort()
         size = 0
         for index, frame in enumerate(found, 1):
@@ -1148,27 +1143,22 @@ DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 @dataclass
 class Counts:
-    """What has happened since the start; plain numbers, so that counting costs next to nothing.
+    """What has happened since the start; plain numbers, so that counting costs next to nothing."""
 
-    Attributes:
-        events: Taken from the source.
-        deliveries: Events written to clients, live or replayed.
-        replayed: Those of them that were replayed.
-        sent_bytes: Written to streams, HTTP's framing included.
-        gaps: ``relay.gap`` events written, by reason.
-        refusals: By true status.
-        cut_clients: Slow clients that were cut.
-        delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
-        delay_sum: Seconds.
-    """
-
+    # Taken from the source.
     events: int = 0
+    # Events written to clients, and those of them that were replayed.
     deliveries: int = 0
     replayed: int = 0
+    # Written to streams, HTTP's framing included.
     sent_bytes: int = 0
+    # ``relay.gap`` events written, by reason.
     gaps: Counter[str] = field(default_factory=Counter)
+    # By true status.
     refusals: Counter[int] = field(default_factory=Counter)
+    # Slow ones.
     cut_clients: int = 0
+    # Events by how long they took from the source to the write, and the sum of it.
     delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
     delay_sum: float = 0.0
 
