@@ -37,8 +37,10 @@ Contents, in the order in which an event travels:
     Listener                    the connections to PostgreSQL
     Sources                     what streams and the listener may ask of one
     Source notify               numbers what the listener hears
-    SQL                         schema and statements of the durable log
-    Source log                  numbers what was published, reads it back
+    SQL: schema                 tables and functions of the durable log
+    SQL: statements             what a relay, ``publish`` and ``doctor`` send
+    Source log: reading back    what memory no longer holds
+    Source log: numbering       gives what was published its ids, reads it for memory and hub
     Refusals                    how a request is answered that gets no stream
     Streams                     HTTP request to subscriber
     Admin                       liveness, readiness, metrics, channels, the page
@@ -390,37 +392,43 @@ MAX_LAST_EVENTS: Final = 1_000
 
 
 def check_channel(name: str) -> str:
-    """Return a channel's name that a client may ask for; refuse any other with its reason."""
-    size = len(name.encode(errors="surrogatepass"))
-    categories = set(map(unicodedata.category, name))
+    """Return a channel's name that a client may ask for, or raise.
+
+    Raises:
+        RefusedError: 400 if it is empty, over 63 bytes of UTF-8, not Unicode or
+            contains control characters; 403 if it is one of the relay's own.
+    """
     if not name:
         raise RefusedError(400, "the channel's name is empty")
-    if "Cs" in categories:
-        raise RefusedError(400, "the channel's name is not valid UTF-8")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise RefusedError(400, "the channel's name is not valid UTF-8") from None
     if size > MAX_CHANNEL_BYTES:
         raise RefusedError(400, f"the channel's name has {size} bytes, at most 63 are possible")
-    if "Cc" in categories:
+    if any(unicodedata.category(c) == "Cc" for c in name):
         raise RefusedError(400, "the channel's name contains control characters")
     if name.startswith(RESERVED_CHANNEL_PREFIX):
         raise RefusedError(403, "channels whose names begin with sse_relay are the relay's own")
     return name
 
 
-def compile_globs(globs: Iterable[str], character: str = ".") -> re.Pattern[str]:
-    """Compile globs to one pattern for `re.Pattern.fullmatch`; without any it matches nothing.
+def compile_globs(globs: Iterable[str]) -> re.Pattern[str]:
+    """Compile globs to one pattern for `re.Pattern.fullmatch`.
 
-    They know ``*`` only, any run of such characters; all else stands for itself,
-    upper and lower case told apart.
+    They know ``*`` only, any run of characters; all else stands for itself,
+    upper and lower case told apart. No glob at all matches nothing.
     """
 
     def translate(glob: str) -> str:
         first, *rest = map(re.escape, glob.split("*"))
         # Atomic: what stands between two stars takes its first place and tries no other, or
         # a glob of ten stars takes minutes over one name.
-        between = "".join(f"(?>{character}*?{part})" for part in rest[:-1])
-        return first + between + "".join(f"{character}*{part}" for part in rest[-1:])
+        between = "".join(f"(?>.*?{part})" for part in rest[:-1])
+        return first + between + "".join(f".*{part}" for part in rest[-1:])
 
-    return re.compile("|".join(["(?!)", *map(translate, globs)]), re.DOTALL)
+    parts = [translate(glob) for glob in globs]
+    return re.compile("|".join(parts) if parts else r"(?!)", re.DOTALL)
 
 
 def quote_name(name: str) -> str:
@@ -469,7 +477,11 @@ POSITION: Final = re.compile(
 
 
 def parse_position(text: str) -> Position | None:
-    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``; None if it is none."""
+    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``.
+
+    Returns:
+        None if it cannot be read.
+    """
     match = POSITION.fullmatch(text)
     if match is None or int(match[2]) >= 2**63:
         return None
@@ -516,10 +528,9 @@ def split_target(target: str) -> tuple[str | None, str]:
     return match[1], match[2] if match[2].startswith("/") else "/" + match[2]
 
 
-def is_stream_path(target: str, prefix: str) -> bool:
-    """Return whether a target's path is one of the stream routes."""
-    path, _, _ = target.partition("?")
-    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+def is_stream_path(path: str, prefix: str) -> bool:
+    """Return whether a path, without its query, is one of the stream routes."""
+    return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
 
 
 def parse_target(target: str, prefix: str) -> Target:
@@ -549,19 +560,19 @@ def parse_target(target: str, prefix: str) -> Target:
     channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
-    options = {key: value for key, value in reversed(fields) if value}
-    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", options.get("last", "")):
-        raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
-    if options.get("heartbeat", "event") != "event":
-        raise RefusedError(400, "?heartbeat= takes the word event")
     positions = [value for key, value in fields if value and key in POSITION_FIELDS]
+    first = {key: value for key, value in reversed(fields) if value}
+    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", first.get("last", "")):
+        raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
+    if first.get("heartbeat", "event") != "event":
+        raise RefusedError(400, "?heartbeat= takes the word event")
     return Target(
         channels,
         start=positions[0] if positions else None,
         last_event_id=positions[-1] if positions else None,
-        token=options.get("access_token"),
-        heartbeat="heartbeat" in options,
-        last=int(options.get("last", 0)),
+        token=first.get("access_token"),
+        heartbeat="heartbeat" in first,
+        last=int(first.get("last", 0)),
     )
 
 
@@ -672,10 +683,11 @@ def _read_pem(content: bytes, private: bool) -> Key:
             "openssl pkey -in FILE -pubout",
         )
     try:
-        if private:
-            key: Any = serialization.load_pem_private_key(content, None)
-        else:
-            key = serialization.load_pem_public_key(content)
+        key = (
+            serialization.load_pem_private_key(content, None)
+            if private
+            else serialization.load_pem_public_key(content)
+        )
     except TypeError:
         raise UnusableKeyError("the key is encrypted with a password") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -683,12 +695,13 @@ def _read_pem(content: bytes, private: bool) -> Key:
             way = "openssl x509 -in FILE -noout -pubkey"
             raise UnusableKeyError("this is a certificate; its key alone is needed", way) from None
         raise UnusableKeyError("this is no key in PEM form") from None
-    public = key.public_key() if private else key
-    if isinstance(public, rsa.RSAPublicKey) and public.key_size >= 2048:
+    if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
         return Key("RS256", key)
-    if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1):
+    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)) and (
+        key.curve.name == "secp256r1"
+    ):
         return Key("ES256", key)
-    if isinstance(public, ed25519.Ed25519PublicKey):
+    if isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
         return Key("EdDSA", key)
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
 
@@ -733,24 +746,30 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
         RefusedError: 401, with the reason; the token is never quoted.
     """
     claims = _verified_claims(token, keys)
-    ends, begins, issued = (_moment(claims.get(claim)) for claim in ("exp", "nbf", "iat"))
-    globs: Any = claims.get("channels")
-    sub = claims.get("sub")
-    are_globs = isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)
-    faults = {
-        "the token does not say when it ends (exp)": math.isnan(ends),
-        "the token has expired": now >= ends,
-        "the token ends in more than ten years (exp): is that in milliseconds?": ends > now + MAX_LIFETIME,
-        "the token is not valid yet (nbf)": "nbf" in claims and not begins <= now,
-        "the token is meant for others (aud)": "aud" in claims,
-        "the token's claim channels is no list of names or globs": not are_globs,
-        "the token's subject (sub) is neither text nor an integer": type(sub) in (bool, float, list, dict),
-    }
-    for reason, wrong in faults.items():
-        if wrong:
-            raise RefusedError(401, reason)
-    known_since = issued if issued <= now + MAX_ISSUED_AHEAD else 0.0
-    return Grant(compile_globs(globs), ends, None if sub in (None, "") else str(sub), known_since)
+    expires = _moment(claims.get("exp"))
+    if expires is None:
+        raise RefusedError(401, "the token does not say when it ends (exp)")
+    if now >= expires:
+        raise RefusedError(401, "the token has expired")
+    if expires > now + MAX_LIFETIME:
+        raise RefusedError(401, "the token ends in more than ten years (exp): is that in milliseconds?")
+    begins = _moment(claims.get("nbf", 0))
+    if begins is None or now < begins:
+        raise RefusedError(401, "the token is not valid yet (nbf)")
+    if "aud" in claims:
+        raise RefusedError(401, "the token is meant for others (aud)")
+    globs = claims.get("channels")
+    if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
+        raise RefusedError(401, "the token's claim channels is no list of names or globs")
+    subject = claims.get("sub")
+    if isinstance(subject, bool) or not isinstance(subject, (str, int, type(None))):
+        raise RefusedError(401, "the token's subject (sub) is neither text nor an integer")
+    issued = _moment(claims.get("iat"))
+    if issued is None or issued > now + MAX_ISSUED_AHEAD:
+        issued = 0.0
+    return Grant(
+        _compile_grant(tuple(globs)), expires, None if subject in (None, "") else str(subject), issued
+    )
 
 
 def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
@@ -769,18 +788,32 @@ def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
     raise RefusedError(401, "the token is not signed with a key of this relay")
 
 
-def _moment(value: Any) -> float:
-    """Return a NumericDate (RFC 7519, section 2) as a float; NaN if it is something else."""
-    return float(value) if type(value) in (int, float) and abs(value) < 2**53 else math.nan
+@functools.lru_cache(maxsize=1_000)
+def _compile_grant(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return compile_globs(globs)
+
+
+def _moment(value: object) -> float | None:
+    """Return a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if -(2.0**53) < value < 2.0**53 else None
 
 
 def sign_token(
-    key: Key, channels: Sequence[str], expires: int, issued: float | None = None, subject: str | None = None
+    key: Key,
+    channels: Sequence[str],
+    expires: int,
+    issued: float | None = None,
+    subject: str | None = None,
 ) -> str:
     """Sign a token that opens these channels or globs until ``expires``, seconds since 1970."""
     claims = {"channels": list(channels), "exp": expires, "iat": issued, "sub": subject}
-    given = {claim: value for claim, value in claims.items() if value is not None}
-    token: str = import_jwt().encode(given, key.material, algorithm=key.algorithm)
+    token: str = import_jwt().encode(
+        {claim: value for claim, value in claims.items() if value is not None},
+        key.material,
+        algorithm=key.algorithm,
+    )
     return token
 
 
@@ -793,15 +826,6 @@ REVOCATION_KEPT: Final = 30 * 86_400
 REVOKED: Final = "the token has been revoked"
 # What a preflight asks for; the names are sent back.
 MAX_ASKED_HEADERS_BYTES: Final = KIB
-ALWAYS_ALLOWED_HEADERS: Final = ("Authorization", "Cache-Control", "Last-Event-ID")
-# RFC 9110, section 5.6.2.
-HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-# What a browser sends as an Origin: web pages, and those of apps and extensions.
-ORIGIN: Final = re.compile(
-    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}"
-)
-# What the star of --allow-origin stands for: one label of the host's name, a part of it, or the port.
-IN_LABEL: Final = "[a-z0-9_-]"
 
 
 @dataclass
@@ -843,11 +867,10 @@ class Access:
         closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
         if not closed:
             return None
+        if not self.keys and only_tokens:
+            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
         if not self.keys:
-            reason = "this channel is not open to everybody (--allow-channel)"
-            if only_tokens:
-                reason = "only a token opens channels at this address (--jwt-key-file)"
-            raise RefusedError(403, reason)
+            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
         if not token:
             raise RefusedError(401, "this channel needs a token")
         grant = verify_token(token, self.keys, now)
@@ -876,15 +899,37 @@ class Access:
         if origin != "null":
             answer["Access-Control-Allow-Credentials"] = "true"
         if preflight:
-            asked = headers.get("Access-Control-Request-Headers", "")[:MAX_ASKED_HEADERS_BYTES].split(",")
-            names = [*ALWAYS_ALLOWED_HEADERS, *filter(HEADER_NAME.fullmatch, map(str.strip, asked))]
+            asked = headers.get("Access-Control-Request-Headers", "")
+            names = [name.strip() for name in asked[:MAX_ASKED_HEADERS_BYTES].split(",")]
             answer |= {
                 "Access-Control-Allow-Methods": "GET, HEAD",
-                "Access-Control-Allow-Headers": ", ".join(dict.fromkeys(names)),
+                "Access-Control-Allow-Headers": ", ".join(
+                    dict.fromkeys(
+                        ["Authorization", "Cache-Control", "Last-Event-ID", *filter(HEADER_NAME, names)]
+                    )
+                ),
                 "Access-Control-Max-Age": "600",
                 "Vary": "Origin, Access-Control-Request-Headers",
             }
         return answer
+
+
+# RFC 9110, section 5.6.2.
+HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII).fullmatch
+# What a browser sends as an Origin: web pages, and those of apps and extensions.
+ORIGIN: Final = re.compile(
+    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}",
+    re.ASCII,
+)
+
+
+def compile_origins(origins: Iterable[str]) -> re.Pattern[str]:
+    """Compile origins to one pattern for `re.Pattern.fullmatch`.
+
+    In them ``*`` stands for one label of the host's name, a part of it, or the port.
+    """
+    parts = ["[a-z0-9_-]*".join(map(re.escape, origin.split("*"))) for origin in origins]
+    return re.compile("|".join(parts) if parts else r"(?!)", re.ASCII)
 
 
 def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> str | None:
@@ -901,8 +946,8 @@ def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> 
         return None
     scheme = headers.get("X-Forwarded-Proto", "http").partition(",")[0].strip().lower()
     host = (headers.get("Host", "") if authority is None else authority).lower()
-    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
-    return None if origin == f"{scheme}://{host.removesuffix(default_port)}" else origin
+    default_port = {"http": ":80", "https": ":443"}.get(scheme)
+    return None if origin == f"{scheme}://{host.removesuffix(default_port or '/')}" else origin
 
 
 def read_cookie(header: str, name: str) -> str | None:
@@ -944,32 +989,25 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 FRAME_OVERHEAD_BYTES: Final = 250
 # Of one channel that holds any: its shelf, lists, name, and places in the tables.
 SHELF_OVERHEAD_BYTES: Final = 550
-# In place of a frame that had to go.
-GONE: Final = Frame(0, "", b"", False)
 
 
 @dataclass(slots=True)
 class _Shelf:
     """One channel's frames, oldest first; ``start`` is the first that is still kept.
 
-    ``sums[i]`` is the sum of the sizes before frame i: the bytes between two frames are a subtraction.
+    ``ends[i]`` is the sum of the sizes up to and with frame i, so that the bytes
+    between two frames are a subtraction.
     """
 
-    frames: list[Frame] = field(default_factory=list)
-    sums: list[int] = field(default_factory=lambda: [0])
+    numbers: list[int] = field(default_factory=list)
+    frames: list[Frame | None] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     start: int = 0
+    before: int = 0
 
     @property
     def size(self) -> int:
-        return self.sums[-1] - self.sums[self.start]
-
-    @property
-    def oldest(self) -> int:
-        return self.frames[self.start].number
-
-    def above(self, number: int) -> int:
-        """Return the index of the first frame that is kept above a number."""
-        return bisect.bisect_right(self.frames, number, self.start, key=lambda frame: frame.number)
+        return self.ends[-1] - self.before if self.ends else 0
 
 
 class Memory:
@@ -1030,7 +1068,7 @@ class Memory:
 
     def covers(self, channel: str, number: int) -> bool:
         """Return whether every frame of the channel above the number is kept."""
-        floor = self.floor(channel)
+        floor = self._floors.get(channel, self._base)
         return floor is not None and floor <= number
 
     def append(self, frame: Frame) -> None:
@@ -1039,40 +1077,44 @@ class Memory:
         A frame of a channel that is not covered is not kept.
         """
         channel = frame.channel
-        if self.floor(channel) is None:
+        if self._floors.get(channel, self._base) is None:
             return
         shelf = self._shelves.get(channel)
         if shelf is None:
             if len(self._heads) > 2 * len(self._shelves) + 16:
                 # Most are of shelves that are gone. A sorted list is a heap.
-                self._heads = sorted((shelf.oldest, name) for name, shelf in self._shelves.items())
+                self._heads = sorted((self._oldest(name), name) for name in self._shelves)
             shelf = self._shelves[channel] = _Shelf()
             heappush(self._heads, (frame.number, channel))
             self.size += SHELF_OVERHEAD_BYTES
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
+        shelf.numbers.append(frame.number)
         shelf.frames.append(frame)
-        shelf.sums.append(shelf.sums[-1] + size)
+        end = (shelf.ends[-1] if shelf.ends else shelf.before) + size
+        shelf.ends.append(end)
         self.size += size
-        if shelf.size * 8 > self.limit:
+        if (end - shelf.before) * 8 > self.limit:
             self._loud.add(channel)
         while self.size > self.limit:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         if self._loud:
-            channel = min(self._loud, key=lambda name: self._shelves[name].oldest)
+            channel = min(self._loud, key=self._oldest) if len(self._loud) > 1 else next(iter(self._loud))
         else:
             number, channel = heappop(self._heads)
-            while (found := self._shelves.get(channel)) is None or found.oldest != number:
-                if found is not None:
-                    heappush(self._heads, (found.oldest, channel))
+            while channel not in self._shelves or self._oldest(channel) != number:
+                if channel in self._shelves:
+                    heappush(self._heads, (self._oldest(channel), channel))
                 number, channel = heappop(self._heads)
             heappush(self._heads, (number, channel))
         shelf = self._shelves[channel]
-        self.size -= shelf.sums[shelf.start + 1] - shelf.sums[shelf.start]
+        end = shelf.ends[shelf.start]
+        self.size -= end - shelf.before
+        shelf.before = end
         # Where what was damaged begins, coverage may begin later than with this frame.
-        self._floors[channel] = max(self._floors.get(channel, 0), shelf.oldest)
-        shelf.frames[shelf.start] = GONE
+        self._floors[channel] = max(self._floors.get(channel, 0), shelf.numbers[shelf.start])
+        shelf.frames[shelf.start] = None
         shelf.start += 1
         if shelf.size * 8 <= self.limit:
             self._loud.discard(channel)
@@ -1083,16 +1125,21 @@ class Memory:
                 # Not one number for each channel that ever was: that would have no bound.
                 self._base = max(self._base, self._floors.pop(channel))
         elif shelf.start * 2 > len(shelf.frames):
-            del shelf.frames[: shelf.start], shelf.sums[: shelf.start]
+            del shelf.numbers[: shelf.start], shelf.frames[: shelf.start], shelf.ends[: shelf.start]
             shelf.start = 0
+
+    def _oldest(self, channel: str) -> int:
+        shelf = self._shelves[channel]
+        return shelf.numbers[shelf.start]
 
     def missed(self, channel: str, number: int) -> tuple[int, int]:
         """Count the frames of a channel above a number that are kept, and their bytes."""
         shelf = self._shelves.get(channel)
         if shelf is None:
             return 0, 0
-        index = shelf.above(number)
-        return len(shelf.frames) - index, shelf.sums[-1] - shelf.sums[index]
+        index = bisect.bisect_right(shelf.numbers, number, shelf.start)
+        before = shelf.ends[index - 1] if index > shelf.start else shelf.before
+        return len(shelf.frames) - index, shelf.ends[-1] - before
 
     def before_newest(self, channel: str, count: int, until: int) -> tuple[int, int]:
         """Return where a channel's newest frames up to a number begin.
@@ -1103,9 +1150,9 @@ class Memory:
         shelf = self._shelves.get(channel)
         if shelf is None:
             return min(self.floor(channel) or 0, until), 0
-        end = shelf.above(until)
+        end = bisect.bisect_right(shelf.numbers, until, shelf.start)
         first = max(shelf.start, end - count)
-        before = shelf.frames[first].number - 1 if first < len(shelf.frames) else until
+        before = shelf.numbers[first] - 1 if first < len(shelf.numbers) else until
         return min(before, until), end - first
 
     def page(self, since: Mapping[str, int], limit: int) -> tuple[list[Frame], bool]:
@@ -1120,12 +1167,15 @@ class Memory:
         """
         found: list[Frame] = []
         for channel, number in since.items():
-            if (shelf := self._shelves.get(channel)) is not None:
-                first = shelf.above(number)
-                # Up to and with the frame that reaches the limit: a channel whose slice is
-                # cut short has then used up the page, so none of the others passes it.
-                end = bisect.bisect_left(shelf.sums, shelf.sums[first] + limit, first + 1)
-                found.extend(shelf.frames[first:end])
+            shelf = self._shelves.get(channel)
+            if shelf is None:
+                continue
+            first = bisect.bisect_right(shelf.numbers, number, shelf.start)
+            before = shelf.ends[first - 1] if first > shelf.start else shelf.before
+            last = bisect.bisect_left(shelf.ends, before + limit, first)
+            # Up to and with the frame that reaches the limit: a channel whose slice is
+            # cut short has then used up the page, so none of the others passes it.
+            found.extend(shelf.frames[first : last + 1])  # type: ignore[arg-type]  # None only below start
         found.sort()
         size = 0
         for index, frame in enumerate(found, 1):
@@ -1143,22 +1193,27 @@ DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 @dataclass
 class Counts:
-    """What has happened since the start; plain numbers, so that counting costs next to nothing."""
+    """What has happened since the start; plain numbers, so that counting costs next to nothing.
 
-    # Taken from the source.
+    Attributes:
+        events: Taken from the source.
+        deliveries: Events written to clients, live or replayed.
+        replayed: Those of them that were replayed.
+        sent_bytes: Written to streams, HTTP's framing included.
+        gaps: ``relay.gap`` events written, by reason.
+        refusals: By true status.
+        cut_clients: Slow clients that were cut.
+        delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
+        delay_sum: Seconds.
+    """
+
     events: int = 0
-    # Events written to clients, and those of them that were replayed.
     deliveries: int = 0
     replayed: int = 0
-    # Written to streams, HTTP's framing included.
     sent_bytes: int = 0
-    # ``relay.gap`` events written, by reason.
     gaps: Counter[str] = field(default_factory=Counter)
-    # By true status.
     refusals: Counter[int] = field(default_factory=Counter)
-    # Slow ones.
     cut_clients: int = 0
-    # Events by how long they took from the source to the write, and the sum of it.
     delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
     delay_sum: float = 0.0
 
@@ -2667,9 +2722,9 @@ class NotifySource(Source):
                 )
 
 
-# ==== SQL =====================================================================
+# ==== SQL: schema =============================================================
 #
-# Schema and statements of the durable log. Nothing here is formatted: values travel as parameters.
+# The tables and functions of the durable log. Knows nothing of relays but what they call.
 
 # Raised with each change of SCHEMA_SQL that an older relay or an older script must not meet.
 SCHEMA_VERSION: Final = 2
@@ -2678,9 +2733,23 @@ SCHEMA_VERSION: Final = 2
 # SCHEMA_SQL spells it out too.
 LOG_CHANNEL: Final = "sse_relay"
 
+# -> (kind text, name text, id oid, owner oid, acl aclitem[]): what the log's schema holds, and itself.
+OBJECTS_SQL: Final = """
+    SELECT 'SCHEMA' AS kind, 'sse_relay' AS name, oid AS id, nspowner AS owner, nspacl AS acl
+        FROM pg_namespace WHERE nspname = 'sse_relay'
+    UNION ALL
+    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
+            'sse_relay.' || quote_ident(relname), c.oid, relowner, relacl
+        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+        WHERE nspname = 'sse_relay' AND relkind NOT IN ('i', 'c')
+    UNION ALL
+    SELECT 'FUNCTION', p.oid::regprocedure::text, p.oid, proowner, coalesce(proacl, acldefault('f', proowner))
+        FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = pronamespace WHERE nspname = 'sse_relay'
+"""
+
 # One transaction, given by the caller: `schema` prints it between BEGIN and COMMIT, `--apply` runs it
 # through psycopg2, which opens one. CREATE OR REPLACE keeps grants; IF NOT EXISTS keeps rows.
-# A later version adds its steps (ALTER TABLE … ADD COLUMN IF NOT EXISTS …) below the tables.
+# A later version adds its steps (ALTER TABLE … ADD COLUMN IF NOT EXISTS …) near the end.
 SCHEMA_SQL: Final = r"""
 -- The durable log of sse-relay, version 2. Needs PostgreSQL 13 or newer and a database in UTF8.
 -- Safe to run again: it keeps events, settings and grants.
@@ -2703,6 +2772,7 @@ SELECT pg_catalog.set_config('sse_relay.search_path', pg_catalog.current_setting
 DO $$
 DECLARE
     owner name;
+    known text := '';
     installed int;
     patience text := current_setting('lock_timeout');
 BEGIN
@@ -2719,11 +2789,6 @@ BEGIN
             HINT = 'Connect to the primary server. If default_transaction_read_only is on for this role or '
                 'database, begin with SET default_transaction_read_only = off.';
     END IF;
-
-    -- Two that apply at once take turns. Anybody could hold this lock, so it is not waited for long.
-    PERFORM set_config('lock_timeout', '10s', true);
-    PERFORM pg_advisory_xact_lock(hashtext('sse_relay schema'));
-    PERFORM set_config('lock_timeout', patience, true);
 
     -- All objects have one owner, whoever applies the script. Triggers and defaults of that owner would
     -- run with the rights of a more powerful role that applies it.
@@ -2748,37 +2813,33 @@ BEGIN
                     'CREATE ROLE ... LOGIN IN ROLE %I', owner, owner);
         END IF;
         PERFORM set_config('role', owner, false);
+        -- What is here already keeps its privileges; see the end.
+        known := concat_ws(',', 'sse_relay'::regnamespace::oid, (SELECT string_agg(objid::text, ',')
+            FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass
+                AND refobjid = 'sse_relay'::regnamespace));
     ELSE
         CREATE SCHEMA sse_relay;
     END IF;
+    PERFORM set_config('sse_relay.known', known, false);
     IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
         RAISE WARNING 'the log belongs to the superuser %', current_user USING
             HINT = 'Its functions run with the rights of their owner: let that be a role without any other '
                 'right (CREATE ROLE sse_relay_owner NOLOGIN).';
     END IF;
 
-    IF to_regclass('sse_relay.settings') IS NOT NULL THEN
+    IF to_regclass('sse_relay.epoch') IS NOT NULL THEN
+        -- One at a time. In the order in which relays take locks, and not for long: a relay, or a
+        -- transaction that publishes, must not wait for this script while this script waits for it.
+        PERFORM set_config('lock_timeout', '500ms', true);
+        LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
         SELECT version INTO installed FROM sse_relay.settings;
         IF installed > 2 THEN
             RAISE 'schema sse_relay has version %, this script is older (version 2)', installed
                 USING HINT = 'Apply it with the newest sse_relay.py that is in use.';
+        ELSIF installed < 2 THEN
+            LOCK TABLE sse_relay.settings IN ACCESS EXCLUSIVE MODE;
+            LOCK TABLE sse_relay.pending, sse_relay.events IN SHARE ROW EXCLUSIVE MODE;
         END IF;
-    END IF;
-
-    -- What is here already keeps its privileges; see the end.
-    PERFORM set_config('sse_relay.known', coalesce((SELECT string_agg(oid::text, ',') FROM (
-        SELECT oid FROM pg_class WHERE relnamespace = 'sse_relay'::regnamespace
-        UNION ALL SELECT oid FROM pg_proc WHERE pronamespace = 'sse_relay'::regnamespace
-        UNION ALL SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay' AND owner IS NOT NULL) AS o), ''),
-        false);
-
-    IF installed < 2 THEN
-        -- In the order in which relays take them, and not for long: a relay, or a transaction that
-        -- publishes, must not wait for this script while this script waits for it.
-        PERFORM set_config('lock_timeout', '500ms', true);
-        LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
-        LOCK TABLE sse_relay.settings IN ACCESS EXCLUSIVE MODE;
-        LOCK TABLE sse_relay.pending, sse_relay.events IN SHARE ROW EXCLUSIVE MODE;
         PERFORM set_config('lock_timeout', patience, true);
     END IF;
 END $$;
@@ -2790,7 +2851,9 @@ CREATE TABLE IF NOT EXISTS sse_relay.settings (
     version   int NOT NULL,
     retention interval NOT NULL DEFAULT '24 hours' CHECK (retention > '0'),
     -- Of the events up to this id, some or all are gone.
-    pruned    bigint NOT NULL DEFAULT 0
+    pruned    bigint NOT NULL DEFAULT 0,
+    -- Where pruning goes on: all events up to this id are gone.
+    cleared   bigint NOT NULL DEFAULT 0
 );
 
 -- The name of the history that ids belong to, and what it is tied to. `xid` is the transaction that
@@ -2804,7 +2867,8 @@ CREATE TABLE IF NOT EXISTS sse_relay.epoch (
     xid      xid8
 );
 
--- Committed or not, published and not yet numbered. The identity is in order of insertion.
+-- Committed or not, published and not yet numbered. The identity is in order of insertion; the sender is 0
+-- where the data cannot be read.
 CREATE TABLE IF NOT EXISTS sse_relay.pending (
     xid     xid8 NOT NULL DEFAULT pg_current_xact_id(),
     seq     bigint GENERATED ALWAYS AS IDENTITY,
@@ -2832,37 +2896,6 @@ CREATE TABLE IF NOT EXISTS sse_relay.revocations (
     subject text NOT NULL,
     stamp   timestamptz NOT NULL
 );
-
-DO $$
-DECLARE
-    old_form regprocedure := to_regprocedure('sse_relay.waiting(pg_snapshot)');
-BEGIN
-    IF to_regclass('sse_relay.events_channel_id') IS NULL THEN
-        CREATE INDEX events_channel_id ON sse_relay.events (channel, id);
-    END IF;
-    -- A backlog of millions is looked through in windows of seq. An expression, so that no other query
-    -- takes this index for its order: rows long dead may stand in it.
-    IF to_regclass('sse_relay.pending_seq') IS NULL THEN
-        CREATE INDEX pending_seq ON sse_relay.pending ((seq + 0));
-    END IF;
-    -- Where pruning goes on: all events up to this id are gone.
-    IF NOT EXISTS (SELECT FROM pg_attribute
-            WHERE attrelid = 'sse_relay.settings'::regclass AND attname = 'cleared') THEN
-        ALTER TABLE sse_relay.settings ADD COLUMN cleared bigint NOT NULL DEFAULT 0;
-        UPDATE sse_relay.settings SET cleared = pruned;
-    END IF;
-    INSERT INTO sse_relay.settings (version) VALUES (2) ON CONFLICT (single) DO NOTHING;
-    UPDATE sse_relay.settings SET version = 2 WHERE version <> 2;
-    INSERT INTO sse_relay.epoch DEFAULT VALUES ON CONFLICT (single) DO NOTHING;
-
-    -- A function that comes in another form is granted to whom the old one was.
-    PERFORM set_config('sse_relay.heirs', coalesce((
-        SELECT string_agg(DISTINCT format('%I', pg_get_userbyid(grantee)), ', ')
-        FROM pg_proc, aclexplode(proacl) WHERE oid = old_form AND grantee NOT IN (0, proowner)), ''), false);
-    IF old_form IS NOT NULL THEN
-        DROP FUNCTION sse_relay.waiting(pg_snapshot);
-    END IF;
-END $$;
 
 
 -- ---------------------------------------------------------------- for applications
@@ -3263,9 +3296,33 @@ BEGIN
     END IF;
 END $$;
 
+-- Sets aside what cannot be read of these transactions, and begins a new epoch if that is anything: a
+-- client may be anywhere, and nothing else reaches all of them. Who repairs a row and gives it any other
+-- sender has it numbered by the next relay that connects.
+CREATE OR REPLACE FUNCTION sse_relay.set_aside(xids xid8[])
+RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    place tid;
+    lost boolean := false;
+BEGIN
+    FOR place IN SELECT ctid FROM sse_relay.pending WHERE xid = ANY (xids) AND pid <> 0 LOOP
+        BEGIN
+            PERFORM md5(concat(event, data)) FROM sse_relay.pending WHERE ctid = place;
+        EXCEPTION WHEN internal_error OR data_corrupted OR index_corrupted OR data_exception
+                OR system_error OR io_error OR undefined_file OR program_limit_exceeded THEN
+            UPDATE sse_relay.pending SET pid = 0 WHERE ctid = place;
+            lost := true;
+        END;
+    END LOOP;
+    IF lost THEN
+        PERFORM sse_relay.renew_epoch();
+    END IF;
+END $$;
+
 -- Numbers the events of these transactions, as far as their senders match, in the order of the list:
 -- at most 1,000 events and about 4 MiB. `more`: call it again with the same list. It returns no rows:
--- a relay that stops reading must not keep the lock. With `sweep` it wakes the other relays.
+-- a relay that stops reading must not keep the lock. With `sweep` it wakes the other relays; NULL first
+-- sets aside what cannot be read.
 CREATE OR REPLACE FUNCTION sse_relay.advance(xids xid8[], pids int[], sweep boolean DEFAULT false,
     OUT moved int, OUT more boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -3278,9 +3335,13 @@ BEGIN
     -- One at a time, until its commit is visible. A lock on a table needs rights on it; an advisory
     -- lock could be taken, and kept, by anyone.
     LOCK TABLE sse_relay.epoch IN EXCLUSIVE MODE;
+    IF sweep IS NULL THEN
+        PERFORM sse_relay.set_aside(xids);
+    END IF;
     WITH wanted AS (
         SELECT w.xid, w.pid, min(w.place) AS place
-        FROM unnest(xids, pids) WITH ORDINALITY AS w (xid, pid, place) GROUP BY w.xid, w.pid
+        FROM unnest(xids, pids) WITH ORDINALITY AS w (xid, pid, place)
+        WHERE w.pid <> 0 GROUP BY w.xid, w.pid
         -- In order already here, the search below can stop at 1,000 events.
         ORDER BY place
     ), found AS MATERIALIZED (
@@ -3382,66 +3443,65 @@ END $$;
 
 DO $$
 DECLARE
-    emptied regclass;
+    known oid[] := string_to_array(current_setting('sse_relay.known'), ',');
+    made record;
 BEGIN
-    FOREACH emptied IN ARRAY ARRAY['sse_relay.settings', 'sse_relay.epoch', 'sse_relay.pending',
-            'sse_relay.events']::regclass[] LOOP
-        IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = emptied AND tgname = 'truncated') THEN
-            EXECUTE format('CREATE TRIGGER truncated AFTER TRUNCATE ON %s'
-                ' FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.rewritten()', emptied);
-        END IF;
-    END LOOP;
-    IF NOT EXISTS (SELECT FROM pg_trigger
-            WHERE tgrelid = 'sse_relay.events'::regclass AND tgname = 'deleted') THEN
-        CREATE TRIGGER deleted AFTER DELETE ON sse_relay.events REFERENCING OLD TABLE AS deleted
-            FOR EACH STATEMENT EXECUTE FUNCTION sse_relay.rewritten();
+    -- Even an index or a trigger that exists would be waited for, behind transactions that publish.
+    IF (SELECT version FROM sse_relay.settings) IS DISTINCT FROM 2 THEN
+        CREATE INDEX IF NOT EXISTS events_channel_id ON sse_relay.events (channel, id);
+        -- A backlog of millions is looked through in windows of seq. An expression, so that no other query
+        -- takes this index for its order: rows long dead may stand in it.
+        CREATE INDEX IF NOT EXISTS pending_seq ON sse_relay.pending ((seq + 0));
+        FOR made IN SELECT name, event FROM (VALUES
+            ('truncated', 'TRUNCATE ON sse_relay.settings'), ('truncated', 'TRUNCATE ON sse_relay.epoch'),
+            ('truncated', 'TRUNCATE ON sse_relay.pending'), ('truncated', 'TRUNCATE ON sse_relay.events'),
+            ('deleted', 'DELETE ON sse_relay.events REFERENCING OLD TABLE AS deleted')) AS v (name, event)
+            WHERE NOT EXISTS (SELECT FROM pg_trigger
+                WHERE tgrelid = split_part(event, ' ', 3)::regclass AND tgname = name)
+        LOOP
+            EXECUTE format('CREATE TRIGGER %s AFTER %s FOR EACH STATEMENT'
+                ' EXECUTE FUNCTION sse_relay.rewritten()', made.name, made.event);
+        END LOOP;
+        -- From version 1.
+        ALTER TABLE sse_relay.settings ADD COLUMN IF NOT EXISTS cleared bigint NOT NULL DEFAULT 0;
+        UPDATE sse_relay.settings SET version = 2, cleared = pruned;
     END IF;
     PERFORM sse_relay.attach(NULL, NULL);
-END $$;
 
--- What was made just now is its owner's alone, whatever default privileges have added: functions are
--- everybody's by default. What was there before keeps its grants.
-DO $$
-DECLARE
-    known oid[] := string_to_array(current_setting('sse_relay.known'), ',');
-    heirs text := current_setting('sse_relay.heirs');
-    granted record;
-BEGIN
-    FOR granted IN
-        SELECT DISTINCT object,
+    -- What was made just now is its owner's alone, whatever default privileges have added: functions are
+    -- everybody's by default. What was there before keeps its grants.
+    FOR made IN
+        SELECT DISTINCT format('%s %s', kind, name) AS object,
             CASE grantee WHEN 0 THEN 'PUBLIC' ELSE format('%I', pg_get_userbyid(grantee)) END AS grantee
-        FROM (
-            SELECT 'SCHEMA sse_relay' AS object, a.grantee, nspowner AS owner
-                FROM pg_namespace, aclexplode(nspacl) AS a
-                WHERE nspname = 'sse_relay' AND oid <> ALL (known)
-            UNION ALL
-            SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || c.oid::regclass,
-                    a.grantee, relowner
-                FROM pg_class AS c, aclexplode(relacl) AS a
-                WHERE relnamespace = 'sse_relay'::regnamespace AND c.oid <> ALL (known)
-            UNION ALL
-            SELECT 'FUNCTION ' || p.oid::regprocedure, a.grantee, proowner
-                FROM pg_proc AS p, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
-                WHERE pronamespace = 'sse_relay'::regnamespace AND p.oid <> ALL (known)
-        ) AS made WHERE grantee <> owner
+        FROM (OBJECTS) AS o, aclexplode(acl) WHERE id <> ALL (known) AND grantee <> owner
     LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s', granted.object, granted.grantee);
+        EXECUTE format('REVOKE ALL ON %s FROM %s', made.object, made.grantee);
     END LOOP;
-    IF heirs <> '' THEN
-        EXECUTE format('GRANT EXECUTE ON FUNCTION sse_relay.waiting(pg_snapshot, bigint) TO %s', heirs);
-        EXECUTE format('GRANT SELECT ON sse_relay.revocations TO %s', heirs);
-    END IF;
-    heirs := (SELECT string_agg(DISTINCT format('%I', pg_get_userbyid(grantee)), ', ')
-        FROM pg_proc, aclexplode(proacl)
-        WHERE oid = 'sse_relay.publish(text, jsonb, text)'::regprocedure AND grantee NOT IN (0, proowner));
-    IF heirs IS NOT NULL AND 'sse_relay.publish(text, json, text)'::regprocedure::oid <> ALL (known) THEN
-        EXECUTE format('GRANT EXECUTE ON FUNCTION sse_relay.publish(text, json, text) TO %s', heirs);
+
+    -- From version 1: what has come is granted to the roles that have what it belongs to.
+    IF to_regprocedure('sse_relay.waiting(pg_snapshot)') IS NOT NULL THEN
+        FOR made IN
+            SELECT object, format('%I', pg_get_userbyid(grantee)) AS grantee FROM (VALUES
+                ('waiting(pg_snapshot)', 'EXECUTE ON FUNCTION sse_relay.waiting(pg_snapshot, bigint)'),
+                ('waiting(pg_snapshot)', 'SELECT ON sse_relay.revocations'),
+                ('publish(text, jsonb, text)', 'EXECUTE ON FUNCTION sse_relay.publish(text, json, text)')
+            ) AS v (former, object) JOIN pg_proc AS p ON p.oid = ('sse_relay.' || former)::regprocedure,
+            aclexplode(proacl) WHERE grantee NOT IN (0, proowner)
+        LOOP
+            EXECUTE format('GRANT %s TO %s', made.object, made.grantee);
+        END LOOP;
+        DROP FUNCTION sse_relay.waiting(pg_snapshot);
     END IF;
 END $$;
 
 SELECT pg_catalog.set_config('role', pg_catalog.current_setting('sse_relay.role'), false),
     pg_catalog.set_config('search_path', pg_catalog.current_setting('sse_relay.search_path'), false);
-"""
+""".replace("OBJECTS", OBJECTS_SQL)
+
+
+# ==== SQL: statements =========================================================
+#
+# What a relay, `publish` and `doctor` send. Nothing here is formatted: values travel as parameters.
 
 # For each new session of the relay, beside what `open_connection` sets. A role's or database's defaults
 # must not decide whether a snapshot is older than the lock, or which plan a page gets. (Indexes give the
@@ -3497,31 +3557,22 @@ WHERE n.nspname = 'sse_relay' AND p.pronamespace = 'pg_catalog'::regnamespace
 
 # -> (what text, remedy text), one a row: privileges beyond those that the docs give to roles, and objects
 # that somebody else has put into the schema. By the catalogs.
-LOG_EXCESS_SQL: Final = """
-WITH space AS (SELECT oid, nspowner, nspacl FROM pg_namespace WHERE nspname = 'sse_relay'),
-named (object, owner, grantee, privilege, grantable) AS (
-    SELECT 'SCHEMA sse_relay', nspowner, a.grantee, a.privilege_type, a.is_grantable
-        FROM space, aclexplode(nspacl) AS a
+LOG_EXCESS_SQL: Final = f"""
+WITH objects AS ({OBJECTS_SQL}), named (object, owner, grantee, privilege, grantable) AS (
+    SELECT CASE WHEN kind IN ('TABLE', 'VIEW') THEN name ELSE kind || ' ' || name END, owner,
+            a.grantee, a.privilege_type, a.is_grantable
+        FROM objects, aclexplode(acl) AS a
     UNION ALL
-    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE '' END || 'sse_relay.' || quote_ident(relname),
-            relowner, a.grantee, a.privilege_type, a.is_grantable
-        FROM pg_class, aclexplode(relacl) AS a WHERE relnamespace = (SELECT oid FROM space)
-    UNION ALL
-    SELECT 'sse_relay.' || quote_ident(c.relname), relowner, a.grantee,
-            format('%s (%I)', a.privilege_type, t.attname), a.is_grantable
-        FROM pg_class AS c JOIN pg_attribute AS t ON t.attrelid = c.oid, aclexplode(t.attacl) AS a
-        WHERE relnamespace = (SELECT oid FROM space)
-    UNION ALL
-    SELECT 'FUNCTION ' || p.oid::regprocedure, proowner, a.grantee, a.privilege_type, a.is_grantable
-        FROM pg_proc AS p, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
-        WHERE pronamespace = (SELECT oid FROM space)
+    SELECT name, owner, a.grantee, format('%s (%I)', a.privilege_type, t.attname), a.is_grantable
+        FROM objects JOIN pg_attribute AS t ON t.attrelid = id AND kind IN ('TABLE', 'VIEW'),
+            aclexplode(t.attacl) AS a
 ), allowed (privilege, object) AS (
     VALUES ('USAGE', 'SCHEMA sse_relay'), ('SELECT', 'sse_relay.settings'), ('SELECT', 'sse_relay.epoch'),
         ('SELECT', 'sse_relay.events'), ('SELECT', 'sse_relay.revocations'),
         ('UPDATE (retention)', 'sse_relay.settings')
     UNION ALL
-    SELECT 'EXECUTE', 'FUNCTION ' || p.oid::regprocedure FROM pg_proc AS p
-        WHERE pronamespace = (SELECT oid FROM space) AND proname IN ('publish', 'publish_row', 'position',
+    SELECT 'EXECUTE', 'FUNCTION ' || name FROM objects JOIN pg_proc AS p ON p.oid = id AND kind = 'FUNCTION'
+        WHERE proname IN ('publish', 'publish_row', 'position',
             'revoke', 'attach', 'waiting', 'advance', 'prune', 'renew_epoch')
 )
 SELECT format('%s has %s on %s', who, string_agg(privilege, ', ' ORDER BY privilege), object),
@@ -3535,18 +3586,11 @@ FROM (
     WHERE grantee <> owner AND (grantee = 0 OR grantable OR a.privilege IS NULL)
 ) AS beyond GROUP BY who, object, grantable
 UNION ALL
-SELECT format('%s belongs to %I', o.object, pg_get_userbyid(o.owner)),
-    format('if it is not wanted, DROP %s', o.object)
-FROM (
-    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' WHEN 'v' THEN 'VIEW ' ELSE 'TABLE ' END
-            || 'sse_relay.' || quote_ident(relname) AS object, relowner AS owner
-        FROM pg_class WHERE relnamespace = (SELECT oid FROM space) AND relkind NOT IN ('i', 'c')
-    UNION ALL
-    SELECT 'FUNCTION ' || oid::regprocedure, proowner
-        FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
-) AS o WHERE o.owner <> (SELECT nspowner FROM space)
+SELECT format('%s %s belongs to %I', kind, name, pg_get_userbyid(owner)),
+    format('if it is not wanted, DROP %s %s', kind, name)
+FROM objects WHERE owner <> (SELECT owner FROM objects WHERE kind = 'SCHEMA')
 ORDER BY 1
-"""
+"""  # noqa: S608  # of constants
 
 # (epoch text | None, id int | None): where this relay had come to before.
 # -> (epoch text, newest id bigint, pruned through id bigint, retention in seconds float): first on each
@@ -3583,8 +3627,9 @@ NO_ID: Final = 2**62
 # A wake-up that names a transaction. A leading zero would be octal.
 WAKE_UP: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
-# (xids list[str], pids list[int], sweep bool) -> (moved int, more bool): repeat while `more`.
-# A statement of its own, in autocommit. A list should have no more than 1,000 transactions.
+# (xids list[str], pids list[int], sweep bool | None) -> (moved int, more bool): repeat while `more`.
+# A statement of its own, in autocommit. A list should have no more than 1,000 transactions. None: to set
+# aside first what cannot be read, after a call that failed for one transaction.
 LOG_ADVANCE_SQL: Final = """
 SELECT moved, more FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], %s)
 """
@@ -3707,26 +3752,31 @@ FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname 
 """
 
 
-# ==== Source log ==============================================================
+# ==== Source log: reading back ================================================
 #
-# Numbers what was published, reads it, and reads it back for clients. Knows SQL's statements by
-# their names, and the listener by its two queries.
+# What rows and errors of the log mean; what memory no longer holds, read back for streams. Knows SQL's
+# statements by their names, and nothing of numbering.
 
-# Rows and bytes of one page of the log, and transactions numbered in one call; the SQL
-# spells them out too.
+# Rows and bytes of one page of the log; the SQL spells them out too.
 LOG_PAGE_ROWS: Final = 1_000
 LOG_PAGE_BYTES: Final = 4 * MIB
-MAX_ADVANCED: Final = 1_000
-# Seconds. What no notification announced is found at the latest then.
-SWEEP_INTERVAL: Final = 5.0
-# Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
-# load it is better to number more events less often.
-NUMBERING_PAUSE: Final = 0.002
-PRUNE_INTERVAL: Final = 60.0
 # What was read from the log for one stream is at hand for others for so many seconds; each is at
 # most one piece of a resume.
 SHARE_TIME: Final = 1.0
 MAX_SHARED: Final = 16
+# What a statement raises because of the data that it read, not of the session: internal errors, data
+# exceptions, errors of the server's disk; and bytes that are not UTF-8, which show only here.
+DAMAGE: Final[tuple[type[Exception], ...]] = (
+    *map(psycopg2.errors.lookup, ("XX000", "XX001", "XX002", "54000", "58000", "58030", "58P01")),
+    psycopg2.DataError,
+    UnicodeDecodeError,
+)
+
+
+@functools.lru_cache(maxsize=1_000)
+def warn_once(text: str) -> None:
+    """Log a warning, unless it has been logged."""
+    log.warning("%s", text)
 
 
 def check_log(cursor: psycopg2.extensions.cursor) -> None:
@@ -3745,17 +3795,6 @@ def check_log(cursor: psycopg2.extensions.cursor) -> None:
             f"the durable log has version {version}, this relay needs {SCHEMA_VERSION}",
             "install a newer sse-relay" if newer else "run sse_relay.py schema --apply",
         )
-
-
-def is_damage(error: Exception) -> bool:
-    """Return whether a statement failed because of the data that it read, not of the session.
-
-    Damaged rows are internal errors, data exceptions, or errors of the server's disk; bytes
-    that are not UTF-8 show only here.
-    """
-    if isinstance(error, psycopg2.Error):
-        return (error.pgcode or "")[:2] in ("XX", "22", "54", "58")
-    return isinstance(error, UnicodeDecodeError)
 
 
 class LogPage(NamedTuple):
@@ -3782,63 +3821,19 @@ def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
     return frames
 
 
-def is_full(rows: Sequence[tuple[Any, ...]], count: int, size: int) -> bool:
-    """Return whether more may follow a page of at most so many rows and bytes of data."""
-    # A character has at most four bytes; an empty page too many costs less than counting them.
-    return len(rows) >= count or sum(len(row[6] or "") for row in rows) * 4 >= size
+class Replays:
+    """Reads back events for streams; what several ask for, once."""
 
-
-class LogSource(Source):
-    """Numbers what was published, reads the log, and hands it to memory and hub.
-
-    A wake-up names a transaction and its sender. The relay numbers that transaction's
-    events, unless another relay has, and then reads what follows the last id that it
-    has read: catching up after an outage is the ordinary path. A sweep every few seconds
-    finds what no wake-up named, so that a lost one is never a lost event.
-    """
-
-    session_sql = LOG_SESSION_SQL
-
-    def __init__(self, hub: Hub, memory: Memory) -> None:
-        super().__init__(hub, memory, Interest([LOG_CHANNEL], 0.0, 1))
-        self._work = asyncio.Event()
-        # Transactions to number, each with its sender, in the order of their commits.
-        self._woken: dict[tuple[str, int], None] = {}
-        self._sweep_due = False
-        # The snapshot of the last sweep: all that it shows has been numbered and read.
-        self._swept_up: str | None = None
-        self._swept: Snapshot | None = None
-        # About how many events the sweep that is going on has found, and since when some have waited.
-        self._unswept = 0
-        self._waiting_since: float | None = None
-        # The transaction of the event with the last number: another there is another history.
-        self._xid: int | None = None
-        # Called with each subject that is signed out and the time of that, before later events.
-        self.on_revoked: Callable[[str, float], object] = lambda subject, stamp: None
-        self._revoked = 0
-        # Transactions whose events cannot be read.
-        self._damaged: set[str] = set()
-        self._told: set[str] = set()
-        # Each is set when a sweep is done that has not begun yet.
-        self._sweeps_asked: list[asyncio.Event] = []
-        # What is being read for clients, or was just read, by statement and values.
+    def __init__(self, source: Source, memory: Memory) -> None:
+        self._source = source
+        self._memory = memory
+        # What is being read, or was just read, by statement and values.
         self._shared: dict[tuple[object, ...], asyncio.Task[Any]] = {}
         # How many streams wait for it.
         self._waiting: Counter[tuple[object, ...]] = Counter()
 
-    # For streams.
-
-    def _unsettled(self, position: Position) -> asyncio.Event | None:
-        # A page's snapshot may show what is not numbered yet, and an id that is ahead may be another
-        # relay's: both are settled when all that is pending has been read.
-        seen = position.snapshot
-        if position.number <= self.number and (
-            seen is None or (self._swept is not None and self._swept.includes(seen))
-        ):
-            return None
-        return self.sweep()
-
-    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+    async def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
+        """Return what `Source.fetch` does, but None if the log has another history than the cursor."""
         # Up to where memory begins, and no further: so streams that stand at the same place
         # ask for the same.
         until = max(self._memory.floor(name) or 0 for name in channels)
@@ -3846,20 +3841,16 @@ class LogSource(Source):
             if cursor.last:
                 return await self._find_newest(cursor, channels)
             if not cursor.counted and await self._counts_too_many(cursor, channels, until):
-                return self.tell_all(channels, "too-many")
-            read = await self._replay(cursor, channels, until, limit)
-        except (psycopg2.Error, UnicodeDecodeError) as error:
-            if not is_damage(error):
-                raise
-            return self.tell(cursor, channels, await self._find_damaged(cursor, channels, until, limit))
+                return self._source.tell_all(channels, "too-many")
+            read = await self._read(cursor, channels, until, limit)
+        except DAMAGE:
+            gaps = await self._find_damaged(cursor, channels, until, limit)
+            return self._source.tell(cursor, channels, gaps)
         if read.epoch != cursor.epoch:
-            if self.epoch == cursor.epoch:
-                # The reader will find the new history: this stream goes on when it has.
-                await self.sweep().wait()
-            return Page(cursor)
+            return None
         gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
         if gaps:
-            return self.tell(cursor, channels, gaps)
+            return self._source.tell(cursor, channels, gaps)
         number = read.frames[-1].number if read.full and read.frames else max(until, cursor.number)
         return Page(cursor._replace(number=number, counted=True), {}, unseen(read.frames, cursor.snapshot))
 
@@ -3875,11 +3866,11 @@ class LogSource(Source):
         kept = [self._memory.missed(name, max(until, number)) for name, number in since.items()]
         return too_many([(events, size), *kept])
 
-    async def _replay(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
+    async def _read(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
         since = tuple(cursor.after(name) for name in channels)
         values = {"channels": tuple(channels), "since": since, "until": until, "bytes": limit}
 
-        def read(rows: list[tuple[Any, ...]]) -> LogPage:
+        def cut(rows: list[tuple[Any, ...]]) -> LogPage:
             epoch, pruned = rows[0][:2]
             frames = encode_rows(rows)
             size = 0
@@ -3890,7 +3881,7 @@ class LogSource(Source):
                     return LogPage(epoch, pruned, frames[:count], True)
             return LogPage(epoch, pruned, frames, len(rows) >= LOG_PAGE_ROWS)
 
-        page: LogPage = await self._share(LOG_REPLAY_SQL, values, read)
+        page: LogPage = await self._share(LOG_REPLAY_SQL, values, cut)
         return page
 
     async def _find_damaged(
@@ -3900,11 +3891,9 @@ class LogSource(Source):
         gaps = {}
         for name in channels:
             try:
-                await self._replay(cursor, [name], until, limit)
-            except (psycopg2.Error, UnicodeDecodeError) as error:
-                if not is_damage(error):
-                    raise
-                self._warn("channel %r cannot be read from the log: %s", name, one_line(error, ""))
+                await self._read(cursor, [name], until, limit)
+            except DAMAGE as error:
+                warn_once(f"channel {name!r} cannot be read from the log: {one_line(error, '')}")
                 gaps[name] = "failed"
         return gaps or dict.fromkeys(channels, "failed")
 
@@ -3912,12 +3901,12 @@ class LogSource(Source):
         self, statement: str, values: dict[str, Any], convert: Callable[[list[tuple[Any, ...]]], Any]
     ) -> Any:
         """Run a statement for all streams that ask for the same, once within `SHARE_TIME`."""
-        key = self.epoch, statement, *values.values()
+        key = self._source.epoch, statement, *values.values()
 
         async def read() -> Any:
             arrays = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
             wanted = functools.partial(self._waiting.__contains__, key)
-            return convert(await self.listener.client_query(statement, arrays, wanted))
+            return convert(await self._source.listener.client_query(statement, arrays, wanted))
 
         def done(task: asyncio.Task[Any]) -> None:
             if task.cancelled() or task.exception():
@@ -3944,12 +3933,82 @@ class LogSource(Source):
             if not self._waiting[key]:
                 del self._waiting[key]
 
+
+# ==== Source log: numbering ===================================================
+#
+# Numbers what was published and reads it, for memory and hub. Knows SQL's statements by their names,
+# and the listener by its queries; no stream.
+
+# Transactions numbered in one call.
+MAX_ADVANCED: Final = 1_000
+# Seconds. What no notification announced is found at the latest then.
+SWEEP_INTERVAL: Final = 5.0
+# Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
+# load it is better to number more events less often.
+NUMBERING_PAUSE: Final = 0.002
+PRUNE_INTERVAL: Final = 60.0
+
+
+class LogSource(Source):
+    """Numbers what was published, reads the log, and hands it to memory and hub.
+
+    A wake-up names a transaction and its sender. The relay numbers that transaction's
+    events, unless another relay has, and then reads what follows the last id that it
+    has read: catching up after an outage is the ordinary path. A sweep every few seconds
+    finds what no wake-up named, so that a lost one is never a lost event.
+    """
+
+    session_sql = LOG_SESSION_SQL
+
+    def __init__(self, hub: Hub, memory: Memory) -> None:
+        super().__init__(hub, memory, Interest([LOG_CHANNEL], 0.0, 1))
+        self._replays = Replays(self, memory)
+        self._work = asyncio.Event()
+        # Transactions to number, each with its sender, in the order of their commits.
+        self._woken: dict[tuple[str, int], None] = {}
+        self._sweep_due = False
+        # The snapshot of the last sweep: all that it shows has been numbered and read.
+        self._swept_up: str | None = None
+        self._swept: Snapshot | None = None
+        # About how many events the sweep that is going on has found, and since when some have waited.
+        self._unswept = 0
+        self._waiting_since: float | None = None
+        # The transaction of the event with the last number: another there is another history.
+        self._xid: int | None = None
+        # Called with each subject that is signed out and the time of that, before later events.
+        self.on_revoked: Callable[[str, float], object] = lambda subject, stamp: None
+        self._revoked = 0
+        # Events up to this id were there before this relay.
+        self._counted_from = 0
+        # Set when the next sweep to begin is done; and those of sweeps that have begun.
+        self._asked: asyncio.Event | None = None
+        self._promised: list[asyncio.Event] = []
+
+    # For streams.
+
+    def _unsettled(self, position: Position) -> asyncio.Event | None:
+        # A page's snapshot may show what is not numbered yet, and an id that is ahead may be another
+        # relay's: both are settled when all that is pending has been read.
+        seen = position.snapshot
+        if position.number <= self.number and (
+            seen is None or (self._swept is not None and self._swept.includes(seen))
+        ):
+            return None
+        return self.sweep()
+
+    async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
+        page = await self._replays.page(cursor, channels, limit)
+        if page is None and self.epoch == cursor.epoch:
+            # The reader will find the new history: this stream goes on when it has.
+            await self.sweep().wait()
+        return page or Page(cursor)
+
     def sweep(self) -> asyncio.Event:
         """Return what is set when all that is pending now has been numbered and read."""
-        if not self._sweeps_asked:
-            self._sweeps_asked.append(asyncio.Event())
+        if self._asked is None:
+            self._asked = asyncio.Event()
             self._work.set()
-        return self._sweeps_asked[-1]
+        return self._asked
 
     # What the listener tells.
 
@@ -3958,7 +4017,7 @@ class LogSource(Source):
 
     async def connected(self) -> None:
         for what, remedy in await self.listener.query(LOG_LIMITS_SQL):
-            self._warn("doing without: %s; %s", what, remedy)
+            warn_once(f"doing without: {what}; {remedy}")
         self._swept_up = self._swept = None
         await self._attach()
         # A backlog that takes longer is gone on with while notifications and canaries are heard.
@@ -4009,52 +4068,33 @@ class LogSource(Source):
         ((epoch, newest, pruned, _),) = await self.listener.query(LOG_ATTACH_SQL, known)
         if epoch != self.epoch:
             self._revoked = 0
-        await self._read_revocations()
+        # Before any event.
+        while rows := await self.listener.query(LOG_REVOCATIONS_SQL, (self._revoked,)):
+            for number, subject, stamp in rows:
+                self.on_revoked(subject, stamp)
+                self._revoked = number
         if epoch == self.epoch and pruned <= self.number:
             return
-        reason = "restart" if epoch != self.epoch else "pruned"
-        started = bool(self.epoch)
-        self.number, self._xid = newest if epoch != self.epoch else pruned, None
+        started, reason = bool(self.epoch), "pruned" if epoch == self.epoch else "restart"
+        self.number, self._xid = pruned if epoch == self.epoch else newest, None
+        if epoch != self.epoch:
+            self._counted_from = newest
+        if not started:
+            self.number = await self._find_recent(newest)
         self.epoch = epoch
         self._memory.clear()
         self._memory.begin_all(self.number)
         if started:
             await asyncio.shield(self._hub.send_gaps(reason, self.epoch, self.number))
-        else:
-            await self._remember()
-            # It reads up to the present number.
-            await self._read_revocations()
 
-    async def _read_revocations(self) -> None:
-        """Hand on the revocations that are new since the last one that was read."""
-        while rows := await self.listener.query(LOG_REVOCATIONS_SQL, (self._revoked,)):
-            for number, subject, stamp in rows:
-                self.on_revoked(subject, stamp)
-                self._revoked = number
-
-    async def _remember(self) -> None:
-        """Take the newest events into memory: clients that come back after a restart find them there."""
-        frames: list[Frame] = []
+    async def _find_recent(self, newest: int) -> int:
+        """Return where to begin, so that clients that come back after a restart are served from memory."""
         try:
             ((number,),) = await self.listener.query(LOG_RECENT_SQL, (self._memory.limit // 2,))
-            start, full = number, number is not None
-            while full:
-                rows = await self.listener.query(LOG_READ_SQL, {"id": number, "limit": LOG_PAGE_ROWS})
-                if rows[0][0] != self.epoch or rows[0][1] > number:
-                    return
-                frames += encode_rows(rows)
-                full = is_full(rows, LOG_PAGE_ROWS, LOG_PAGE_BYTES)
-                number = rows[-1][2] or number
-        except (psycopg2.Error, UnicodeDecodeError) as error:
-            if not is_damage(error):
-                raise
-            self._warn("recent events cannot be read, and are not kept in memory: %s", error)
-            return
-        if start is not None:
-            self.number = number
-            self._memory.begin_all(start)
-            for frame in frames:
-                self._memory.append(frame)
+        except DAMAGE as error:
+            warn_once(f"recent events cannot be read, and are not kept in memory: {one_line(error, '')}")
+            number = None
+        return newest if number is None else int(number)
 
     async def _read_on(self) -> None:
         loop = asyncio.get_running_loop()
@@ -4066,70 +4106,59 @@ class LogSource(Source):
                         await self._work.wait()
             self._work.clear()
             # When wake-ups were dropped, those that follow wait for the sweep that finds the dropped.
-            while self._sweep_due or self._sweeps_asked or loop.time() >= due:
+            while self._sweep_due or self._asked or loop.time() >= due:
                 self._sweep_due = False
                 await self._sweep()
                 due = loop.time() + SWEEP_INTERVAL
             woken, self._woken = self._woken, {}
-            await self._number_and_read([xid for xid, _ in woken], [pid for _, pid in woken], sweep=False)
+            await self._number_and_read(list(woken), sweep=False)
             if not self._woken and not self._sweep_due:
                 self._waiting_since = None
             await asyncio.sleep(NUMBERING_PAUSE)
 
     async def _sweep(self, windows: float = math.inf) -> bool:
         """Number and read all that is committed by now; return whether that was within so many windows."""
-        asked, self._sweeps_asked = self._sweeps_asked, []
-        done = False
-        try:
-            done = await self._sweep_windows(windows)
-        finally:
-            if not done:
-                # They wait for the next one, which may be of another session.
-                self._sweeps_asked = asked + self._sweeps_asked
-        if done:
-            for event in asked:
-                event.set()
-        return done
-
-    async def _sweep_windows(self, windows: float) -> bool:
+        if self._asked is not None:
+            # If this one fails, the next keeps the promise, which may be of another session.
+            self._promised.append(self._asked)
+            self._asked = None
         snapshot, after = self._swept_up, None
         while windows > 0:
             windows -= 1
-            values = snapshot, after
             ((snapshot, xids, pids, after, self._unswept),) = await self.listener.query(
-                LOG_WAITING_SQL, values
+                LOG_WAITING_SQL, (snapshot, after)
             )
-            await self._number_and_read(xids, pids, sweep=True)
+            await self._number_and_read(list(zip(xids, pids, strict=True)), sweep=True)
             if after is None:
                 self._unswept = 0
                 self._swept_up, self._swept = snapshot, parse_snapshot(snapshot)
+                while self._promised:
+                    self._promised.pop().set()
                 return True
         return False
 
-    async def _number_and_read(self, xids: Sequence[str], pids: Sequence[int], *, sweep: bool) -> None:
-        for start in range(0, len(xids), MAX_ADVANCED):
-            await self._number_some(
-                xids[start : start + MAX_ADVANCED], pids[start : start + MAX_ADVANCED], sweep
-            )
-        if not xids:
+    async def _number_and_read(self, senders: Sequence[tuple[str, int]], *, sweep: bool) -> None:
+        for start in range(0, len(senders), MAX_ADVANCED):
+            await self._number_some(senders[start : start + MAX_ADVANCED], sweep)
+        if not senders:
             await self._read()
 
-    async def _number_some(self, xids: Sequence[str], pids: Sequence[int], sweep: bool) -> None:
+    async def _number_some(self, senders: Sequence[tuple[str, int]], sweep: bool | None) -> None:
+        xids, pids = map(list, zip(*senders, strict=True))
         more = True
-        try:
-            while more:
+        while more:
+            try:
                 ((_, more),) = await self.listener.query(LOG_ADVANCE_SQL, (xids, pids, sweep))
-                await self._read()
-        except psycopg2.Error as error:
-            if not is_damage(error):
-                raise
-            if len(xids) > 1:
-                for xid, pid in zip(xids, pids, strict=True):
-                    await self._number_some([xid], [pid], sweep)
-            elif xids[0] not in self._damaged:
-                self._damaged.add(xids[0])
-                log.error("the events of transaction %s cannot be read and are left out: %s", xids[0], error)
-                await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number))
+            except DAMAGE as error:
+                if len(senders) > 1:
+                    for sender in senders:
+                        await self._number_some([sender], sweep)
+                    return
+                if sweep is None:
+                    raise
+                log.error("events of transaction %s cannot be read, and are set aside: %s", xids[0], error)
+                sweep = None
+            await self._read()
 
     async def _read(self) -> None:
         """Read what follows the last id that was read, to the end, and send it out."""
@@ -4163,8 +4192,8 @@ class LogSource(Source):
             # To all, though the connection is lost meanwhile: the next one reads on behind
             # these events.
             await asyncio.shield(self._hub.broadcast(frames, self.epoch))
-            now = time.time()
-            self._hub.counts.observe(now - created, len(frames))
+            if first > self._counted_from:
+                self._hub.counts.observe(time.time() - created, len(frames))
 
     async def _read_page(self) -> tuple[Sequence[Any], bool]:
         """Read the next page and return whether more may follow; step over an event that cannot be read.
@@ -4172,22 +4201,20 @@ class LogSource(Source):
         Returns:
             No rows for a damaged event.
         """
-        limit = LOG_PAGE_ROWS
-        attempts = 2
-        while True:
+        damage: Exception | None = None
+        # Less and less around what is damaged; each twice, as trouble with a disk may pass.
+        for limit in (LOG_PAGE_ROWS, LOG_PAGE_ROWS, 100, 100, 10, 10, 1, 1):
             try:
                 rows = await self.listener.query(LOG_READ_SQL, {"id": self.number, "limit": limit})
-                return rows, is_full(rows, limit, LOG_PAGE_BYTES)
-            except (psycopg2.Error, UnicodeDecodeError) as error:
-                if not is_damage(error):
-                    raise
-                attempts -= 1
-                if attempts:
-                    continue
-                if limit == 1:
-                    await self._step_over(error)
-                    return (), True
-                limit, attempts = limit // 10, 2
+            except DAMAGE as error:
+                damage = error
+            else:
+                # A character has at most four bytes; an empty page too many costs less than counting them.
+                size = sum(len(row[6] or "") for row in rows) * 4
+                return rows, len(rows) >= limit or size >= LOG_PAGE_BYTES
+        assert damage is not None
+        await self._step_over(damage)
+        return (), True
 
     async def _step_over(self, error: Exception) -> None:
         """Leave out the next event, which cannot be read, and tell its channel."""
@@ -4195,9 +4222,7 @@ class LogSource(Source):
         while found is None:
             try:
                 found = await self.listener.query(LOG_NEXT_SQL, (self.number + step,))
-            except (psycopg2.Error, UnicodeDecodeError) as damage:
-                if not is_damage(damage):
-                    raise
+            except DAMAGE:
                 # Where it stands, nothing can be read: what lies behind may be lost too.
                 step = step * 2 or 1
         if not found:
@@ -4223,14 +4248,8 @@ class LogSource(Source):
                     ((removed,),) = await self.listener.query(LOG_PRUNE_SQL)
             except psycopg2.Error as error:
                 # Whatever it is, events flow; the next statement finds a connection that is lost.
-                self._warn("the log was not pruned: %s", one_line(error, ""))
+                warn_once(f"the log was not pruned: {one_line(error, '')}")
             await asyncio.sleep(PRUNE_INTERVAL)
-
-    def _warn(self, form: str, *what: object) -> None:
-        """Log a warning, once."""
-        if (text := form % what) not in self._told:
-            self._told.add(text)
-            log.warning("%s", text)
 
 
 # ==== Refusals ================================================================
@@ -4308,7 +4327,7 @@ class Refusals:
         """
         headers = headers or {}
         path = path or self._path
-        is_stream = is_stream_path(split_target(request.raw_path)[1], path)
+        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
         self.count(refused, lambda: _asked(request, path if is_stream else None))
         passing = refused.status in (429, 503)
         retry = retry_after(self._retry, len(self._hub.subscribers))
@@ -4461,7 +4480,7 @@ class Streams:
         authority, text = split_target(request.raw_path)
         headers: dict[str, str] = {}
         try:
-            if not is_stream_path(text, path):
+            if not is_stream_path(text.partition("?")[0], path):
                 raise RefusedError(404, f"there is nothing here: streams are at {path}")
             headers = self._access.cors(request.headers, authority, request.method == "OPTIONS")
             if request.method == "OPTIONS":
@@ -5416,7 +5435,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     if settings.allow_channel or settings.jwt_key_file:
         return Access(
             compile_globs(settings.allow_channel),
-            compile_globs(settings.allow_origin, IN_LABEL),
+            compile_origins(settings.allow_origin),
             read_keys(settings.jwt_key_file),
             settings.jwt_cookie,
             revoked={} if settings.source == "log" else None,
@@ -5432,8 +5451,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
         "--allow-channel is given"
     )
-    origins = settings.allow_origin or DEVELOPMENT_ORIGINS
-    return Access(compile_globs(["*"]), compile_globs(origins, IN_LABEL))
+    return Access(compile_globs(["*"]), compile_origins(settings.allow_origin or DEVELOPMENT_ORIGINS))
 
 
 def client_module(path: str) -> Pages:
@@ -6871,8 +6889,8 @@ def apply_schema(dsn: str) -> list[str]:
             try:
                 cursor.execute(f"BEGIN READ WRITE;{SCHEMA_SQL};COMMIT")
                 break
-            except psycopg2.errors.LockNotAvailable:
-                # It gives way to relays and publishers, and tries again.
+            except (psycopg2.errors.LockNotAvailable, psycopg2.errors.UniqueViolation):
+                # It gives way to relays and publishers, or to another first installation, and tries again.
                 cursor.execute("ROLLBACK")
                 if time.monotonic() > deadline:
                     raise

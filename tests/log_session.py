@@ -134,3 +134,14 @@ def notifications(connection: Connection) -> list[Any]:
     taken = list(connection.notifies)
     connection.notifies.clear()
     return taken
+
+
+def damage(database: Database, table: str) -> None:
+    """Make the newest value of a table that PostgreSQL keeps apart from its row impossible to read."""
+    ((toast,),) = database.execute("SELECT reltoastrelid FROM pg_class WHERE oid = %s::regclass", (table,))
+    ((name,),) = database.execute("SELECT %s::regclass::text", (toast,))
+    # Nobody may write to it, unless it says that it is an ordinary table.
+    database.execute("SET allow_system_table_mods = on")
+    database.execute("UPDATE pg_class SET relkind = 'r' WHERE oid = %s", (toast,))
+    database.execute(f"DELETE FROM {name} WHERE chunk_id = (SELECT max(chunk_id) FROM {name})")
+    database.execute("UPDATE pg_class SET relkind = 't' WHERE oid = %s", (toast,))

@@ -31,7 +31,7 @@ import harness
 import pages
 import sse_relay
 from harness import Crowd, Database, FreezableProxy, RawStream, Relay, Server, SseReader, wait_until
-from log_session import Session
+from log_session import Session, damage
 from sse_relay import SCHEMA_VERSION, SWEEP_INTERVAL, apply_schema, find_postgres, raise_file_limit
 
 LOG = ("--source", "log")
@@ -487,17 +487,6 @@ def test_a_client_behind_deleted_events_gets_a_gap(log: Database, start_relay: R
         assert gaps(reader) == []
 
 
-def damage(database: Database, table: str) -> None:
-    """Make the newest value of a table that PostgreSQL keeps apart from its row impossible to read."""
-    ((toast,),) = database.execute("SELECT reltoastrelid FROM pg_class WHERE oid = %s::regclass", (table,))
-    ((name,),) = database.execute("SELECT %s::regclass::text", (toast,))
-    # Nobody may write to it, unless it says that it is an ordinary table.
-    database.execute("SET allow_system_table_mods = on")
-    database.execute("UPDATE pg_class SET relkind = 'r' WHERE oid = %s", (toast,))
-    database.execute(f"DELETE FROM {name} WHERE chunk_id = (SELECT max(chunk_id) FROM {name})")
-    database.execute("UPDATE pg_class SET relkind = 't' WHERE oid = %s", (toast,))
-
-
 def test_a_damaged_event_is_stepped_over_and_told(log: Database, start_relay: RelayStarter) -> None:
     relay = start_relay(*LOG, dsn=log.dsn)
     with SseReader(relay.url("a")) as reader:
@@ -522,18 +511,37 @@ def test_a_damaged_event_is_stepped_over_and_told(log: Database, start_relay: Re
         reader.wait_for_data("to the new one")
 
 
-def test_a_damaged_event_that_waits_to_be_numbered_holds_up_nobody(
+def test_a_damaged_event_that_waits_to_be_numbered_is_told_to_all(
     log: Database, start_relay: RelayStarter
 ) -> None:
-    publish(log, "a", random.Random(1).randbytes(50_000).hex())
-    damage(log, "sse_relay.pending")
-    publish(log, "a", "one")
+    relay, other = (start_relay(*LOG, dsn=log.dsn) for _ in range(2))
+    with SseReader(relay.url("a")) as reader, SseReader(other.url("b")) as beside:
+        start = reader.wait_for_id()
+        beside.wait_for_id()
+        for running in (relay, other):
+            running.suspend()
+        publish(log, "a", "before", random.Random(1).randbytes(50_000).hex(), "behind")
+        damage(log, "sse_relay.pending")
+        for running in (relay, other):
+            running.resume()
+        for each in (reader, beside):
+            each.wait_for(lambda event: event.event == "relay.gap")
+            assert gaps(each) == ["restart"]
+        publish(log, "a", "one")
+        present = reader.wait_for_data("one").id
+    # Not told again by relays that find it on the way, but to whoever comes back from before.
+    for running in (relay, other):
+        running.kill()
     relay = start_relay(*LOG, dsn=log.dsn)
-    with SseReader(relay.url("a")) as reader:
-        reader.wait_for_id()
-        publish(log, "a", "two")
-        reader.wait_for_data("two")
-    assert log.execute("SELECT data FROM sse_relay.events ORDER BY id") == [("one",), ("two",)]
+    for position, told in ((start, ["restart"]), (present, [])):
+        with SseReader(relay.url("a"), last_event_id=position) as reader:
+            reader.wait_for_id()
+            publish(log, "a", "two")
+            reader.wait_for_data("two")
+            assert gaps(reader) == told
+    assert log.execute("SELECT data FROM sse_relay.events ORDER BY id") == [
+        (data,) for data in ("before", "behind", "one", "two", "two")
+    ]
     assert "lost PostgreSQL" not in relay.log
 
 
@@ -628,7 +636,7 @@ class Answers:
                 self.numbered_last.set()
             return [(0, False)]
         if statement == sse_relay.LOG_READ_SQL:
-            return [("e", 0, *[None] * 6, 0, None, False)]
+            return [("e", 0, *[None] * 6, values["id"], None, False)]
         if statement == sse_relay.LOG_ATTACH_SQL:
             return [("e", 0, 0, 0.0)]
         if statement == sse_relay.LOG_RECENT_SQL:
@@ -676,16 +684,17 @@ async def test_wake_ups_dropped_during_a_sweep_are_found_before_later_ones_are_n
 
 
 async def test_a_sign_out_during_the_first_reading_is_not_passed_over() -> None:
-    """Another relay numbers it while this one fills its memory."""
+    """Another relay numbers it while this one fills its memory, which it does from the oldest on."""
     source = sse_relay.LogSource(sse_relay.Hub(1 << 20, 15.0), sse_relay.Memory(1 << 20))
     seen: list[str] = []
     source.on_revoked = lambda subject, stamp: seen.append(subject)
 
     class Late(Answers):
         async def query(self, statement: str, values: Any = ()) -> list[tuple[Any, ...]]:
-            read = any(asked == sse_relay.LOG_RECENT_SQL for asked, _ in self.asked)
-            if statement == sse_relay.LOG_REVOCATIONS_SQL and read and values[0] < 5:
-                return [(5, "user-7", 1.0)]
+            if statement == sse_relay.LOG_RECENT_SQL:
+                return [(3,)]
+            if statement == sse_relay.LOG_READ_SQL and values["id"] == 3:
+                return [("e", 0, 5, 1, sse_relay.REVOCATION_CHANNEL, None, "user-7", 1.0, 5, None, False)]
             return await super().query(statement, values)
 
     source.listener = Late()  # type: ignore[assignment]  # all that it asks is `query`
@@ -707,7 +716,8 @@ async def test_a_statement_that_has_not_begun_is_not_run_for_a_stream_that_has_l
 
     source.listener = Busy()  # type: ignore[assignment]  # all that it asks is `client_query`
     asking = [
-        asyncio.create_task(source._share("SELECT", {"until": until}, dict)) for until in (1, 1, 2, 3, 3)
+        asyncio.create_task(source._replays._share("SELECT", {"until": until}, dict))
+        for until in (1, 1, 2, 3, 3)
     ]
     await asyncio.sleep(0)
     for task in (asking[0], asking[2]):

@@ -303,7 +303,8 @@ def test_a_superuser_does_not_apply_the_schema_of_a_lesser_role(
     database.execute("CREATE TABLE loot.seen (who name, super boolean); GRANT ALL ON SCHEMA loot TO PUBLIC")
     database.execute("GRANT ALL ON loot.seen TO PUBLIC")
     deployer.execute(
-        f"""SET ROLE "{owner}"; CREATE FUNCTION sse_relay.evil() RETURNS trigger LANGUAGE plpgsql AS $$
+        f"""SET ROLE "{owner}"; UPDATE sse_relay.settings SET version = 1;
+        CREATE FUNCTION sse_relay.evil() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN RESET ROLE; INSERT INTO loot.seen SELECT rolname, rolsuper FROM pg_roles
             WHERE rolname IN (current_user, session_user); RETURN NULL; END $$;
         CREATE TRIGGER evil AFTER INSERT OR UPDATE ON sse_relay.settings FOR EACH STATEMENT
@@ -441,7 +442,7 @@ def test_the_owner_of_the_docs_can_be_deployed_to(database: Database, before: st
         database.execute("SELECT sse_relay.publish('a', 'kept')")
     database.execute(script)
     (deploy,) = set(re.findall(r"sse_relay_deploy_\d+", script))
-    dsn = psycopg2.extensions.make_dsn(database.dsn, user=deploy, password="deploy-password")
+    dsn = psycopg2.extensions.make_dsn(database.dsn, user=deploy, password="choose one")
     assert sse_relay.apply_schema(dsn) == []
     with pytest.raises(psycopg2.errors.InsufficientPrivilege):
         sse_relay.apply_schema(database.dsn)

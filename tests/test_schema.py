@@ -32,6 +32,7 @@ from log_session import (
     Row,
     Session,
     apply,
+    damage,
     datas,
     new_role,
     notifications,
@@ -40,6 +41,7 @@ from log_session import (
     refused,
 )
 from sse_relay import (
+    DAMAGE,
     LOG_ADVANCE_SQL,
     LOG_ATTACH_SQL,
     LOG_CHANNEL,
@@ -94,7 +96,7 @@ def test_applying_again_keeps_events_settings_epoch_and_grants(log: Session, dat
 
 def test_many_that_apply_at_once_do_not_collide(database: Database) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: apply(database), range(12)))
+        list(pool.map(lambda _: apply_schema(database.dsn), range(12)))
     assert database.execute("SELECT count(*) FROM sse_relay.epoch WHERE epoch IS NOT NULL") == [(1,)]
 
 
@@ -116,7 +118,8 @@ def test_a_newer_version_is_left_alone(log: Session, database: Database) -> None
 
 
 def test_the_script_knows_its_version() -> None:
-    assert f"SET version = {SCHEMA_VERSION} WHERE version <> {SCHEMA_VERSION};" in SCHEMA_SQL
+    assert f"SET version = {SCHEMA_VERSION}, cleared = pruned;" in SCHEMA_SQL
+    assert f"IS DISTINCT FROM {SCHEMA_VERSION} THEN" in SCHEMA_SQL
     assert set(re.findall(r"\(version\) VALUES \((\d+)\)", SCHEMA_SQL)) == {str(SCHEMA_VERSION)}
     assert f"durable log of sse-relay, version {SCHEMA_VERSION}." in SCHEMA_SQL
     assert f"IF installed > {SCHEMA_VERSION} THEN" in SCHEMA_SQL
@@ -352,8 +355,14 @@ def test_a_table_with_a_trigger_is_changed_by_a_role_without_any_grant(
     assert len(pending(log)) == 1
 
 
-def test_nobody_without_rights_can_hold_up_the_numbering(log: Session, database: Database) -> None:
-    """Advisory locks are everybody's; the numbering takes none."""
+def test_nobody_without_rights_can_hold_up_the_numbering_or_an_upgrade(
+    log: Session, database: Database
+) -> None:
+    """Advisory locks are everybody's; neither takes one."""
+    with log.connection.cursor() as applying:
+        applying.execute(f"BEGIN; {SCHEMA_SQL}")
+        assert database.execute("SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
+        applying.execute("COMMIT")
     publish(log)
     _, xids, pids = log.waiting()
     with log.connection.cursor() as numbering:
@@ -614,6 +623,30 @@ def test_the_session_is_safe_from_the_defaults_of_its_role(log: Session, databas
         session.sweep()
         assert datas(session) == ["x"]
         assert session.value("SHOW synchronous_commit") == "on"
+
+
+def test_what_cannot_be_read_is_set_aside_and_told_once(log: Session, database: Database) -> None:
+    epoch = log.attach()[0]
+    log.run("SELECT sse_relay.publish('a', d) FROM unnest(%s::text[]) AS d",
+            (["before", random.Random(1).randbytes(50_000).hex(), "behind"],))  # fmt: skip
+    damage(database, "sse_relay.pending")
+    _, xids, pids = log.waiting()
+    with pytest.raises(DAMAGE):
+        log.advance(xids, pids)
+    assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(2, False)]
+    renewed = log.attach()[0]
+    assert renewed != epoch
+    assert datas(log) == ["before", "behind"]
+    log.sweep()
+    assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(0, False)]
+    assert log.attach()[0] == renewed
+    # What is repaired is numbered.
+    log.run("INSERT INTO sse_relay.pending (pid, channel, data) VALUES (0, 'a', 'repaired')")
+    log.sweep()
+    assert datas(log) == ["before", "behind"]
+    log.run("UPDATE sse_relay.pending SET pid = 1 WHERE data = 'repaired'")
+    log.sweep()
+    assert datas(log) == ["before", "behind", "repaired"]
 
 
 def test_two_that_number_at_once_take_turns_and_leave_no_hole(log: Session, database: Database) -> None:

@@ -1,5 +1,4 @@
 # shop/views.py
-from django.conf import settings
 from django.contrib.auth.decorators import login_required
 from django.db import connection, transaction
 from django.shortcuts import render
@@ -18,5 +17,5 @@ def orders(request):
         (position,) = cursor.fetchone()
         found = list(Order.objects.filter(tenant_id__in=tenants).order_by("id"))
     channels = [f"tenant-{tenant}" for tenant in tenants]
-    stream = {"channels": channels, "position": position, "lifetime": LIFETIME, "host": settings.STREAM_HOST}
+    stream = {"channels": channels, "position": position, "lifetime": LIFETIME}
     return render(request, "shop/orders.html", {"orders": found, "stream": stream})
