@@ -634,7 +634,7 @@ def import_jwt() -> Any:
         import cryptography  # noqa: F401  # PyJWT alone cannot verify RS256 and others
         import jwt
     except ImportError:
-        raise click.ClickException("tokens need PyJWT: pip install 'PyJWT[crypto]'") from None
+        raise click.UsageError("tokens need PyJWT: pip install 'PyJWT[crypto]'") from None
     return jwt
 
 
@@ -5396,24 +5396,20 @@ PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.Strea
 Pages = Mapping[tuple[str, str], PageHandler]
 
 
-def read_keys(files: Iterable[Path]) -> list[Key]:
-    """Read the keys that tokens are verified with.
+def load_key(file: Path, *, signing: bool = False) -> Key:
+    """Read a key that tokens are verified with, or one that signs them.
 
     Raises:
-        click.UsageError: A file cannot be read or holds no such key.
+        click.UsageError: The file cannot be read or holds no such key.
     """
-    keys = []
-    for file in files:
-        try:
-            import_jwt()
-            keys.append(read_key(file.read_bytes()))
-        except OSError as error:
-            raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
-        except UnusableKeyError as error:
-            raise click.UsageError(f"{file}: {error}") from None
-        except click.ClickException as error:
-            raise click.UsageError(error.message) from None
-    return keys
+    try:
+        import_jwt()
+        content = file.read_bytes()
+        return read_key(content, private=signing and _is_pem(content))
+    except OSError as error:
+        raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
+    except UnusableKeyError as error:
+        raise click.UsageError(f"{file}: {error}") from None
 
 
 # Of pages that runserver or Vite serves on another port.
@@ -5436,7 +5432,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         return Access(
             compile_globs(settings.allow_channel),
             compile_origins(settings.allow_origin),
-            read_keys(settings.jwt_key_file),
+            [load_key(file) for file in settings.jwt_key_file],
             settings.jwt_cookie,
             revoked={} if settings.source == "log" else None,
         )
@@ -5642,7 +5638,7 @@ class Relay:
 
     def _reload(self) -> None:
         try:
-            keys = read_keys(self.settings.jwt_key_file)
+            keys = [load_key(file) for file in self.settings.jwt_key_file]
         except click.ClickException as error:
             log.error("the keys stay as they were: %s", error.message)
             return
@@ -6584,22 +6580,19 @@ NAME: Final = Text("NAME")
 SIZE: Final = Text("SIZE", read_size)
 
 
-def option(flag: str, kind: Any, text: str, default: Any = None, **more: Any) -> click.Option:
-    """Return an option; its kind names its value."""
-    metavar = getattr(kind, "metavar", None)
-    return click.Option([flag], type=kind, metavar=metavar, default=default, help=text, **more)
-
-
-def setting(flag: str, kind: Any, text: str, shown: str | None = None) -> click.Option:
-    """Return an option with the default that `Settings` has for it, or one that is shown in its place."""
-    default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
+def option(flag: str, kind: Any, text: str, **more: Any) -> click.Option:
+    """Return an option. Its kind names its value; unless one is given, its default is that of `Settings`."""
+    default = more.pop("default", getattr(Settings, flag.removeprefix("--").replace("-", "_"), None))
     if multiple := isinstance(default, tuple):
         text += " Repeatable."
     if kind is SIZE:
         default = f"{default // MIB}MiB" if default % MIB == 0 else f"{default // KIB}KiB"
     if isinstance(default, float):
         default = f"{default:g}"
-    return option(flag, kind, text, default, multiple=multiple, show_default=shown)
+    metavar = getattr(kind, "metavar", None)
+    return click.Option(
+        [flag], type=kind, metavar=metavar, default=default, multiple=multiple, help=text, **more
+    )
 
 
 def switch(flag: str, text: str, *name: str) -> click.Option:
@@ -6613,44 +6606,46 @@ DSN_OPTIONS: Final = (
         "libpq's PG* variables count. Other users of the machine can see what stands on a command line."),
     option("--dsn-file", FILE, "Read the DSN from a file, a systemd credential for instance."),
 )  # fmt: skip
-SOURCE: Final = setting("--source", click.Choice(["notify", "log"]),
+SOURCE: Final = option("--source", click.Choice(["notify", "log"]),
     "notify: what pg_notify sends, kept in memory only. log: what sse_relay.publish() sends, kept in the "
     "database; needs the command schema.",
 )  # fmt: skip
 RUN_OPTIONS: Final = (
-    setting("--bind", ADDRESS, "Where to serve streams.", "systemd's sockets, else 127.0.0.1:8008"),
-    setting("--admin", ADDRESS,
+    option("--bind", ADDRESS, "Where to serve streams.",
+        show_default="systemd's sockets, else 127.0.0.1:8008"),
+    option("--admin", ADDRESS,
         "Where to serve a page for people, /live, /ready, /metrics and /channels, to whoever can reach it.",
-        "nowhere"),
-    setting("--path", Text("PATH", read_path),
+        show_default="nowhere"),
+    option("--path", Text("PATH", read_path),
         "Where the streams are; / serves /CHANNEL, right at the root."),
-    setting("--heartbeat", Seconds(0.1, 3600), "Write to a stream that has been idle for so long."),
-    setting("--retry", Count(1, NEVER_MS, "MILLISECONDS"),
+    option("--heartbeat", Seconds(0.1, 3600), "Write to a stream that has been idle for so long."),
+    option("--retry", Count(1, NEVER_MS, "MILLISECONDS"),
         "Least wait of a client before it comes back; grows with the number of clients."),
-    setting("--memory", SIZE, "Recent events kept, for clients that come back."),
-    setting("--linger", Seconds(0, 86400), "Listen to a channel for so long after its last client left."),
-    setting("--max-clients", Count(), "Streams open at once.", "what the limit of open files allows"),
-    setting("--max-per-subject", Count(),
-        "Streams open at once whose tokens have the same subject (sub).", "any number"),
-    setting("--max-channels", Count(), "Channels listened to at once."),
-    setting("--max-backlog", SIZE, "What may wait for one client before it is written to again."),
-    setting("--max-age", Seconds(1, YEAR),
+    option("--memory", SIZE, "Recent events kept, for clients that come back."),
+    option("--linger", Seconds(0, 86400), "Listen to a channel for so long after its last client left."),
+    option("--max-clients", Count(), "Streams open at once.",
+        show_default="what the limit of open files allows"),
+    option("--max-per-subject", Count(),
+        "Streams open at once whose tokens have the same subject (sub).", show_default="any number"),
+    option("--max-channels", Count(), "Channels listened to at once."),
+    option("--max-backlog", SIZE, "What may wait for one client before it is written to again."),
+    option("--max-age", Seconds(1, YEAR),
         "End a stream after so long, give or take 10 %; clients come back by their position, and so spread "
-        "over relays that were added.", "never"),
-    setting("--allow-channel", Text("GLOB"),
+        "over relays that were added.", show_default="never"),
+    option("--allow-channel", Text("GLOB"),
         "Let everybody read channels of these names; * stands for any characters."),
-    setting("--allow-origin", Text("ORIGIN", read_origin),
+    option("--allow-origin", Text("ORIGIN", read_origin),
         "Let pages of another origin read, such as https://app.example."),
-    setting("--jwt-key-file", FILE,
+    option("--jwt-key-file", FILE,
         "Let tokens (JWT) that are signed with this key open channels: a public key in PEM form, or a "
         "secret of at least 32 bytes. Read again on SIGHUP."),
-    setting("--jwt-cookie", NAME,
+    option("--jwt-cookie", NAME,
         "Look for a token in this cookie too, beside the Authorization header and ?access_token=."),
-    setting("--loop", click.Choice(["asyncio", "uvloop"]),
+    option("--loop", click.Choice(["asyncio", "uvloop"]),
         "Event loop. uvloop takes less CPU for each event, and more for each new client."),
-    option("--log-format", click.Choice(["text", "json"]), "How a line of the log looks.", "text"),
+    option("--log-format", click.Choice(["text", "json"]), "How a line of the log looks.", default="text"),
     option("--log-level", click.Choice(["debug", "info", "warning", "error"]),
-        "Least severity that is logged.", "info"),
+        "Least severity that is logged.", default="info"),
 )  # fmt: skip
 
 
@@ -6936,7 +6931,7 @@ def schema(apply: bool, renew_epoch: bool, **where: Any) -> None:
     option("--key-file", FILE,
         "A private key in PEM form, or the secret that the relay's --jwt-key-file holds.", required=True),
     option("--lifetime", Count(1, 10 * YEAR, "SECONDS"),
-        "When the token ends; the stream ends with it.", 3600),
+        "When the token ends; the stream ends with it.", default=3600),
     option("--subject", NAME, "Whose token it is, for sse_relay.revoke(NAME)."),
     click.Argument(["channels"], nargs=-1, required=True, metavar="GLOB..."),
 )  # fmt: skip
@@ -6951,21 +6946,14 @@ def token(key_file: Path, lifetime: int, subject: str | None, channels: tuple[st
         TOKEN=$(sse_relay.py token --key-file secret orders 'tenant-7-*')
         curl -N -H "Authorization: Bearer $TOKEN" http://127.0.0.1:8008/events/orders
     """
-    import_jwt()
-    try:
-        content = key_file.read_bytes()
-        key = read_key(content, private=_is_pem(content))
-    except OSError as error:
-        raise click.ClickException(f"cannot read {key_file}: {error.strerror}") from None
-    except UnusableKeyError as error:
-        raise click.ClickException(f"{key_file}: {error}") from None
+    key = load_key(key_file, signing=True)
     now = time.time()
     click.echo(sign_token(key, channels, int(now) + lifetime, now, subject))
 
 
 @command(
     *DSN_OPTIONS,
-    option("--source", click.Choice(["notify", "log"]), "What the relay uses.",
+    option("--source", click.Choice(["notify", "log"]), "What the relay uses.", default=None,
         show_default="log if it is installed in the database"),
     option("--url", Text("URL", read_url),
         "Open this stream, through the proxy, and measure what a browser gets. Publishes up to three events, "
@@ -7022,7 +7010,11 @@ def read_event(body: bytes) -> tuple[str, str, str | None]:
     raise click.ClickException("the request is no JSON object with channel, data and event")
 
 
-def only_here(act: Callable[[Relay, bytes], Coroutine[Any, Any, object]], dsn: str) -> PageHandler:
+# Does what a request of the page's asks for, by its body.
+Act = Callable[[Relay, bytes], Coroutine[Any, Any, object]]
+
+
+def only_here(act: Act, dsn: str) -> PageHandler:
     """Return a handler that does something for the demo's own page, and tells it what went wrong."""
 
     async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
@@ -7055,23 +7047,21 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
     async def status(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
         return answer_status(relay)
 
-    async def publish(relay: Relay, body: bytes) -> None:
-        await asyncio.to_thread(send_event, postgres.dsn, source, *read_event(body))
-
     async def restart_relay(relay: Relay, body: bytes) -> None:
         relay.restart()
 
-    async def restart_postgres(relay: Relay, body: bytes) -> None:
-        await asyncio.to_thread(restart)
-
-    acts = {"publish": publish, "restart-relay": restart_relay, "restart-postgresql": restart_postgres}
+    acts: dict[str, Act] = {
+        "publish": lambda _, body: asyncio.to_thread(send_event, postgres.dsn, source, *read_event(body)),
+        "restart-relay": restart_relay,
+        "restart-postgresql": lambda *_: asyncio.to_thread(restart),
+    }
     posts = {("POST", f"/{name}"): only_here(act, postgres.dsn) for name, act in acts.items()}
     return {("GET", "/"): show, ("HEAD", "/"): show, ("GET", "/status"): status, **posts}
 
 
 @command(
     SOURCE,
-    option("--bind", Text("HOST:PORT", read_address), "Where to listen.", "127.0.0.1:8008"),
+    option("--bind", Text("HOST:PORT", read_address), "Where to listen.", default="127.0.0.1:8008"),
 )  # fmt: skip
 def demo(source: str, bind: str) -> None:
     """Try it: start a PostgreSQL, the relay, and a page to watch and publish events on.
