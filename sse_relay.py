@@ -1425,7 +1425,8 @@ class Hub:
         """Write a burst of frames, in one write to each live subscriber of their channels.
 
         A stream that becomes live after this call has found the frames in memory, where they must
-        stand already; its `live_from` says so.
+        stand already; its `live_from` says so. Who may be cancelled shields it: the position moves
+        at once, and a burst that ended halfway would leave it beyond what the others have.
 
         Args:
             frames: At least one, in the order of their numbers.
@@ -1503,6 +1504,11 @@ class Hub:
             size += len(block)
         pieces.append(_join_piece(blocks[start:]))
         return pieces
+
+    async def written(self) -> None:
+        """Wait until every burst that has begun is out: those of a lost connection still go on."""
+        async with self._writing:
+            pass
 
     async def _burst(self, plan: Iterable[Share], epoch: str, number: int) -> None:
         try:
@@ -2669,8 +2675,9 @@ class NotifySource(Source):
             self._memory.end(channel)
 
     async def connected(self) -> None:
+        await self._hub.written()
         # Before any event of this session: a position above the hole would hide it.
-        await self._hub.send_gaps("outage", self.epoch, self.number)
+        await asyncio.shield(self._hub.send_gaps("outage", self.epoch, self.number))
         self._connected.set()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
@@ -2689,7 +2696,9 @@ class NotifySource(Source):
             self._memory.append(frame)
             frames.append(frame)
         if frames:
-            await self._hub.broadcast(frames, self.epoch)
+            # To all, though the connection is lost meanwhile: until that is told, the position is
+            # the last event's.
+            await asyncio.shield(self._hub.broadcast(frames, self.epoch))
         self._hub.counts.observe(asyncio.get_running_loop().time() - since, len(frames))
 
     async def serve(self) -> None:
@@ -4019,6 +4028,7 @@ class LogSource(Source):
         for what, remedy in await self.listener.query(LOG_LIMITS_SQL):
             warn_once(f"doing without: {what}; {remedy}")
         self._swept_up = self._swept = None
+        await self._hub.written()
         await self._attach()
         # A backlog that takes longer is gone on with while notifications and canaries are heard.
         self._sweep_due = not await self._sweep(windows=1)
@@ -4463,8 +4473,8 @@ class Streams:
         self._max_age = max_age
         # Streams that waited for the same thing go on a few at a time.
         self._turns = asyncio.Semaphore(RESUMES_PER_TURN)
-        # Waiting requests that have no stream yet.
-        self._opening: set[asyncio.Timeout] = set()
+        # Waiting requests that have no stream yet, in the order in which they came.
+        self._opening: dict[asyncio.Timeout, None] = {}
         hub.on_behind = self._fall_behind
 
     async def handle(
@@ -4569,11 +4579,11 @@ class Streams:
         with contextlib.suppress(TimeoutError):
             while (event := self._source.blocked(channels)) is not None and not self.draining:
                 async with asyncio.timeout(LISTEN_WAIT) as waiting:
-                    self._opening.add(waiting)
+                    self._opening[waiting] = None
                     try:
                         await event.wait()
                     finally:
-                        self._opening.discard(waiting)
+                        del self._opening[waiting]
 
     def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes, grant: Grant | None) -> None:
         """Write the opening of a stream and all that can be had at once; leave the rest to a task."""

@@ -10,10 +10,12 @@ import re
 import resource
 import socket
 import time
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import psycopg2.extensions
 import pytest
 
 import harness
@@ -907,6 +909,59 @@ async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
     async with asyncio.timeout(5):
         await asyncio.gather(*reading)
     assert {block for stream in streams for block in stream.writes} == {streams[0].writes[0]}
+
+
+async def test_a_burst_of_notify_and_its_gap_reach_all_though_the_connection_is_lost_in_the_middle(
+    open_stream: OpenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats give the position of both at once: who had not got them would stand beyond them."""
+    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
+    hub = make_hub()
+    source = sse_relay.NotifySource(hub, sse_relay.Memory(1 << 20), sse_relay.Interest(["a"], 60.0, 10))
+    source.interest.confirmed.add("a")
+    await source.connected()
+    streams = [await open_stream(hub, "a") for _ in range(20)]
+
+    async def begin_and_lose(work: Awaitable[None], writes: int) -> None:
+        task = asyncio.ensure_future(work)
+        while all(len(stream.writes) < writes for stream in streams):  # noqa: ASYNC110  # turn by turn
+            await asyncio.sleep(0)
+        assert not all(len(stream.writes) == writes for stream in streams)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        source.lost()
+
+    await begin_and_lose(source.deliver([psycopg2.extensions.Notify(1, "a", "x")], 0.0), 1)
+    await begin_and_lose(source.connected(), 2)
+    await hub.written()
+    event = encode_event(Event("x"), b"%b-1" % source.epoch.encode())
+    gap = encode_gaps({"a": "outage"}, None, b"%b-2" % source.epoch.encode())
+    assert {tuple(stream.writes) for stream in streams} == {(event, gap)}
+
+
+async def test_a_session_of_the_log_begins_when_everybody_has_what_the_last_one_read(
+    open_stream: OpenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gap for one channel, which it may tell, moves the position of all."""
+    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
+    hub = make_hub()
+    source = sse_relay.LogSource(hub, sse_relay.Memory(1 << 20))
+    streams = [await open_stream(hub, "a") for _ in range(20)]
+    written: list[int] = []
+
+    async def query(statement: str, values: object = ()) -> list[tuple[object, ...]]:
+        if statement == sse_relay.LOG_LIMITS_SQL:
+            return []
+        written.append(sum(map(len, (stream.writes for stream in streams))))
+        raise sse_relay.LostConnectionError("enough")
+
+    source.listener = types.SimpleNamespace(query=query)  # type: ignore[assignment]  # all that is asked of it
+    burst = asyncio.create_task(broadcast(hub, make_frames("a")))
+    await asyncio.sleep(0)
+    with pytest.raises(sse_relay.LostConnectionError):
+        await source.connected()
+    await burst
+    assert written == [20]
 
 
 # What it costs, counted in operations: no clock of a shared machine could tell.
