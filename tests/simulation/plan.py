@@ -34,9 +34,10 @@ FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery", "damage")
 
 
 def draw(seed: int, source: str | None = None) -> Plan:
-    """Return the plan of a seed."""
+    """Return the plan of a seed, for the source that it decides on or the one given."""
     chance = random.Random(f"plan {seed}")
-    source = source or chance.choice(("notify", "log"))
+    drawn = chance.choice(("notify", "log"))
+    source = source or drawn
     relays = [f"r{number}" for number in range(chance.choice((1, 1, 2, 3)))]
     channels = ["c0", "a:b%c", "open", "c3", "ö", "c5"][: chance.choice((1, 3, 6))]
     faults = [kind for kind in FAULTS if chance.random() < 0.5]
