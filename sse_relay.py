@@ -392,43 +392,37 @@ MAX_LAST_EVENTS: Final = 1_000
 
 
 def check_channel(name: str) -> str:
-    """Return a channel's name that a client may ask for, or raise.
-
-    Raises:
-        RefusedError: 400 if it is empty, over 63 bytes of UTF-8, not Unicode or
-            contains control characters; 403 if it is one of the relay's own.
-    """
+    """Return a channel's name that a client may ask for; refuse any other with its reason."""
+    size = len(name.encode(errors="surrogatepass"))
+    categories = set(map(unicodedata.category, name))
     if not name:
         raise RefusedError(400, "the channel's name is empty")
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise RefusedError(400, "the channel's name is not valid UTF-8") from None
+    if "Cs" in categories:
+        raise RefusedError(400, "the channel's name is not valid UTF-8")
     if size > MAX_CHANNEL_BYTES:
         raise RefusedError(400, f"the channel's name has {size} bytes, at most 63 are possible")
-    if any(unicodedata.category(c) == "Cc" for c in name):
+    if "Cc" in categories:
         raise RefusedError(400, "the channel's name contains control characters")
     if name.startswith(RESERVED_CHANNEL_PREFIX):
         raise RefusedError(403, "channels whose names begin with sse_relay are the relay's own")
     return name
 
 
-def compile_globs(globs: Iterable[str]) -> re.Pattern[str]:
-    """Compile globs to one pattern for `re.Pattern.fullmatch`.
+def compile_globs(globs: Iterable[str], character: str = ".") -> re.Pattern[str]:
+    """Compile globs to one pattern for `re.Pattern.fullmatch`; without any it matches nothing.
 
-    They know ``*`` only, any run of characters; all else stands for itself,
-    upper and lower case told apart. No glob at all matches nothing.
+    They know ``*`` only, any run of such characters; all else stands for itself,
+    upper and lower case told apart.
     """
 
     def translate(glob: str) -> str:
         first, *rest = map(re.escape, glob.split("*"))
         # Atomic: what stands between two stars takes its first place and tries no other, or
         # a glob of ten stars takes minutes over one name.
-        between = "".join(f"(?>.*?{part})" for part in rest[:-1])
-        return first + between + "".join(f".*{part}" for part in rest[-1:])
+        between = "".join(f"(?>{character}*?{part})" for part in rest[:-1])
+        return first + between + "".join(f"{character}*{part}" for part in rest[-1:])
 
-    parts = [translate(glob) for glob in globs]
-    return re.compile("|".join(parts) if parts else r"(?!)", re.DOTALL)
+    return re.compile("|".join(["(?!)", *map(translate, globs)]), re.DOTALL)
 
 
 def quote_name(name: str) -> str:
@@ -477,11 +471,7 @@ POSITION: Final = re.compile(
 
 
 def parse_position(text: str) -> Position | None:
-    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``.
-
-    Returns:
-        None if it cannot be read.
-    """
+    """Read ``<epoch>-<number>``, with a snapshot after ``@`` or an own id after ``/``; None if it is none."""
     match = POSITION.fullmatch(text)
     if match is None or int(match[2]) >= 2**63:
         return None
@@ -528,9 +518,10 @@ def split_target(target: str) -> tuple[str | None, str]:
     return match[1], match[2] if match[2].startswith("/") else "/" + match[2]
 
 
-def is_stream_path(path: str, prefix: str) -> bool:
-    """Return whether a path, without its query, is one of the stream routes."""
-    return path.startswith("/") if prefix == "/" else path == prefix or path.startswith(prefix + "/")
+def is_stream_path(target: str, prefix: str) -> bool:
+    """Return whether a target's path is one of the stream routes."""
+    path, _, _ = target.partition("?")
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
 
 
 def parse_target(target: str, prefix: str) -> Target:
@@ -560,19 +551,19 @@ def parse_target(target: str, prefix: str) -> Target:
     channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
     if len(channels) > MAX_STREAM_CHANNELS:
         raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
-    positions = [value for key, value in fields if value and key in POSITION_FIELDS]
-    first = {key: value for key, value in reversed(fields) if value}
-    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", first.get("last", "")):
+    options = {key: value for key, value in reversed(fields) if value}
+    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", options.get("last", "")):
         raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
-    if first.get("heartbeat", "event") != "event":
+    if options.get("heartbeat", "event") != "event":
         raise RefusedError(400, "?heartbeat= takes the word event")
+    positions = [value for key, value in fields if value and key in POSITION_FIELDS]
     return Target(
         channels,
         start=positions[0] if positions else None,
         last_event_id=positions[-1] if positions else None,
-        token=first.get("access_token"),
-        heartbeat="heartbeat" in first,
-        last=int(first.get("last", 0)),
+        token=options.get("access_token"),
+        heartbeat="heartbeat" in options,
+        last=int(options.get("last", 0)),
     )
 
 
@@ -683,11 +674,10 @@ def _read_pem(content: bytes, private: bool) -> Key:
             "openssl pkey -in FILE -pubout",
         )
     try:
-        key = (
-            serialization.load_pem_private_key(content, None)
-            if private
-            else serialization.load_pem_public_key(content)
-        )
+        if private:
+            key: Any = serialization.load_pem_private_key(content, None)
+        else:
+            key = serialization.load_pem_public_key(content)
     except TypeError:
         raise UnusableKeyError("the key is encrypted with a password") from None
     except (ValueError, UnsupportedAlgorithm):
@@ -695,13 +685,12 @@ def _read_pem(content: bytes, private: bool) -> Key:
             way = "openssl x509 -in FILE -noout -pubkey"
             raise UnusableKeyError("this is a certificate; its key alone is needed", way) from None
         raise UnusableKeyError("this is no key in PEM form") from None
-    if isinstance(key, (rsa.RSAPublicKey, rsa.RSAPrivateKey)) and key.key_size >= 2048:
+    public = key.public_key() if private else key
+    if isinstance(public, rsa.RSAPublicKey) and public.key_size >= 2048:
         return Key("RS256", key)
-    if isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)) and (
-        key.curve.name == "secp256r1"
-    ):
+    if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1):
         return Key("ES256", key)
-    if isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
+    if isinstance(public, ed25519.Ed25519PublicKey):
         return Key("EdDSA", key)
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
 
@@ -746,30 +735,24 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
         RefusedError: 401, with the reason; the token is never quoted.
     """
     claims = _verified_claims(token, keys)
-    expires = _moment(claims.get("exp"))
-    if expires is None:
-        raise RefusedError(401, "the token does not say when it ends (exp)")
-    if now >= expires:
-        raise RefusedError(401, "the token has expired")
-    if expires > now + MAX_LIFETIME:
-        raise RefusedError(401, "the token ends in more than ten years (exp): is that in milliseconds?")
-    begins = _moment(claims.get("nbf", 0))
-    if begins is None or now < begins:
-        raise RefusedError(401, "the token is not valid yet (nbf)")
-    if "aud" in claims:
-        raise RefusedError(401, "the token is meant for others (aud)")
-    globs = claims.get("channels")
-    if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
-        raise RefusedError(401, "the token's claim channels is no list of names or globs")
-    subject = claims.get("sub")
-    if isinstance(subject, bool) or not isinstance(subject, (str, int, type(None))):
-        raise RefusedError(401, "the token's subject (sub) is neither text nor an integer")
-    issued = _moment(claims.get("iat"))
-    if issued is None or issued > now + MAX_ISSUED_AHEAD:
-        issued = 0.0
-    return Grant(
-        _compile_grant(tuple(globs)), expires, None if subject in (None, "") else str(subject), issued
-    )
+    ends, begins, issued = (_moment(claims.get(claim)) for claim in ("exp", "nbf", "iat"))
+    globs: Any = claims.get("channels")
+    sub = claims.get("sub")
+    are_globs = isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)
+    faults = {
+        "the token does not say when it ends (exp)": math.isnan(ends),
+        "the token has expired": now >= ends,
+        "the token ends in more than ten years (exp): is that in milliseconds?": ends > now + MAX_LIFETIME,
+        "the token is not valid yet (nbf)": "nbf" in claims and not begins <= now,
+        "the token is meant for others (aud)": "aud" in claims,
+        "the token's claim channels is no list of names or globs": not are_globs,
+        "the token's subject (sub) is neither text nor an integer": type(sub) in (bool, float, list, dict),
+    }
+    for reason, wrong in faults.items():
+        if wrong:
+            raise RefusedError(401, reason)
+    known_since = issued if issued <= now + MAX_ISSUED_AHEAD else 0.0
+    return Grant(compile_globs(globs), ends, None if sub in (None, "") else str(sub), known_since)
 
 
 def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
@@ -788,32 +771,18 @@ def _verified_claims(token: str, keys: Iterable[Key]) -> dict[str, Any]:
     raise RefusedError(401, "the token is not signed with a key of this relay")
 
 
-@functools.lru_cache(maxsize=1_000)
-def _compile_grant(globs: tuple[str, ...]) -> re.Pattern[str]:
-    return compile_globs(globs)
-
-
-def _moment(value: object) -> float | None:
-    """Return a NumericDate (RFC 7519, section 2) as a float; None if it is something else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if -(2.0**53) < value < 2.0**53 else None
+def _moment(value: Any) -> float:
+    """Return a NumericDate (RFC 7519, section 2) as a float; NaN if it is something else."""
+    return float(value) if type(value) in (int, float) and abs(value) < 2**53 else math.nan
 
 
 def sign_token(
-    key: Key,
-    channels: Sequence[str],
-    expires: int,
-    issued: float | None = None,
-    subject: str | None = None,
+    key: Key, channels: Sequence[str], expires: int, issued: float | None = None, subject: str | None = None
 ) -> str:
     """Sign a token that opens these channels or globs until ``expires``, seconds since 1970."""
     claims = {"channels": list(channels), "exp": expires, "iat": issued, "sub": subject}
-    token: str = import_jwt().encode(
-        {claim: value for claim, value in claims.items() if value is not None},
-        key.material,
-        algorithm=key.algorithm,
-    )
+    given = {claim: value for claim, value in claims.items() if value is not None}
+    token: str = import_jwt().encode(given, key.material, algorithm=key.algorithm)
     return token
 
 
@@ -826,6 +795,15 @@ REVOCATION_KEPT: Final = 30 * 86_400
 REVOKED: Final = "the token has been revoked"
 # What a preflight asks for; the names are sent back.
 MAX_ASKED_HEADERS_BYTES: Final = KIB
+ALWAYS_ALLOWED_HEADERS: Final = ("Authorization", "Cache-Control", "Last-Event-ID")
+# RFC 9110, section 5.6.2.
+HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# What a browser sends as an Origin: web pages, and those of apps and extensions.
+ORIGIN: Final = re.compile(
+    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}"
+)
+# What the star of --allow-origin stands for: one label of the host's name, a part of it, or the port.
+IN_LABEL: Final = "[a-z0-9_-]"
 
 
 @dataclass
@@ -867,10 +845,11 @@ class Access:
         closed = [channel for channel in channels if only_tokens or not self.channels.fullmatch(channel)]
         if not closed:
             return None
-        if not self.keys and only_tokens:
-            raise RefusedError(403, "only a token opens channels at this address (--jwt-key-file)")
         if not self.keys:
-            raise RefusedError(403, "this channel is not open to everybody (--allow-channel)")
+            reason = "this channel is not open to everybody (--allow-channel)"
+            if only_tokens:
+                reason = "only a token opens channels at this address (--jwt-key-file)"
+            raise RefusedError(403, reason)
         if not token:
             raise RefusedError(401, "this channel needs a token")
         grant = verify_token(token, self.keys, now)
@@ -899,37 +878,15 @@ class Access:
         if origin != "null":
             answer["Access-Control-Allow-Credentials"] = "true"
         if preflight:
-            asked = headers.get("Access-Control-Request-Headers", "")
-            names = [name.strip() for name in asked[:MAX_ASKED_HEADERS_BYTES].split(",")]
+            asked = headers.get("Access-Control-Request-Headers", "")[:MAX_ASKED_HEADERS_BYTES].split(",")
+            names = [*ALWAYS_ALLOWED_HEADERS, *filter(HEADER_NAME.fullmatch, map(str.strip, asked))]
             answer |= {
                 "Access-Control-Allow-Methods": "GET, HEAD",
-                "Access-Control-Allow-Headers": ", ".join(
-                    dict.fromkeys(
-                        ["Authorization", "Cache-Control", "Last-Event-ID", *filter(HEADER_NAME, names)]
-                    )
-                ),
+                "Access-Control-Allow-Headers": ", ".join(dict.fromkeys(names)),
                 "Access-Control-Max-Age": "600",
                 "Vary": "Origin, Access-Control-Request-Headers",
             }
         return answer
-
-
-# RFC 9110, section 5.6.2.
-HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII).fullmatch
-# What a browser sends as an Origin: web pages, and those of apps and extensions.
-ORIGIN: Final = re.compile(
-    r"null|https?://[a-z0-9._:\[\]-]{1,255}|(?!http)[a-z][a-z0-9+.-]{0,30}://[A-Za-z0-9._:\[\]-]{1,255}",
-    re.ASCII,
-)
-
-
-def compile_origins(origins: Iterable[str]) -> re.Pattern[str]:
-    """Compile origins to one pattern for `re.Pattern.fullmatch`.
-
-    In them ``*`` stands for one label of the host's name, a part of it, or the port.
-    """
-    parts = ["[a-z0-9_-]*".join(map(re.escape, origin.split("*"))) for origin in origins]
-    return re.compile("|".join(parts) if parts else r"(?!)", re.ASCII)
 
 
 def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> str | None:
@@ -946,8 +903,8 @@ def foreign_origin(headers: Mapping[str, str], authority: str | None = None) -> 
         return None
     scheme = headers.get("X-Forwarded-Proto", "http").partition(",")[0].strip().lower()
     host = (headers.get("Host", "") if authority is None else authority).lower()
-    default_port = {"http": ":80", "https": ":443"}.get(scheme)
-    return None if origin == f"{scheme}://{host.removesuffix(default_port or '/')}" else origin
+    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return None if origin == f"{scheme}://{host.removesuffix(default_port)}" else origin
 
 
 def read_cookie(header: str, name: str) -> str | None:
@@ -989,25 +946,32 @@ def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
 FRAME_OVERHEAD_BYTES: Final = 250
 # Of one channel that holds any: its shelf, lists, name, and places in the tables.
 SHELF_OVERHEAD_BYTES: Final = 550
+# In place of a frame that had to go.
+GONE: Final = Frame(0, "", b"", False)
 
 
 @dataclass(slots=True)
 class _Shelf:
     """One channel's frames, oldest first; ``start`` is the first that is still kept.
 
-    ``ends[i]`` is the sum of the sizes up to and with frame i, so that the bytes
-    between two frames are a subtraction.
+    ``sums[i]`` is the sum of the sizes before frame i: the bytes between two frames are a subtraction.
     """
 
-    numbers: list[int] = field(default_factory=list)
-    frames: list[Frame | None] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    sums: list[int] = field(default_factory=lambda: [0])
     start: int = 0
-    before: int = 0
 
     @property
     def size(self) -> int:
-        return self.ends[-1] - self.before if self.ends else 0
+        return self.sums[-1] - self.sums[self.start]
+
+    @property
+    def oldest(self) -> int:
+        return self.frames[self.start].number
+
+    def above(self, number: int) -> int:
+        """Return the index of the first frame that is kept above a number."""
+        return bisect.bisect_right(self.frames, number, self.start, key=lambda frame: frame.number)
 
 
 class Memory:
@@ -1068,7 +1032,7 @@ class Memory:
 
     def covers(self, channel: str, number: int) -> bool:
         """Return whether every frame of the channel above the number is kept."""
-        floor = self._floors.get(channel, self._base)
+        floor = self.floor(channel)
         return floor is not None and floor <= number
 
     def append(self, frame: Frame) -> None:
@@ -1077,44 +1041,40 @@ class Memory:
         A frame of a channel that is not covered is not kept.
         """
         channel = frame.channel
-        if self._floors.get(channel, self._base) is None:
+        if self.floor(channel) is None:
             return
         shelf = self._shelves.get(channel)
         if shelf is None:
             if len(self._heads) > 2 * len(self._shelves) + 16:
                 # Most are of shelves that are gone. A sorted list is a heap.
-                self._heads = sorted((self._oldest(name), name) for name in self._shelves)
+                self._heads = sorted((shelf.oldest, name) for name, shelf in self._shelves.items())
             shelf = self._shelves[channel] = _Shelf()
             heappush(self._heads, (frame.number, channel))
             self.size += SHELF_OVERHEAD_BYTES
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
-        shelf.numbers.append(frame.number)
         shelf.frames.append(frame)
-        end = (shelf.ends[-1] if shelf.ends else shelf.before) + size
-        shelf.ends.append(end)
+        shelf.sums.append(shelf.sums[-1] + size)
         self.size += size
-        if (end - shelf.before) * 8 > self.limit:
+        if shelf.size * 8 > self.limit:
             self._loud.add(channel)
         while self.size > self.limit:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         if self._loud:
-            channel = min(self._loud, key=self._oldest) if len(self._loud) > 1 else next(iter(self._loud))
+            channel = min(self._loud, key=lambda name: self._shelves[name].oldest)
         else:
             number, channel = heappop(self._heads)
-            while channel not in self._shelves or self._oldest(channel) != number:
-                if channel in self._shelves:
-                    heappush(self._heads, (self._oldest(channel), channel))
+            while (found := self._shelves.get(channel)) is None or found.oldest != number:
+                if found is not None:
+                    heappush(self._heads, (found.oldest, channel))
                 number, channel = heappop(self._heads)
             heappush(self._heads, (number, channel))
         shelf = self._shelves[channel]
-        end = shelf.ends[shelf.start]
-        self.size -= end - shelf.before
-        shelf.before = end
+        self.size -= shelf.sums[shelf.start + 1] - shelf.sums[shelf.start]
         # Where what was damaged begins, coverage may begin later than with this frame.
-        self._floors[channel] = max(self._floors.get(channel, 0), shelf.numbers[shelf.start])
-        shelf.frames[shelf.start] = None
+        self._floors[channel] = max(self._floors.get(channel, 0), shelf.oldest)
+        shelf.frames[shelf.start] = GONE
         shelf.start += 1
         if shelf.size * 8 <= self.limit:
             self._loud.discard(channel)
@@ -1125,21 +1085,16 @@ class Memory:
                 # Not one number for each channel that ever was: that would have no bound.
                 self._base = max(self._base, self._floors.pop(channel))
         elif shelf.start * 2 > len(shelf.frames):
-            del shelf.numbers[: shelf.start], shelf.frames[: shelf.start], shelf.ends[: shelf.start]
+            del shelf.frames[: shelf.start], shelf.sums[: shelf.start]
             shelf.start = 0
-
-    def _oldest(self, channel: str) -> int:
-        shelf = self._shelves[channel]
-        return shelf.numbers[shelf.start]
 
     def missed(self, channel: str, number: int) -> tuple[int, int]:
         """Count the frames of a channel above a number that are kept, and their bytes."""
         shelf = self._shelves.get(channel)
         if shelf is None:
             return 0, 0
-        index = bisect.bisect_right(shelf.numbers, number, shelf.start)
-        before = shelf.ends[index - 1] if index > shelf.start else shelf.before
-        return len(shelf.frames) - index, shelf.ends[-1] - before
+        index = shelf.above(number)
+        return len(shelf.frames) - index, shelf.sums[-1] - shelf.sums[index]
 
     def before_newest(self, channel: str, count: int, until: int) -> tuple[int, int]:
         """Return where a channel's newest frames up to a number begin.
@@ -1150,9 +1105,9 @@ class Memory:
         shelf = self._shelves.get(channel)
         if shelf is None:
             return min(self.floor(channel) or 0, until), 0
-        end = bisect.bisect_right(shelf.numbers, until, shelf.start)
+        end = shelf.above(until)
         first = max(shelf.start, end - count)
-        before = shelf.numbers[first] - 1 if first < len(shelf.numbers) else until
+        before = shelf.frames[first].number - 1 if first < len(shelf.frames) else until
         return min(before, until), end - first
 
     def page(self, since: Mapping[str, int], limit: int) -> tuple[list[Frame], bool]:
@@ -1167,15 +1122,12 @@ class Memory:
         """
         found: list[Frame] = []
         for channel, number in since.items():
-            shelf = self._shelves.get(channel)
-            if shelf is None:
-                continue
-            first = bisect.bisect_right(shelf.numbers, number, shelf.start)
-            before = shelf.ends[first - 1] if first > shelf.start else shelf.before
-            last = bisect.bisect_left(shelf.ends, before + limit, first)
-            # Up to and with the frame that reaches the limit: a channel whose slice is
-            # cut short has then used up the page, so none of the others passes it.
-            found.extend(shelf.frames[first : last + 1])  # type: ignore[arg-type]  # None only below start
+            if (shelf := self._shelves.get(channel)) is not None:
+                first = shelf.above(number)
+                # Up to and with the frame that reaches the limit: a channel whose slice is
+                # cut short has then used up the page, so none of the others passes it.
+                end = bisect.bisect_left(shelf.sums, shelf.sums[first] + limit, first + 1)
+                found.extend(shelf.frames[first:end])
         found.sort()
         size = 0
         for index, frame in enumerate(found, 1):
@@ -1193,27 +1145,22 @@ DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 @dataclass
 class Counts:
-    """What has happened since the start; plain numbers, so that counting costs next to nothing.
+    """What has happened since the start; plain numbers, so that counting costs next to nothing."""
 
-    Attributes:
-        events: Taken from the source.
-        deliveries: Events written to clients, live or replayed.
-        replayed: Those of them that were replayed.
-        sent_bytes: Written to streams, HTTP's framing included.
-        gaps: ``relay.gap`` events written, by reason.
-        refusals: By true status.
-        cut_clients: Slow clients that were cut.
-        delays: Events by how long they took from the source to the write, see `DELAY_BUCKETS`.
-        delay_sum: Seconds.
-    """
-
+    # Taken from the source.
     events: int = 0
+    # Events written to clients, and those of them that were replayed.
     deliveries: int = 0
     replayed: int = 0
+    # Written to streams, HTTP's framing included.
     sent_bytes: int = 0
+    # ``relay.gap`` events written, by reason.
     gaps: Counter[str] = field(default_factory=Counter)
+    # By true status.
     refusals: Counter[int] = field(default_factory=Counter)
+    # Slow ones.
     cut_clients: int = 0
+    # Events by how long they took from the source to the write, and the sum of it.
     delays: list[int] = field(default_factory=lambda: [0] * (len(DELAY_BUCKETS) + 1))
     delay_sum: float = 0.0
 
@@ -4337,7 +4284,7 @@ class Refusals:
         """
         headers = headers or {}
         path = path or self._path
-        is_stream = is_stream_path(split_target(request.raw_path)[1].partition("?")[0], path)
+        is_stream = is_stream_path(split_target(request.raw_path)[1], path)
         self.count(refused, lambda: _asked(request, path if is_stream else None))
         passing = refused.status in (429, 503)
         retry = retry_after(self._retry, len(self._hub.subscribers))
@@ -4490,7 +4437,7 @@ class Streams:
         authority, text = split_target(request.raw_path)
         headers: dict[str, str] = {}
         try:
-            if not is_stream_path(text.partition("?")[0], path):
+            if not is_stream_path(text, path):
                 raise RefusedError(404, f"there is nothing here: streams are at {path}")
             headers = self._access.cors(request.headers, authority, request.method == "OPTIONS")
             if request.method == "OPTIONS":
@@ -5441,7 +5388,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     if settings.allow_channel or settings.jwt_key_file:
         return Access(
             compile_globs(settings.allow_channel),
-            compile_origins(settings.allow_origin),
+            compile_globs(settings.allow_origin, IN_LABEL),
             [load_key(file) for file in settings.jwt_key_file],
             settings.jwt_cookie,
             revoked={} if settings.source == "log" else None,
@@ -5457,7 +5404,8 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
         "every channel can be read by everybody who reaches this address: neither --jwt-key-file nor "
         "--allow-channel is given"
     )
-    return Access(compile_globs(["*"]), compile_origins(settings.allow_origin or DEVELOPMENT_ORIGINS))
+    origins = settings.allow_origin or DEVELOPMENT_ORIGINS
+    return Access(compile_globs(["*"]), compile_globs(origins, IN_LABEL))
 
 
 def client_module(path: str) -> Pages:

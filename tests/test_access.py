@@ -27,13 +27,13 @@ import harness
 import pages
 from harness import Browser, Database, Page, RawStream, Relay, SseReader
 from sse_relay import (
+    IN_LABEL,
     SCHEMA_SQL,
     Access,
     RefusedError,
     Settings,
     cli,
     compile_globs,
-    compile_origins,
     encode_head,
     foreign_origin,
     is_local,
@@ -597,7 +597,7 @@ def test_development_origins_are_allowed_until_one_is_named(
     ],
 )
 def test_which_origins_may_read(allowed: str, origin: str, opens: bool) -> None:
-    access = Access(compile_globs([]), compile_origins([read_origin(allowed)]))
+    access = Access(compile_globs([]), compile_globs([read_origin(allowed)], IN_LABEL))
     for preflight in (False, True):
         if not opens:
             with pytest.raises(RefusedError) as refused:
@@ -631,7 +631,7 @@ def test_what_no_browser_sends_cannot_be_allowed(origin: str) -> None:
     ],
 )
 def test_a_preflight_allows_what_is_asked_for(asked: str, allowed: set[str]) -> None:
-    access = Access(compile_globs([]), compile_origins(["https://app.example"]))
+    access = Access(compile_globs([]), compile_globs(["https://app.example"], IN_LABEL))
     headers = {"Origin": "https://app.example", "Access-Control-Request-Headers": asked}
     answer = access.cors(headers, None, preflight=True)
     always = {"Authorization", "Cache-Control", "Last-Event-ID"}

@@ -228,8 +228,8 @@ def site() -> Iterator[Site]:
         machine = stack.enter_context(Machine(folders))
         dsn = psycopg2.extensions.make_dsn(server.dsn, host=DATABASE_FOLDER)
         block = pages.block("sh", "python3 -m venv /opt/sse-relay/venv")
-        assert "'postgresql://relay:password@localhost/app'" in block
-        block = block.replace("'postgresql://relay:password@localhost/app'", f'"{dsn}"')
+        assert '"postgresql://relay:$PASSWORD@localhost/app"' in block
+        block = block.replace('"postgresql://relay:$PASSWORD@localhost/app"', f'"{dsn}"')
         network, _, here = block.partition("install -m 644 sse_relay.py")
         machine.run("bash", "-ec", network, network=True)
         machine.run("bash", "-ec", "install -m 644 sse_relay.py" + here)

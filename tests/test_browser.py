@@ -13,11 +13,25 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness import Browser, Database, FreezableProxy, Page, PageEvent, Relay, SseReader
+from harness import Browser, Database, Page, Relay, SseReader, wait_until
+from sites import line_to
 
 pytestmark = pytest.mark.slow
 
 StartRelay = Callable[..., Relay]
+
+
+@pytest.fixture(scope="module")
+def database(server: harness.Server) -> Iterator[Database]:
+    with server.fresh_database() as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def relay(database: Database) -> Iterator[Relay]:
+    """A relay that beats often: no test of these pages notices it."""
+    with Relay("--retry", "100", "--heartbeat", "0.1", dsn=database.dsn) as running:
+        yield running
 
 
 @pytest.fixture
@@ -27,49 +41,52 @@ def page(browser: Browser) -> Iterator[Page]:
         yield opened
 
 
-@pytest.fixture
-def cuttable(database: Database, start_relay: StartRelay) -> Iterator[tuple[Relay, FreezableProxy]]:
-    """A relay, and a proxy in front of it."""
-    relay = start_relay("--retry", "100", dsn=database.dsn)
-    host, _, port = relay.bind.rpartition(":")
-    with FreezableProxy((host, int(port))) as proxy:
-        yield relay, proxy
-
-
-def through(proxy: FreezableProxy, relay: Relay, *channels: str) -> str:
-    return relay.url(*channels).replace(relay.bind, f"127.0.0.1:{proxy.port}")
-
-
 def wait_open(page: Page, times: int = 1) -> None:
-    harness.wait_until(lambda: page.states.count("open") >= times, what="the EventSource to open")
+    wait_until(lambda: page.states.count("open") >= times, what="the EventSource to open")
 
 
-def wait_live(page: Page, relay: Relay, database: Database, channel: str) -> PageEvent:
-    """Wait until an event of the channel reaches the page: it has a position then."""
-    wait_open(page)
-    database.notify(channel, "first")
-    return page.wait_for(lambda event: event.data == "first")
+def wait_data(page: Page, data: str) -> None:
+    page.wait_for(lambda event: event.data == data)
 
 
 # ==== Chromium ================================================================
 
+TEXTS = [
+    "",
+    " leading, trailing ",
+    "two\nlines",
+    "\n",
+    "a\n\nb\n",
+    "data: x\nid: 9\nevent: relay.gap\nretry: 1",
+    ": comment",
+    "U+2028 \u2028 U+2029 \u2029 U+0085 \u0085",
+    "\ufeffBOM",
+    "🎉 é \U0010ffff",
+    "\x01\x1f\x7f",
+    '{"id": 42, "data": {"a": 1}}',
+    "x" * 7_999,
+]
 
-def test_a_notification_reaches_a_native_event_source(page: Page, relay: Relay, database: Database) -> None:
-    page.event_source(relay.url("orders"))
+
+def test_events_reach_a_page_of_another_loopback_port_as_they_were_published(
+    page: Page, relay: Relay, database: Database
+) -> None:
+    page.event_source(relay.url("orders"), "created", "relay.heartbeat", "relay.refused")
+    assert not relay.url().startswith(page.evaluate("location.origin"))
     wait_open(page)
-    database.notify("orders", "x")
-    event = page.wait_for(lambda event: event.data == "x")
-    assert event.name == "message"
-    assert event.id
-
-
-def test_a_named_event_reaches_its_own_listener(page: Page, relay: Relay, database: Database) -> None:
-    page.event_source(relay.url("orders"), "created")
-    wait_open(page)
+    for text in TEXTS:
+        database.notify("orders", text)
     database.notify("orders", '{"event": "created", "data": {"total": 1.10}, "id": 7}')
-    event = page.wait_for(lambda event: event.name == "created")
-    assert event.data == '{"total": 1.10}'
-    assert event.id.endswith("/7")
+    with harness.RawStream(relay.bind, relay.url("orders")) as witness:
+        wait_until(lambda: witness.chunks.count(b":\n") >= 5, what="heartbeats")
+    database.notify("orders", "carriage\rreturn\r\nboth")
+    wait_data(page, "carriage\nreturn\nboth")
+    *events, named, _ = page.events
+    assert [(event.name, event.data) for event in events] == [("message", text) for text in TEXTS]
+    assert all(event.id for event in events)
+    assert (named.name, named.data) == ("created", '{"total": 1.10}')
+    assert named.id.endswith("/7")
+    assert page.states == ["open"]
 
 
 def test_a_stream_of_several_channels_tells_them_apart(page: Page, relay: Relay, database: Database) -> None:
@@ -83,7 +100,7 @@ def test_a_stream_of_several_channels_tells_them_apart(page: Page, relay: Relay,
     # Nobody passes for another channel.
     database.notify("a:b%", '{"event": "x", "data": "not listened for"}')
     database.notify("orders", '{"event": "created", "data": "last"}')
-    page.wait_for(lambda event: event.data == "last")
+    wait_data(page, "last")
     assert [(event.name, event.data) for event in page.events] == [
         ("orders", "of orders"),
         ("Größe 🎉", "of Größe 🎉"),
@@ -94,143 +111,71 @@ def test_a_stream_of_several_channels_tells_them_apart(page: Page, relay: Relay,
     ]
 
 
-def test_text_arrives_as_it_was_published(page: Page, relay: Relay, database: Database) -> None:
-    texts = [
-        "",
-        " leading, trailing ",
-        "two\nlines",
-        "\n",
-        "a\n\nb\n",
-        "data: x\nid: 9\nevent: relay.gap\nretry: 1",
-        ": comment",
-        "U+2028 \u2028 U+2029 \u2029 U+0085 \u0085",
-        "\ufeffBOM",
-        "🎉 é \U0010ffff",
-        "\x01\x1f\x7f",
-        '{"id": 42, "data": {"a": 1}}',
-        "x" * 7_999,
-    ]
-    page.event_source(relay.url("orders"), "relay.refused")
-    wait_open(page)
-    for text in texts:
-        database.notify("orders", text)
-    database.notify("orders", "carriage\rreturn\r\nboth")
-    page.wait_for(lambda event: event.data == "carriage\nreturn\nboth")
-    assert [event.data for event in page.events[:-1]] == texts
-
-
-def test_another_loopback_port_may_read_without_options(page: Page, relay: Relay) -> None:
-    page.event_source(relay.url("orders"))
-    wait_open(page)
-    origin = page.evaluate("location.origin")
-    assert origin.startswith("http://127.0.0.1:")
-    assert not relay.url().startswith(origin)
-
-
-def test_a_page_of_a_foreign_origin_reads_nothing(
-    page: Page, database: Database, start_relay: StartRelay
+def test_a_page_of_an_allowed_origin_is_told_why_it_is_refused_and_another_one_nothing(
+    page: Page, browser: Browser, database: Database, start_relay: StartRelay
 ) -> None:
-    relay = start_relay("--allow-origin", "https://app.example", dsn=database.dsn)
-    page.event_source(relay.url("orders"), "relay.refused", "relay.gap")
-    harness.wait_until(lambda: page.states, what="the EventSource to fail")
-    assert page.states == ["error 2"]
-    relay.wait_for_log("refused with 403")
-    assert page.events == []
-
-
-def test_an_allowed_origin_is_told_why_it_is_refused(
-    page: Page, database: Database, start_relay: StartRelay
-) -> None:
-    origin = page.evaluate("location.origin")
+    origin, address = page.evaluate("[location.origin, location.href]")
     relay = start_relay("--allow-origin", origin, "--allow-channel", "public-*", dsn=database.dsn)
     page.event_source(relay.url("secret"), "relay.refused")
     refused = json.loads(page.wait_for(lambda event: event.name == "relay.refused").data)
     assert refused["status"] == 403
     assert "--allow-channel" in refused["reason"]
+    with browser.open(url=address.replace("127.0.0.1", "localhost")) as foreign:
+        foreign.event_source(relay.url("public-1"), "relay.refused", "relay.gap")
+        wait_until(lambda: foreign.states, what="the EventSource to fail")
+        assert foreign.states == ["error 2"]
+        assert foreign.events == []
 
 
-def test_heartbeats_and_positions_fire_no_event(
-    page: Page, database: Database, start_relay: StartRelay
-) -> None:
-    relay = start_relay("--heartbeat", "0.1", dsn=database.dsn)
-    page.event_source(relay.url("orders"), "relay.heartbeat")
-    wait_open(page)
-    with harness.RawStream(relay.bind, relay.url("orders")) as witness:
-        harness.wait_until(lambda: witness.chunks.count(b":\n") >= 5, what="heartbeats")
-    database.notify("orders", "x")
-    page.wait_for(lambda event: event.data == "x")
-    assert len(page.events) == 1
-    assert page.states == ["open"]
+def test_cuts_lose_nothing_and_repeat_nothing(page: Page, relay: Relay, database: Database) -> None:
+    with line_to(relay) as line:
+        url = relay.url("orders", "users").replace(relay.bind, f"127.0.0.1:{line.port}")
+        page.event_source(url, "orders", "users", "relay.gap")
+        start = page.wait_for(lambda event: event.name == "relay.gap")
+        assert json.loads(start.data) == {"channels": ["orders", "users"], "reason": "start", "since": None}
+        assert start.id
+        sent = []
 
+        def publish(first: int, last: int) -> None:
+            for number in range(first, last):
+                sent.append((("orders", "users")[number % 2], str(number)))
+                database.notify(*sent[-1])
 
-def test_a_client_that_has_seen_no_event_resumes_after_a_cut(
-    page: Page, cuttable: tuple[Relay, FreezableProxy], database: Database
-) -> None:
-    relay, proxy = cuttable
-    page.event_source(through(proxy, relay, "orders"), "relay.gap")
-    start = page.wait_for(lambda event: event.name == "relay.gap")
-    assert json.loads(start.data) == {"channels": ["orders"], "reason": "start", "since": None}
-    assert start.id
-    proxy.refuse()
-    proxy.drop()
-    harness.wait_until(lambda: "error 0" in page.states, what="the cut")
-    for number in range(20):
-        database.notify("orders", f"missed {number}")
-    proxy.accept()
-    page.wait_for(lambda event: event.data == "missed 19")
-    assert [event.data for event in page.events[1:]] == [f"missed {number}" for number in range(20)]
-
-
-def test_ten_cuts_lose_nothing_and_repeat_nothing(
-    page: Page, cuttable: tuple[Relay, FreezableProxy], database: Database
-) -> None:
-    relay, proxy = cuttable
-    page.event_source(through(proxy, relay, "orders", "users"), "orders", "users", "relay.gap")
-    page.wait_for(lambda event: event.name == "relay.gap")
-    sent = []
-    for cut in range(10):
-        for number in range(20):
-            channel = ("orders", "users")[number % 2]
-            sent.append((channel, f"{cut}.{number}"))
-            database.notify(*sent[-1])
-            if number == 10:
-                proxy.drop()
-        wait_open(page, times=cut + 2)
-    page.wait_for(lambda event: event.data == sent[-1][1])
+        # One that has seen no event yet has a position, too.
+        line.refuse()
+        line.drop()
+        wait_until(lambda: "error 0" in page.states, what="the cut")
+        publish(0, 20)
+        line.accept()
+        for cut in range(1, 11):
+            wait_open(page, times=cut + 1)
+            publish(20 * cut, 20 * cut + 10)
+            line.drop()
+            publish(20 * cut + 10, 20 * cut + 20)
+        wait_data(page, sent[-1][1])
     assert [(event.name, event.data) for event in page.events[1:]] == sent
 
 
-def test_a_restart_of_the_relay_is_a_gap_and_then_goes_on(
-    page: Page, database: Database, start_relay: StartRelay
-) -> None:
-    first = start_relay("--retry", "100", dsn=database.dsn)
-    page.event_source(first.url("orders"), "relay.gap")
-    before = wait_live(page, first, database, "orders")
-    assert first.stop() == 0
-    start_relay("--retry", "100", dsn=database.dsn, bind=first.bind)
-    gap = page.wait_for(lambda event: event.name == "relay.gap" and '"start"' not in event.data)
-    assert json.loads(gap.data) == {"channels": ["orders"], "reason": "restart", "since": before.id}
-    assert gap.id.partition("-")[0] != before.id.partition("-")[0]
-    database.notify("orders", "after")
-    page.wait_for(lambda event: event.data == "after")
-    assert [event.name for event in page.events] == ["relay.gap", "message", "relay.gap", "message"]
-
-
-def test_a_relay_that_is_away_for_a_while_is_waited_for(
+def test_a_relay_that_is_away_for_a_while_is_waited_for_and_its_return_is_a_gap(
     page: Page, database: Database, start_relay: StartRelay
 ) -> None:
     first = start_relay("--retry", "500", dsn=database.dsn)
     page.event_source(first.url("orders"), "relay.gap")
-    wait_live(page, first, database, "orders")
+    wait_open(page)
+    database.notify("orders", "before")
+    wait_data(page, "before")
     assert first.stop() == 0
-    harness.wait_until(lambda: page.states.count("error 0") >= 4, 20, "attempts that find nobody")
+    wait_until(lambda: page.states.count("error 0") >= 4, 20, "attempts that find nobody")
     # The relay's last block says at least 500 ms; a client that ignored it would hammer.
     waits = [later - earlier for (earlier, _), (later, _) in pairwise(page.requests)][1:]
     assert min(waits) > 0.45, waits
-    start_relay("--retry", "500", dsn=database.dsn, bind=first.bind)
-    page.wait_for(lambda event: '"restart"' in event.data)
+    start_relay(dsn=database.dsn, bind=first.bind)
+    page.wait_for(lambda event: '"restart"' in event.data, 20)
     database.notify("orders", "after")
-    page.wait_for(lambda event: event.data == "after")
+    wait_data(page, "after")
+    _, before, gap, _ = page.events
+    assert json.loads(gap.data) == {"channels": ["orders"], "reason": "restart", "since": before.id}
+    assert gap.id.partition("-")[0] != before.id.partition("-")[0]
 
 
 def test_a_gap_after_an_outage_of_postgresql_is_an_event_of_the_page(
@@ -245,7 +190,7 @@ def test_a_gap_after_an_outage_of_postgresql_is_an_event_of_the_page(
         {"channels": ["orders", "users"], "reason": reason, "since": None} for reason in ("start", "outage")
     ]
     database.notify("users", "after")
-    page.wait_for(lambda event: event.data == "after")
+    wait_data(page, "after")
     assert page.states == ["open"]
 
 
@@ -256,10 +201,10 @@ def test_a_full_relay_is_tried_again_until_there_is_room(
     with SseReader(relay.url("orders")) as occupant:
         occupant.wait_for_id()
         page.event_source(relay.url("orders"), "relay.refused")
-        harness.wait_until(lambda: relay.log.count("refused with 503") >= 2, what="the second attempt")
-    harness.wait_until(lambda: relay.log.count("refused with 503") < page.states.count("open"))
+        wait_until(lambda: relay.log.count("refused with 503") >= 2, what="the second attempt")
+    wait_until(lambda: relay.log.count("refused with 503") < page.states.count("open"))
     database.notify("orders", "room")
-    page.wait_for(lambda event: event.data == "room")
+    wait_data(page, "room")
     assert len(page.events) == 1
 
 
@@ -316,7 +261,7 @@ def test_three_packages_are_enough(
             assert any(line.startswith("id: ") for line in opening)
             database.notify("orders", "x")
             assert reader.wait_for_data("x").event == "message"
-            assert page.wait_for(lambda event: event.data == "x").name == "message"
+            wait_data(page, "x")
             assert any(line == "data: x\n" for line in opening)
     finally:
         curl.kill()

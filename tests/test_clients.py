@@ -23,7 +23,6 @@ import playwright.async_api
 import pytest
 
 import harness
-import sse_relay
 from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 from pages import block, pages
 from sites import AROUND, beside, django_databases, is_live, line_to, serving
@@ -71,7 +70,7 @@ FOLLOW = """clients => {
 
 @pytest.fixture(scope="module")
 def database(server: harness.Server) -> Iterator[Database]:
-    with server.fresh_database() as fresh:
+    with server.fresh_database(log=True) as fresh:
         yield fresh
 
 
@@ -232,7 +231,7 @@ def story(
         log.execute("SELECT sse_relay.publish('orders', %s::text, %s)", (text, name))
 
     with (
-        server.fresh_database() as log,
+        server.fresh_database(log=True) as log,
         Nginx(folder, bind) as easy,
         Nginx(other_folder, bind, server=harness.BARE_PROXY) as bare,
         FreezableProxy(("127.0.0.1", easy.port)) as before_easy,
@@ -240,7 +239,6 @@ def story(
         browser.open(url=vite.url) as page,
         contextlib.ExitStack() as stack,
     ):
-        sse_relay.apply_schema(log.dsn)
         targets = {
             "at ease": f"http://127.0.0.1:{before_easy.port}/events/orders",
             "in trouble": f"http://127.0.0.1:{before_bare.port}/events/orders",

@@ -44,12 +44,12 @@ def site() -> Iterator[Site]:
 
 
 def test_the_files_of_the_docs_are_those_of_the_site() -> None:
-    blocks = [*pages.blocks("python", "docs/django.md"), *pages.blocks("html", "docs/django.md")]
-    assert len(blocks) == 5
-    for block in blocks:
-        name = FILE_NAME.match(block.text)
-        assert name, block.text
-        assert block.text == (EXAMPLE / name[1]).read_text()
+    found = [*pages.blocks("python", "docs/django.md"), *pages.blocks("html", "docs/django.md")]
+    found += pages.blocks("python", "docs/testing.md")
+    named = {match[1]: block.text for block in found if (match := FILE_NAME.match(block.text))}
+    assert len(named) == 5
+    for name, text in named.items():
+        assert text == (EXAMPLE / name).read_text()
 
 
 def test_the_grants_of_the_docs_are_those_of_the_log() -> None:

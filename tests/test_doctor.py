@@ -126,24 +126,40 @@ def test_people_read_a_line_for_each_finding_and_one_for_what_fixes_it(database:
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "words", "fix"),
-    [
-        ({"password": "not-the-right-one"}, "password authentication failed", "correct user and password"),
-        ({"dbname": "nowhere"}, 'database "nowhere" does not exist', "psql -l"),
-        ({"port": "1"}, "refused", "start PostgreSQL"),
-        ({"host": "nowhere.invalid"}, "could not translate host name", "name server"),
-        ({"sslmode": "require"}, "does not support SSL", "sslmode"),
-    ],
-)
-def test_it_tells_why_nobody_gets_in(
-    database: Database, change: dict[str, str], words: str, fix: str
-) -> None:
-    found = diagnose(psycopg2.extensions.make_dsn(database.dsn, **change))
-    assert named(found, "problem") == {"connection"}
-    assert words in found["connection"].what
-    assert fix in found["connection"].fix
+def expect_problem(dsn: str, check: str, what: str, fix: str) -> None:
+    """Diagnose a database with one problem."""
+    found = diagnose(dsn)
+    assert named(found, "problem") == {check}
+    assert what in found[check].what
+    assert fix in found[check].fix
     assert "not-the-right-one" not in str(found)
+
+
+# Parameters of the connection, and what is said of them.
+CLOSED: list[tuple[dict[str, str], str, str]] = [
+    ({"password": "not-the-right-one"}, "password authentication failed", "correct user and password"),
+    ({"dbname": "nowhere"}, 'database "nowhere" does not exist', "psql -l"),
+    ({"port": "1"}, "refused", "start PostgreSQL"),
+    ({"host": "nowhere.invalid"}, "could not translate host name", "name server"),
+    ({"sslmode": "require"}, "does not support SSL", "sslmode"),
+    ({"dbname": "latin"}, "encoding is LATIN1", "use a database with encoding UTF8"),
+]
+
+
+def test_it_tells_why_nobody_gets_in(database: Database) -> None:
+    database.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        for change, what, fix in CLOSED:
+            dsn = psycopg2.extensions.make_dsn(database.dsn, **change)
+            expect_problem(dsn, "connection", what, fix)
+    finally:
+        database.execute("DROP DATABASE latin WITH (FORCE)")
+
+
+def test_it_names_another_version_of_the_log(log_database: Database) -> None:
+    for version, fix in ((0, "run sse_relay.py schema --apply"), (99, "install a newer sse-relay")):
+        log_database.execute("UPDATE sse_relay.settings SET version = %s", (version,))
+        expect_problem(log_database.dsn, "schema", f"version {version}", fix)
 
 
 @pytest.mark.slow
@@ -159,31 +175,7 @@ def test_it_names_a_pooler_in_transaction_mode(
 @pytest.mark.slow
 def test_it_names_a_standby(own_server: harness.Server) -> None:
     own_server.demote()
-    found = diagnose(own_server.dsn)
-    assert named(found, "problem") == {"connection"}
-    assert "hot standby" in found["connection"].what
-    assert "name the primary" in found["connection"].fix
-
-
-def test_it_names_an_encoding_that_cannot_work(database: Database) -> None:
-    database.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-    try:
-        found = diagnose(psycopg2.extensions.make_dsn(database.dsn, dbname="latin"))
-        assert named(found, "problem") == {"connection"}
-        assert "encoding is LATIN1" in found["connection"].what
-    finally:
-        database.execute("DROP DATABASE latin WITH (FORCE)")
-
-
-@pytest.mark.parametrize(
-    ("version", "fix"), [(0, "run sse_relay.py schema --apply"), (99, "install a newer sse-relay")]
-)
-def test_it_names_another_version_of_the_log(log_database: Database, version: int, fix: str) -> None:
-    log_database.execute("UPDATE sse_relay.settings SET version = %s", (version,))
-    found = diagnose(log_database.dsn)
-    assert named(found, "problem") == {"schema"}
-    assert f"version {version}" in found["schema"].what
-    assert fix in found["schema"].fix
+    expect_problem(own_server.dsn, "connection", "hot standby", "name the primary")
 
 
 @pytest.mark.parametrize(("limit", "level"), [(512, "problem"), (4096, "warning"), (16384, "ok")])
@@ -201,11 +193,23 @@ def test_the_grants_that_it_names_are_just_what_a_relay_needs(
     log_database: Database, make_role: Callable[..., str], start_relay: StartRelay
 ) -> None:
     dsn = make_role()
+    role = psycopg2.extensions.parse_dsn(dsn)["user"]
+    prune, security = "EXECUTE ON FUNCTION sse_relay.prune()", "TABLE sse_relay.events {} ROW LEVEL SECURITY"
     found = diagnose(dsn)
     assert named(found, "problem") == {"grants"}
     assert found["grants"].fix.count("GRANT") == 3
     log_database.execute(found["grants"].fix)
     assert named(diagnose(dsn), "problem", "unknown") == set()
+    # What alone is missing is named alone.
+    for change, fix in (
+        (f"REVOKE {prune} FROM {role}", f"GRANT {prune} TO {role}"),
+        (f"ALTER {security.format('ENABLE')}", f"ALTER {security.format('DISABLE')}"),
+    ):
+        log_database.execute(change)
+        assert diagnose(dsn)["grants"] == Finding(
+            "problem", "grants", "this role may not use the durable log", fix
+        )
+        log_database.execute(fix)
     relay = start_relay("--source", "log", dsn=dsn)
     with harness.SseReader(relay.url("orders")) as reader:
         reader.wait_for_id()
@@ -213,38 +217,14 @@ def test_the_grants_that_it_names_are_just_what_a_relay_needs(
         reader.wait_for_data("hello")
 
 
-@pytest.mark.parametrize(
-    ("change", "fix"),
-    [
-        (
-            "REVOKE EXECUTE ON FUNCTION sse_relay.prune() FROM {}",
-            "GRANT EXECUTE ON FUNCTION sse_relay.prune() TO {}",
-        ),
-        (
-            "ALTER TABLE sse_relay.events ENABLE ROW LEVEL SECURITY",
-            "ALTER TABLE sse_relay.events DISABLE ROW LEVEL SECURITY",
-        ),
-    ],
-)
-def test_what_alone_is_missing_is_named_alone(
-    log_database: Database, make_role: Callable[..., str], change: str, fix: str
-) -> None:
-    dsn = as_relay(log_database, make_role)
-    role = psycopg2.extensions.parse_dsn(dsn)["user"]
-    log_database.execute(change.format(role))
-    found = diagnose(dsn)
-    assert named(found, "problem") == {"grants"}
-    assert found["grants"].fix == fix.format(role)
-
-
-@pytest.mark.parametrize("statements", [APPLICATION, OPERATOR])
 def test_to_another_role_it_says_what_was_not_checked(
-    log_database: Database, make_role: Callable[..., str], statements: tuple[str, ...]
+    log_database: Database, make_role: Callable[..., str]
 ) -> None:
-    found = diagnose(make_role(*statements))
-    assert named(found, "problem") == set()
-    assert named(found, "unknown") == {"grants"}
-    assert "the relay's DSN" in found["grants"].fix
+    for statements in (APPLICATION, OPERATOR):
+        found = diagnose(make_role(*statements))
+        assert named(found, "problem") == set()
+        assert named(found, "unknown") == {"grants"}
+        assert "the relay's DSN" in found["grants"].fix
 
 
 def test_what_a_hardened_server_withholds_is_named_with_its_grant(

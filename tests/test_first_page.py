@@ -15,21 +15,14 @@ from harness import Browser, Database, Page, Relay, wait_until
 from pages import blocks
 from sites import django_databases, serving
 
-FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(?: -->)?\n")
-MODELS = """
-from django.db import models
-
-
-class Order(models.Model):
-    state = models.TextField(default="new")
-"""
+FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(?:, at its end)?(?: -->)?\n")
 
 
 def printed_files() -> dict[str, str]:
     """Return the files that the README shows, by their paths."""
     found = [block.text for language in ("python", "html") for block in blocks(language, "README.md")]
     named = {match[1]: text for text in found if (match := FILE_NAME.match(text))}
-    assert len(named) == len(found) == 3
+    assert len(named) == len(found) == 5
     return named
 
 
@@ -42,11 +35,13 @@ def write_project(folder: Path, database: Database, relay: str) -> None:
     """Write what Django's own commands begin with, and into it what the README shows."""
     for command in (["startproject", "project", "."], ["startapp", "shop"]):
         subprocess.run([sys.executable, "-m", "django", *command], cwd=folder, check=True, timeout=60)
-    with (folder / "project" / "settings.py").open("a") as settings:
-        settings.write("INSTALLED_APPS.append('shop')\n" + django_databases(database))
-    (folder / "shop" / "models.py").write_text(MODELS)
-    for path, text in printed_files().items():
-        target = folder / ("project/urls.py" if path == "urls.py" else path)
+    files = printed_files()
+    settings = folder / "project/settings.py"
+    files["project/settings.py"] = (
+        settings.read_text() + files["project/settings.py"] + django_databases(database)
+    )
+    for path, text in files.items():
+        target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text.replace("localhost:8008", relay))
     manage(folder, "makemigrations", "shop")
@@ -72,7 +67,7 @@ def test_the_first_page_does_what_the_readme_says(
     site: str, relay: Relay, database: Database, browser: Browser, start_relay: Callable[..., Relay]
 ) -> None:
     for _ in range(2):
-        database.execute("INSERT INTO shop_order (state) VALUES ('new')")
+        database.execute("INSERT INTO shop_order (item, state) VALUES ('tea', 'new')")
     with browser.open(url=f"{site}/live") as one, browser.open(url=f"{site}/live") as other:
         for page in (one, other):
             wait_shown(page, "order 1: new\norder 2: new")

@@ -442,7 +442,7 @@ def test_the_owner_of_the_docs_can_be_deployed_to(database: Database, before: st
         database.execute("SELECT sse_relay.publish('a', 'kept')")
     database.execute(script)
     (deploy,) = set(re.findall(r"sse_relay_deploy_\d+", script))
-    dsn = psycopg2.extensions.make_dsn(database.dsn, user=deploy, password="choose one")
+    dsn = psycopg2.extensions.make_dsn(database.dsn, user=deploy, password="deploy-password")
     assert sse_relay.apply_schema(dsn) == []
     with pytest.raises(psycopg2.errors.InsufficientPrivilege):
         sse_relay.apply_schema(database.dsn)

@@ -7,6 +7,8 @@ from psycopg2.extensions import parse_dsn
 DSN = parse_dsn(os.environ["EXAMPLE_DSN"])
 # What the relay reads from --jwt-key-file.
 STREAM_KEY_FILE = os.environ["EXAMPLE_KEY_FILE"]
+# nginx serves the streams at the site's own address.
+STREAM_HOST = ""
 
 SECRET_KEY = "of an example that runs on this machine alone"
 ALLOWED_HOSTS = ["127.0.0.1", "localhost"]

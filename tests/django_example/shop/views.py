@@ -1,4 +1,5 @@
 # shop/views.py
+from django.conf import settings
 from django.contrib.auth.decorators import login_required
 from django.db import connection, transaction
 from django.shortcuts import render
@@ -17,5 +18,5 @@ def orders(request):
         (position,) = cursor.fetchone()
         found = list(Order.objects.filter(tenant_id__in=tenants).order_by("id"))
     channels = [f"tenant-{tenant}" for tenant in tenants]
-    stream = {"channels": channels, "position": position, "lifetime": LIFETIME}
+    stream = {"channels": channels, "position": position, "lifetime": LIFETIME, "host": settings.STREAM_HOST}
     return render(request, "shop/orders.html", {"orders": found, "stream": stream})
