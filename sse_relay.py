@@ -33,7 +33,8 @@ Contents, in the order in which an event travels:
     Access                      pure: who may read what, from which pages and hosts
     Replay memory               pure: recent frames, for clients that come back
     Counts                      pure: what the metrics say
-    Hub                         subscribers, one write for each and burst
+    Subscribers                 one open stream: its connection, its heartbeat
+    Hub                         all of them; one write for each and burst
     Listener                    the connections to PostgreSQL
     Sources                     what streams and the listener may ask of one
     Source notify               numbers what the listener hears
@@ -1172,22 +1173,16 @@ class Counts:
         self.delay_sum += delay * events
 
 
-# ==== Hub =====================================================================
+# ==== Subscribers =============================================================
 #
-# Holds every open stream and writes to it. Knows transports and HTTP's chunks; no request, no
-# position but as bytes, no PostgreSQL.
+# One open stream: its connection, what waits there, and what is due when nothing happens. Knows
+# transports and HTTP's chunks; no request, no position but as bytes.
 
-# Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
-WRITES_PER_TURN: Final = 2_000
-# Joining so many events for one stream, or looking at so many streams, costs what a write does.
-EVENTS_PER_WRITE: Final = 20
 # Seconds. A client that takes no byte for so long, though some wait for it, is cut.
 STALL_TIMEOUT: Final = 30.0
 # A stream's position is sent again at least this often, so that it does not grow so
 # old on a quiet channel that memory no longer covers it. Seconds.
 POSITION_INTERVAL: Final = 60.0
-# A client that is cut again within this time waits longer before it comes back.
-CUT_MEMORY: Final = 600.0
 
 # `Subscriber.live_from` of a stream that is not live.
 NOT_LIVE: Final = 2**64
@@ -1202,13 +1197,16 @@ class Subscriber(asyncio.Protocol):
     channels: tuple[str, ...]
     # Whom it seems to come from, to know a client that is cut again and again.
     key: int
-    # Loop time of the last events; below, of the last heartbeat and the last position.
-    last_event_at: float
-    last_heartbeat_at: float = field(init=False)
-    last_position_at: float = field(init=False)
+    chunked: bool = True
+    # Whether it asked for relay.heartbeat events.
+    heartbeats: bool = False
+    # The second since 1970 in which it ends.
+    expires: int | None = None
+    # Whose token opened it, and when that was issued, in seconds since 1970.
+    subject: str | None = None
+    issued: float = 0.0
     # None until aiohttp has let go of the connection.
     transport: asyncio.Transport | None = None
-    chunked: bool = True
     # Everything up to this number had been written when it became live; the hub writes what
     # comes after. `NOT_LIVE` while it is opening or catching up.
     live_from: int = NOT_LIVE
@@ -1216,21 +1214,14 @@ class Subscriber(asyncio.Protocol):
     task: asyncio.Task[None] | None = None
     # Done when the socket takes more; None while it does.
     room: asyncio.Future[None] | None = None
-    # The second since 1970 in which it ends.
-    expires: int | None = None
-    # Whose token opened it, and when that was issued, in seconds since 1970.
-    subject: str | None = None
-    issued: float = 0.0
-    # Whether it asked for relay.heartbeat events.
-    heartbeats: bool = False
-    # Bytes given to the transport; how many of these the socket had taken when this last changed,
-    # and the loop time of that.
+    # Bytes given to the transport; how many of them the socket had taken at the hub's last look, and
+    # the loop time of the last look at which it took all or more than before.
     sent: int = 0
-    taken: int = 0
-    taken_at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.last_heartbeat_at = self.last_position_at = self.taken_at = self.last_event_at
+    taken: int = -1
+    taken_at: float = 0.0
+    # The loop times at which its next heartbeat and its next position are due.
+    heartbeat_at: float = 0.0
+    position_at: float = 0.0
 
     def write(self, block: bytes, head: bytes = b"") -> None:
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
@@ -1280,19 +1271,65 @@ class Subscriber(asyncio.Protocol):
         """Leave the hub: the client is gone or was cut."""
         self.hub.leave(self)
 
+    def tend(self, now: float, period: float, position: bytes | None) -> None:
+        """Send the heartbeat or the position that is due, or cut a client that is stalled.
 
-class Piece(NamedTuple):
-    """What one write takes of a burst."""
+        Args:
+            period: Seconds between two such looks.
+            position: That of every live stream, if it is known.
+        """
+        transport = self.transport
+        if transport is None:
+            return
+        waiting = transport.get_write_buffer_size()
+        taken = self.sent - waiting
+        if waiting and taken == self.taken:
+            if now - self.taken_at >= STALL_TIMEOUT:
+                log.info("cut a client that took nothing for %d s: %d bytes waited", STALL_TIMEOUT, waiting)
+                self.hub.cut(self)
+            return
+        if taken != self.taken:
+            # Since the last look it got something else than heartbeats.
+            self.position_at = now + POSITION_INTERVAL - period
+            if not self.heartbeats:
+                self.heartbeat_at = now + self.hub.heartbeat - period
+        self.taken, self.taken_at = taken, now
+        # Where bytes wait already, a heartbeat would only add to them.
+        if waiting or transport.is_closing():
+            return
+        if self.live_from > self.hub.number:
+            position = None
+        soon = now + period / 2
+        if self.heartbeats and self.heartbeat_at <= soon:
+            block = encode_heartbeat(self.hub.heartbeat, position)
+        elif position is not None and not self.heartbeats and self.position_at <= soon:
+            block = encode_position(position)
+            self.position_at = now + POSITION_INTERVAL
+        elif self.heartbeat_at <= soon:
+            block = b":\n"
+        else:
+            return
+        self.write(block)
+        self.taken, self.heartbeat_at = self.sent, now + self.hub.heartbeat
 
-    block: bytes
-    chunk: bytes
-    events: int
-    # Everything up to this number was in earlier pieces or bursts.
-    after: int
+
+@functools.lru_cache(maxsize=2)
+def encode_heartbeat(interval: float, position: bytes | None) -> bytes:
+    """Encode a ``relay.heartbeat`` event, once for all streams that get the same."""
+    return encode_control("heartbeat", {"interval": interval if interval % 1 else int(interval)}, position)
 
 
-# What some subscribers get of a burst, and how many writes it took to work that out.
-Share = tuple[list[Piece], list[Subscriber], int]
+# ==== Hub =====================================================================
+#
+# All open streams: who watches what, one write to each of them for a burst. Knows no request, and no
+# PostgreSQL.
+
+# Writes in one turn of the loop, some 4 us each: others wait at most 10 ms.
+WRITES_PER_TURN: Final = 2_000
+# Joining so many events for one stream, or looking at so many streams, costs what a write does.
+EVENTS_PER_WRITE: Final = 20
+# A client that is cut again within this time waits longer before it comes back.
+CUT_MEMORY: Final = 600.0
 
 
 class Hub:
@@ -1307,12 +1344,12 @@ class Hub:
         max_backlog: Bytes that may wait for one slow client, apart from one event.
         heartbeat: Seconds after which an idle stream is written to.
         """
-        # Each channel's subscribers, live or not, and all of them.
-        self.channels: dict[str, set[Subscriber]] = {}
+        # All subscribers, live or not; those of each channel, those whose token names a subject, and
+        # those that end, by the second since 1970.
         self.subscribers: set[Subscriber] = set()
-        # Those whose token ends, by the second since 1970; those whose token names a subject.
-        self.expiring: dict[int, set[Subscriber]] = {}
+        self.channels: dict[str, set[Subscriber]] = {}
         self.subjects: dict[str, set[Subscriber]] = {}
+        self.expiring: dict[int, set[Subscriber]] = {}
         # Called with a channel when its first subscriber comes, which may raise RefusedError, and
         # when its last has left.
         self.on_watched: Callable[[str], object] = lambda channel: None
@@ -1321,15 +1358,14 @@ class Hub:
         # has all events.
         self.on_behind: Callable[[Subscriber, str, int], object] = lambda subscriber, epoch, number: None
         self.counts = Counts()
+        self.heartbeat = heartbeat
         self._max_backlog = max_backlog
-        self._heartbeat = heartbeat
-        # Where every live subscriber stands when no burst is under way: during one, some do not
-        # have its events yet, and no position may go out.
-        self._epoch, self._number = "", 0
+        # Where every live subscriber stands when no burst is under way.
+        self._epoch, self.number = "", 0
         self._bursts = 0
+        # One burst or round of heartbeats at a time, and the writes that are left of its turn.
         self._writing = asyncio.Lock()
-        # The seconds of `expiring`, as a heap; some may be gone from there.
-        self._ends: list[int] = []
+        self._left = WRITES_PER_TURN
         self._cuts: dict[int, tuple[float, int]] = {}
 
     def enter(self, subscriber: Subscriber) -> None:
@@ -1339,6 +1375,10 @@ class Hub:
             RefusedError: From `on_watched`; the subscriber is not in the hub then.
         """
         self.subscribers.add(subscriber)
+        if subscriber.subject is not None:
+            self.subjects.setdefault(subscriber.subject, set()).add(subscriber)
+        if subscriber.expires is not None:
+            self.expiring.setdefault(subscriber.expires, set()).add(subscriber)
         try:
             for channel in subscriber.channels:
                 if channel not in self.channels:
@@ -1356,17 +1396,21 @@ class Hub:
         subscriber.live_from = NOT_LIVE
         if subscriber.task is not None:
             subscriber.task.cancel()
-        if subscriber.expires is not None:
-            _discard(self.expiring, subscriber.expires, subscriber)
-        if subscriber.subject is not None:
-            _discard(self.subjects, subscriber.subject, subscriber)
+        _discard(self.subjects, subscriber.subject, subscriber)
+        _discard(self.expiring, subscriber.expires, subscriber)
         for channel in subscriber.channels:
             if _discard(self.channels, channel, subscriber):
                 self.on_abandoned(channel)
 
     def stand(self, epoch: str, number: int) -> None:
         """Note the present position: every event up to it has been broadcast."""
-        self._epoch, self._number = epoch, number
+        self._epoch, self.number = epoch, number
+
+    @property
+    def position(self) -> bytes | None:
+        """Where every live stream stands; None while some do not have all events yet."""
+        known = self._epoch and not self._bursts
+        return format_position(self._epoch, self.number) if known else None
 
     def broadcast(self, frames: Sequence[Frame], epoch: str) -> Coroutine[Any, Any, None]:
         """Write a burst of frames, in one write to each live subscriber of their channels.
@@ -1381,7 +1425,7 @@ class Hub:
         """
         self.stand(epoch, frames[-1].number)
         self._bursts += 1
-        return self._burst(self._plan(frames), epoch, frames[-1].number)
+        return self._burst(self._share_out(frames, epoch))
 
     def send_gaps(
         self, reason: str, epoch: str, number: int, lost: Collection[str] | None = None
@@ -1402,17 +1446,31 @@ class Hub:
                 if channels:
                     by_channels.setdefault(channels, []).append(subscriber)
                     self.counts.gaps[reason] += 1
-        plan: list[Share] = []
+        return self._burst(self._write_gaps(by_channels, reason, format_position(epoch, number)))
+
+    async def written(self) -> None:
+        """Wait until every burst that has begun is out: those of a lost connection still go on."""
+        async with self._writing:
+            pass
+
+    async def _burst(self, writing: Coroutine[Any, Any, None]) -> None:
+        """Write after the bursts that were under way."""
+        try:
+            async with self._writing:
+                await writing
+        finally:
+            writing.close()
+            self._bursts -= 1
+
+    async def _write_gaps(
+        self, by_channels: Mapping[tuple[str, ...], Sequence[Subscriber]], reason: str, position: bytes
+    ) -> None:
         for channels, subscribers in by_channels.items():
-            block = encode_gaps(dict.fromkeys(channels, reason), None, format_position(epoch, number))
-            plan.append(([Piece(block, as_chunk(block), 0, number)], subscribers, 0))
-        return self._burst(plan, epoch, NOT_LIVE)
+            block = encode_gaps(dict.fromkeys(channels, reason), None, position)
+            await self._write(block, subscribers, NOT_LIVE)
 
-    def _plan(self, frames: Sequence[Frame]) -> Iterator[Share]:
-        """Share a burst out: first to streams of one channel, then to those of several.
-
-        A generator: each part of the plan is made when its turn has come.
-        """
+    async def _share_out(self, frames: Sequence[Frame], epoch: str) -> None:
+        """Write a burst, first to streams of one channel, then to those of several."""
         by_channel: dict[str, list[Frame]] = {}
         for frame in frames:
             if frame.channel in self.channels:
@@ -1426,90 +1484,93 @@ class Hub:
                     alone.append(subscriber)
                 else:
                     several.setdefault(subscriber, []).append(channel)
-            pieces = self._cut([(frame.number, frame.block) for frame in its_frames]) if alone else []
-            yield pieces, alone, (len(watchers) - len(alone)) // EVENTS_PER_WRITE
+            await self._spend((len(watchers) - len(alone)) // EVENTS_PER_WRITE)
+            if alone:
+                blocks = [(frame.number, frame.block) for frame in its_frames]
+                await self._write_pieces(blocks, alone, epoch, frames[-1].number)
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
-        blocks: dict[str, list[tuple[int, bytes]]] = {
+        named = {
             channel: [(frame.number, named_block(frame)) for frame in by_channel[channel]]
             for channel in {channel for hit in together for channel in hit}
         }
         for hit, subscribers in together.items():
             # Sorting merges what is sorted already.
-            merged = sorted(itertools.chain.from_iterable(blocks[channel] for channel in hit))
-            yield self._cut(merged), subscribers, len(merged) // EVENTS_PER_WRITE
+            merged = sorted(itertools.chain.from_iterable(named[channel] for channel in hit))
+            await self._spend(len(merged) // EVENTS_PER_WRITE)
+            await self._write_pieces(merged, subscribers, epoch, frames[-1].number)
 
-    def _cut(self, blocks: Sequence[tuple[int, bytes]]) -> list[Piece]:
+    async def _write_pieces(
+        self, blocks: Sequence[tuple[int, bytes]], subscribers: Sequence[Subscriber], epoch: str, until: int
+    ) -> None:
+        for piece in self._cut(blocks):
+            block = b"".join([block for _, block in piece])
+            await self._write(block, subscribers, until, len(piece), epoch, piece[0][0] - 1)
+
+    def _cut(self, blocks: Sequence[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
         """Cut numbered blocks into pieces of at most ``--max-backlog``, or of one block."""
-        pieces = []
         start = size = 0
         for index, (_, block) in enumerate(blocks):
             if size + len(block) > self._max_backlog and index > start:
-                pieces.append(_join_piece(blocks[start:index]))
+                yield blocks[start:index]
                 start, size = index, 0
             size += len(block)
-        pieces.append(_join_piece(blocks[start:]))
-        return pieces
+        yield blocks[start:]
 
-    async def written(self) -> None:
-        """Wait until every burst that has begun is out: those of a lost connection still go on."""
-        async with self._writing:
-            pass
-
-    async def _burst(self, plan: Iterable[Share], epoch: str, number: int) -> None:
-        try:
-            async with self._writing:
-                await self._carry_out(plan, epoch, number)
-        finally:
-            self._bursts -= 1
-
-    async def _carry_out(self, plan: Iterable[Share], epoch: str, number: int) -> None:
-        """Write pieces to the live ones among their subscribers.
+    async def _write(
+        self,
+        block: bytes,
+        subscribers: Sequence[Subscriber],
+        until: int,
+        events: int = 0,
+        epoch: str = "",
+        before: int = 0,
+    ) -> None:
+        """Write a block to the live ones among its subscribers.
 
         Args:
-            epoch: Of the pieces' numbers.
-            number: A stream that was live from here on, or later, has had these pieces.
+            until: A stream that was live from here on, or later, has had it.
+            events: In it; a gap, which has none, is told whatever waits.
+            epoch, before: The position up to which everything was in earlier blocks.
         """
         most = self._max_backlog
-        now = asyncio.get_running_loop().time()
-        left = WRITES_PER_TURN
-        for pieces, subscribers, work in plan:
-            left -= work
+        chunk = as_chunk(block)
+        rest = iter(subscribers)
+        while part := tuple(itertools.islice(rest, self._left)):
             deliveries = sent = 0
-            for subscriber in subscribers:
+            for subscriber in part:
                 transport = subscriber.transport
-                if subscriber.live_from >= number or transport is None:
+                if subscriber.live_from >= until or transport is None:
                     continue
                 try:
                     if transport.is_closing():
                         continue
-                    for block, chunk, events, after in pieces:
-                        # Before the write: one large event may exceed the limit by itself.
-                        # A gap is told whatever waits.
-                        if events and transport.get_write_buffer_size() > most:
-                            subscriber.live_from = NOT_LIVE
-                            self.on_behind(subscriber, epoch, after)
-                            break
-                        data = chunk if subscriber.chunked else block
-                        transport.write(data)
-                        size = len(data)
-                        subscriber.sent += size
-                        sent += size
-                        deliveries += events
-                        left -= 1
-                    subscriber.last_event_at = now
+                    # Before the write: one large event may exceed the limit by itself.
+                    if events and transport.get_write_buffer_size() > most:
+                        subscriber.live_from = NOT_LIVE
+                        self.on_behind(subscriber, epoch, before)
+                        continue
+                    data = chunk if subscriber.chunked else block
+                    transport.write(data)
                 except Exception as error:
                     # Whatever a transport raises concerns this stream alone.
                     self._drop(subscriber, error)
-                if left <= 0:
-                    await asyncio.sleep(0)
-                    left = WRITES_PER_TURN
+                    continue
+                size = len(data)
+                subscriber.sent += size
+                sent += size
+                deliveries += events
             self.counts.deliveries += deliveries
             self.counts.sent_bytes += sent
-            if left <= 0:
-                await asyncio.sleep(0)
-                left = WRITES_PER_TURN
+            await self._spend(len(part))
+
+    async def _spend(self, writes: int) -> None:
+        """Let others have a turn of the loop when the writes of this one are used up."""
+        self._left -= writes
+        if self._left <= 0:
+            self._left = WRITES_PER_TURN
+            await asyncio.sleep(0)
 
     def _drop(self, subscriber: Subscriber, error: Exception) -> None:
         """Abort a connection that could not be written to."""
@@ -1531,17 +1592,6 @@ class Hub:
         when, count = self._cuts.get(key, (now, 0))
         return count if now - when < CUT_MEMORY else 0
 
-    def end_at(self, subscriber: Subscriber, second: int) -> None:
-        """Note that a stream ends in this second since 1970."""
-        subscriber.expires = second
-        if second not in self.expiring:
-            if len(self._ends) > 2 * len(self.expiring) + 16:
-                # Most are gone. A sorted list is a heap.
-                self._ends = sorted(self.expiring)
-            self.expiring[second] = set()
-            heappush(self._ends, second)
-        self.expiring[second].add(subscriber)
-
     async def end_expired(self, clock: Callable[[], float], final: Callable[[], bytes]) -> None:
         """End each stream when its time is up, from one timer. Never returns.
 
@@ -1551,24 +1601,17 @@ class Hub:
         """
         while True:
             await asyncio.sleep(1.0 - clock() % 1.0)
+            now = clock()
             # All that is past: a clock that jumps must not leave anybody behind.
-            past = set()
-            while self._ends and self._ends[0] <= clock():
-                past.add(heappop(self._ends))
-            for second in past:
-                for subscriber in tuple(self.expiring.get(second, ())):
-                    if subscriber.transport is not None and subscriber.transport.is_closing():
-                        # It had a second to take what waited for it.
-                        subscriber.transport.abort()
-                    else:
-                        subscriber.end(final())
-                if second in self.expiring:
-                    heappush(self._ends, second)
-
-    def own(self, subscriber: Subscriber, subject: str, issued: float) -> None:
-        """Note whose token opened a stream, and when it was issued, in seconds since 1970."""
-        subscriber.subject, subscriber.issued = subject, issued
-        self.subjects.setdefault(subject, set()).add(subscriber)
+            past = [group for second, group in self.expiring.items() if second <= now]
+            for subscriber in [subscriber for group in past for subscriber in group]:
+                if subscriber.transport is None:
+                    continue  # it is opening still
+                if subscriber.transport.is_closing():
+                    # It had a second to take what waited for it.
+                    subscriber.transport.abort()
+                else:
+                    subscriber.end(final())
 
     def revoke(self, subject: str, stamp: float, final: bytes) -> None:
         """End a subject's streams whose tokens were issued at this time, in seconds since 1970, or before."""
@@ -1578,81 +1621,24 @@ class Hub:
 
     async def beat(self) -> None:
         """Write to idle streams and cut stalled ones, from one timer. Never returns."""
-        period = min(self._heartbeat, POSITION_INTERVAL, STALL_TIMEOUT) / 4
-        loop = asyncio.get_running_loop()
+        period = min(self.heartbeat, POSITION_INTERVAL, STALL_TIMEOUT) / 4
         while True:
             await asyncio.sleep(period)
             async with self._writing:
-                forms = self._heartbeat_forms()
-                now = loop.time()
-                left = WRITES_PER_TURN
-                for subscriber in tuple(self.subscribers):
-                    try:
-                        left -= self._tend(subscriber, now, period, forms)
-                    except Exception as error:
-                        self._drop(subscriber, error)
-                    if left <= 0:
-                        await asyncio.sleep(0)
-                        left = WRITES_PER_TURN
-                        # Meanwhile a stream may have become live at a later number.
-                        forms = self._heartbeat_forms()
-
-    def _heartbeat_forms(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """Return the blocks of a heartbeat: comment, position, event, event with position."""
-        interval = {"interval": self._heartbeat if self._heartbeat % 1 else int(self._heartbeat)}
-        event = encode_control("heartbeat", interval)
-        if self._bursts or not self._epoch:
-            return b":\n", b"", event, event
-        position = format_position(self._epoch, self._number)
-        return b":\n", encode_position(position), event, encode_control("heartbeat", interval, position)
-
-    def _tend(
-        self, subscriber: Subscriber, now: float, period: float, forms: tuple[bytes, bytes, bytes, bytes]
-    ) -> bool:
-        """Send a stream the heartbeat that is due, or cut it; return whether anything was written."""
-        transport = subscriber.transport
-        if transport is None:
-            return False
-        waiting = transport.get_write_buffer_size()
-        taken = subscriber.sent - waiting
-        if not waiting or taken != subscriber.taken:
-            subscriber.taken, subscriber.taken_at = taken, now
-        elif now - subscriber.taken_at >= STALL_TIMEOUT:
-            log.info("cut a client that took nothing for %d s: %d bytes waited", STALL_TIMEOUT, waiting)
-            self.cut(subscriber)
-        # Where bytes wait already, a heartbeat would only add to them.
-        if waiting or transport.is_closing():
-            return False
-        comment, position, event, event_with_position = forms
-        live = subscriber.live_from <= self._number
-        if subscriber.heartbeats:
-            if now - subscriber.last_heartbeat_at < self._heartbeat - period / 2:
-                return False
-            subscriber.write(event_with_position if live else event)
-        else:
-            old = now - POSITION_INTERVAL + period
-            late = now - self._heartbeat + period
-            due = (
-                live
-                and bool(position)
-                and subscriber.last_event_at <= old
-                and subscriber.last_position_at <= old
-            )
-            if not due and (subscriber.last_event_at > late or subscriber.last_heartbeat_at > late):
-                return False
-            if due:
-                subscriber.last_position_at = now
-            subscriber.write(position if due else comment)
-        subscriber.last_heartbeat_at = now
-        return True
+                now = asyncio.get_running_loop().time()
+                rest = iter(tuple(self.subscribers))
+                while part := tuple(itertools.islice(rest, self._left)):
+                    # Anew in each turn: meanwhile a stream may have become live at a later number.
+                    position = self.position
+                    for subscriber in part:
+                        try:
+                            subscriber.tend(now, period, position)
+                        except Exception as error:
+                            self._drop(subscriber, error)
+                    await self._spend(len(part))
 
 
-def _join_piece(blocks: Sequence[tuple[int, bytes]]) -> Piece:
-    block = b"".join([block for _, block in blocks])
-    return Piece(block, as_chunk(block), len(blocks), blocks[0][0] - 1)
-
-
-def _discard(groups: dict[Any, set[Subscriber]], key: int | str, subscriber: Subscriber) -> bool:
+def _discard(groups: dict[Any, set[Subscriber]], key: int | str | None, subscriber: Subscriber) -> bool:
     """Take a subscriber out of one of several groups; return whether that group is gone."""
     group = groups.get(key)
     if group is None or subscriber not in group:
@@ -4492,19 +4478,21 @@ class Streams:
         self, request: web.BaseRequest, target: Target, headers: dict[str, str], grant: Grant | None
     ) -> NoReturn:
         """Open a stream: wait for LISTEN, then headers and ``retry:``, and what was missed."""
-        now = asyncio.get_running_loop().time()
         version = int(request.version >= (1, 1))
         head = encode_head(version, headers)
         wish = self._wish(request.headers, target)
-        subscriber = Subscriber(self._hub, target.channels, self._key(request, target), now)
-        subscriber.chunked = bool(version)
-        subscriber.heartbeats = target.heartbeat
-        if target.heartbeat:
-            subscriber.last_heartbeat_at = 0.0  # the next is due: a page learns the interval from it
+        subscriber = Subscriber(
+            self._hub,
+            target.channels,
+            self._key(request, target),
+            chunked=version > 0,
+            heartbeats=target.heartbeat,
+            expires=self._end(grant),
+        )
+        if grant is not None:
+            subscriber.subject, subscriber.issued = grant.subject, grant.issued
         self._hub.enter(subscriber)
         try:
-            if grant is not None and grant.subject is not None:
-                self._hub.own(subscriber, grant.subject, grant.issued)
             await self._wait_listening(target.channels)
             if self.draining:
                 raise RefusedError(503, "the relay is stopping")
@@ -4515,7 +4503,7 @@ class Streams:
             self._hub.leave(subscriber)
             raise
         try:
-            self._begin(subscriber, wish, head, grant)
+            self._begin(subscriber, wish, head)
         except Exception as bug:
             self._give_up(subscriber, bug)
         # aiohttp no longer has the connection, and has cancelled this task: spare it the answer.
@@ -4532,14 +4520,15 @@ class Streams:
                     finally:
                         del self._opening[waiting]
 
-    def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes, grant: Grant | None) -> None:
-        """Write the opening of a stream and all that can be had at once; leave the rest to a task."""
-        now = time.time()
+    def _end(self, grant: Grant | None) -> int | None:
+        """Return the second since 1970 in which a stream is to end."""
         ends = [] if grant is None else [grant.expires]
         if self._max_age is not None:
-            ends.append(now + self._max_age * random.uniform(0.9, 1.1))
-        if ends:
-            self._hub.end_at(subscriber, max(int(min(ends)), int(now) + 1))
+            ends.append(time.time() + self._max_age * random.uniform(0.9, 1.1))
+        return int(min(ends)) if ends else None
+
+    def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes) -> None:
+        """Write the opening of a stream and all that can be had at once; leave the rest to a task."""
         cuts = self._hub.cut_count(subscriber.key, asyncio.get_running_loop().time())
         retry = retry_after(self._retry, len(self._hub.subscribers), min(MAX_CUT_FACTOR, 2**cuts))
         opening = (b":\n" if subscriber.chunked else HTTP_10_COMMENT) + encode_retry(retry)
@@ -4636,7 +4625,6 @@ class Streams:
             block += encode_position(position)
         if live:
             subscriber.live_from = self._source.number
-            subscriber.last_position_at = asyncio.get_running_loop().time()
         if block:
             subscriber.write(block, head)
         counts = self._hub.counts

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psycopg2
 import psycopg2.extensions
@@ -22,7 +22,6 @@ import sse_relay
 from sse_relay import (
     NOT_LIVE,
     Access,
-    Grant,
     Hub,
     Interest,
     Memory,
@@ -192,19 +191,16 @@ class Client:
         self.told: list[tuple[int, str, str]] = []
         """Clock, channel and reason of each gap, by channel."""
         self.wire: Wire | None = None
-        self.subscriber = Subscriber(stage.hub, channels, 0, 0.0)
+        self.subscriber = Subscriber(stage.hub, channels, 0)
         self._read = 0
 
-    def open(self, grant: Grant | None = None) -> None:
-        now = asyncio.get_running_loop().time()
-        self.subscriber = Subscriber(self.stage.hub, self.channels, 0, now)
-        self.subscriber.chunked = False
-        self.subscriber.heartbeats = True
+    def open(self, **fields: Any) -> None:
+        self.subscriber = Subscriber(self.stage.hub, self.channels, 0, False, True, **fields)
         self.stage.hub.enter(self.subscriber)
         self.wire = self.subscriber.transport = Wire(self.stage, self.subscriber)
         self._read = 0
         position = parse_position(self.position) if self.position else None
-        self.stage.streams._begin(self.subscriber, Wish(self.position, position, last=self.last), b"", grant)
+        self.stage.streams._begin(self.subscriber, Wish(self.position, position, last=self.last), b"")
 
     @property
     def live(self) -> bool:
@@ -411,16 +407,16 @@ def state(subscriber: Subscriber) -> str:
 async def bring_to(stage: Stage, state_wanted: str) -> Client:
     """Return a client whose stream is in a state; of the first three, `STATES` has them in their order."""
     client = Client(stage, "a", "b")
+    client.subscriber.subject = "me"
     if state_wanted == "opening":
         stage.hub.enter(client.subscriber)
     else:
-        client.open()
+        client.open(subject="me")
         if state_wanted != "catching up":
             await stage.finish(client)
         if state_wanted == "ending":
             client.subscriber.end(b"retry: 1\n\n")
     assert state(client.subscriber) == state_wanted
-    stage.hub.own(client.subscriber, "me", 10.0)
     return client
 
 
@@ -429,12 +425,12 @@ async def test_no_heartbeat_gives_a_position_beyond_an_outage_that_is_not_told_y
     source = sse_relay.NotifySource(hub, sse_relay.Memory(1 << 20), sse_relay.Interest(["a"], 60.0, 10))
     source.confirmed(["a"])
     await source.connected()
-    told = hub._heartbeat_forms()
+    told = hub.position
     source.lost()
     source.confirmed(["a"])
-    assert hub._heartbeat_forms() == told
+    assert hub.position == told
     await source.connected()
-    assert hub._heartbeat_forms() != told
+    assert hub.position != told
 
 
 def test_the_table_of_states_is_the_one_that_is_tested() -> None:

@@ -52,8 +52,7 @@ class Lot:
         await self.gate.wait()
         assert request.transport is not None
         self.prepare(request.transport)
-        now = asyncio.get_running_loop().time()
-        subscriber = Subscriber(self.hub, ("orders",), 0, now)
+        subscriber = Subscriber(self.hub, ("orders",), 0)
         subscriber.chunked = request.version >= (1, 1)
         park(request, subscriber)
         self.hub.enter(subscriber)
