@@ -103,8 +103,8 @@ def test_the_image_runs_as_nobody_and_is_healthy(database: Database, open_folder
     service = block("yaml", "# compose.yaml").split("  relay:\n")[1].split("    secrets:")[0]
     variables = dict(re.findall(r"^      (SSE_RELAY_\w+): (.*)$", service, re.MULTILINE))
     variables["SSE_RELAY_DSN_FILE"] = image.add("dsn", psycopg2.extensions.make_dsn(database.dsn))
-    assert variables["SSE_RELAY_ADMIN"] == "127.0.0.1:8009"
-    variables["SSE_RELAY_ADMIN"] = f"127.0.0.1:{admin}"
+    assert variables["SSE_RELAY_ADMIN"] == "0.0.0.0:8009"
+    variables["SSE_RELAY_ADMIN"] = f"0.0.0.0:{admin}"
     variables["SSE_RELAY_JWT_KEY_FILE"] = image.add("key", "k" * 40)
     with image.running(port, variables):
         key = read_key(b"k" * 40)
