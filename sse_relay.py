@@ -157,6 +157,13 @@ class RefusedError(RelayError):
         self.status = status
 
 
+def refuse_first(status: int, faults: Mapping[str, object]) -> None:
+    """Refuse a request for the first of its faults: the reason, and whether it is there."""
+    for reason, is_there in faults.items():
+        if is_there:
+            raise RefusedError(status, reason)
+
+
 class UnusableDatabaseError(RelayError):
     """A database with which this relay cannot work, however often it tries."""
 
@@ -396,14 +403,13 @@ def check_channel(name: str) -> str:
     """Return a channel's name that a client may ask for; refuse any other with its reason."""
     size = len(name.encode(errors="surrogatepass"))
     categories = set(map(unicodedata.category, name))
-    if not name:
-        raise RefusedError(400, "the channel's name is empty")
-    if "Cs" in categories:
-        raise RefusedError(400, "the channel's name is not valid UTF-8")
-    if size > MAX_CHANNEL_BYTES:
-        raise RefusedError(400, f"the channel's name has {size} bytes, at most 63 are possible")
-    if "Cc" in categories:
-        raise RefusedError(400, "the channel's name contains control characters")
+    faults = {
+        "the channel's name is empty": not name,
+        "the channel's name is not valid UTF-8": "Cs" in categories,
+        f"the channel's name has {size} bytes, at most 63 are possible": size > MAX_CHANNEL_BYTES,
+        "the channel's name contains control characters": "Cc" in categories,
+    }
+    refuse_first(400, faults)
     if name.startswith(RESERVED_CHANNEL_PREFIX):
         raise RefusedError(403, "channels whose names begin with sse_relay are the relay's own")
     return name
@@ -504,6 +510,7 @@ class Target(NamedTuple):
 # What a target may consist of (RFC 3986). A raw # or a byte beyond ASCII is read differently by
 # proxies, applications and HTTP parsers.
 TARGET: Final = re.compile(r"[!-\"$-~]*")
+LAST: Final = re.compile(r"[1-9][0-9]{0,2}|1000")
 # EventSource cannot set the header; polyfills and other servers use these names in the query.
 POSITION_FIELDS: Final = frozenset({"lastEventId", "Last-Event-ID", "last-event-id", "last_event_id"})
 
@@ -536,30 +543,23 @@ def parse_target(target: str, prefix: str) -> Target:
         RefusedError: 400, with what is wrong.
     """
     name, fields = _decode_target(target, prefix)
-    names = [value for key, value in fields if key == "channel"]
-    if name and names:
-        raise RefusedError(400, "name the channels in the path or as ?channel=, not in both")
-    if not (name or names):
-        raise RefusedError(400, f"no channel: ask for {prefix.rstrip('/')}/CHANNEL or ?channel=CHANNEL")
-    # A proxy resolves dot segments and empty ones, encoded or not, when it looks for the rules of a
-    # path; behind one, the name would be guarded by the rules of another.
-    if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
-        raise RefusedError(
-            400,
-            "a channel whose name begins or ends with /, or has //, . or .. between its slashes, must be "
-            "asked for as ?channel=",
-        )
-    channels = tuple(dict.fromkeys(map(check_channel, names or [name])))
-    if len(channels) > MAX_STREAM_CHANNELS:
-        raise RefusedError(400, f"{len(channels)} channels: one stream takes {MAX_STREAM_CHANNELS}")
-    options = {key: value for key, value in reversed(fields) if value}
-    if not re.fullmatch(r"|[1-9][0-9]{0,2}|1000", options.get("last", "")):
-        raise RefusedError(400, "?last= takes a number of events from 1 to 1000")
-    if options.get("heartbeat", "event") != "event":
-        raise RefusedError(400, "?heartbeat= takes the word event")
+    names = list(dict.fromkeys(value for key, value in fields if key == "channel"))
     positions = [value for key, value in fields if value and key in POSITION_FIELDS]
+    options = {key: value for key, value in reversed(fields) if value}
+    faults = {
+        "name the channels in the path or as ?channel=, not in both": name and names,
+        f"no channel: ask for {prefix.rstrip('/')}/CHANNEL or ?channel=CHANNEL": not (name or names),
+        # A proxy resolves dot segments and empty ones, encoded or not, when it looks for the rules of
+        # a path; behind one, the name would be guarded by the rules of another.
+        "a channel whose name begins or ends with /, or has //, . or .. between its slashes, must be "
+        "asked for as ?channel=": name and not {"", ".", ".."}.isdisjoint(name.split("/")),
+        f"{len(names)} channels: one stream takes {MAX_STREAM_CHANNELS}": len(names) > MAX_STREAM_CHANNELS,
+        "?last= takes a number of events from 1 to 1000": not LAST.fullmatch(options.get("last", "1")),
+        "?heartbeat= takes the word event": options.get("heartbeat", "event") != "event",
+    }
+    refuse_first(400, faults)
     return Target(
-        channels,
+        tuple(map(check_channel, names or [name])),
         start=positions[0] if positions else None,
         last_event_id=positions[-1] if positions else None,
         token=options.get("access_token"),
@@ -643,7 +643,8 @@ def read_key(content: bytes, *, private: bool = False) -> Key:
         UnusableKeyError: With what is wrong and what to do.
     """
     content = content.removeprefix(codecs.BOM_UTF8)
-    if _is_pem(content):
+    # Without NULs: PowerShell writes UTF-16.
+    if b"-----BEGIN" in content.replace(b"\0", b""):
         return _read_pem(content, private)
     if _is_public(content):
         raise UnusableKeyError(
@@ -696,11 +697,6 @@ def _read_pem(content: bytes, private: bool) -> Key:
     raise UnusableKeyError("give RSA of 2048 bits or more, P-256, Ed25519, or a secret")
 
 
-def _is_pem(content: bytes) -> bool:
-    # Without NULs: PowerShell writes UTF-16.
-    return b"-----BEGIN" in content.replace(b"\0", b"")
-
-
 def _is_public(content: bytes) -> bool:
     """Return whether this is a public key, but not in PEM form.
 
@@ -749,9 +745,7 @@ def verify_token(token: str, keys: Iterable[Key], now: float) -> Grant:
         "the token's claim channels is no list of names or globs": not are_globs,
         "the token's subject (sub) is neither text nor an integer": type(sub) in (bool, float, list, dict),
     }
-    for reason, wrong in faults.items():
-        if wrong:
-            raise RefusedError(401, reason)
+    refuse_first(401, faults)
     known_since = issued if issued <= now + MAX_ISSUED_AHEAD else 0.0
     return Grant(compile_globs(globs), ends, None if sub in (None, "") else str(sub), known_since)
 
@@ -4200,14 +4194,6 @@ class LogSource(Source):
 # How a request is answered that gets no stream. Knows HTTP and whom to count; not why it is refused.
 
 EVENT_STREAM: Final = "text/event-stream"
-# How long a new stream waits for LISTEN before its headers go out, in seconds.
-LISTEN_WAIT: Final = 2.0
-# Catching-up streams that go on in one turn of the loop, when all could.
-RESUMES_PER_TURN: Final = 200
-MAX_CUT_FACTOR: Final = 16
-# The kernel otherwise takes 4 MB for a client that has stopped reading, before the
-# backlog in this process shows anything.
-SEND_BUFFER_BYTES: Final = 64 * KIB
 STREAM_HEADERS: Final = {
     "Content-Type": f"{EVENT_STREAM}; charset=utf-8",
     # no-transform and X-Accel-Buffering: some proxies compress or hold back streams.
@@ -4218,18 +4204,16 @@ STREAM_HEADERS: Final = {
 MAX_REFUSAL_LINES: Final = 10
 
 
-def _asked(request: web.BaseRequest, path: str | None) -> str:
+def _asked(request: web.BaseRequest, path: str) -> str:
     """Return channel and origin of a request for the log.
 
     Of nothing else that a client sends is it known that it holds no token.
-
-    Args:
-        path: Where the stream routes begin, None if it asks for something else.
     """
     text = ""
+    _, target = split_target(request.raw_path)
     with contextlib.suppress(RefusedError):
-        if path is not None:
-            first, *others = parse_target(split_target(request.raw_path)[1], path).channels
+        if is_stream_path(target, path):
+            first, *others = parse_target(target, path).channels
             text = f"; channel {first!a}" + (f" and {len(others)} more" if others else "")
     origin = request.headers.get("Origin")
     if origin is not None:
@@ -4241,10 +4225,6 @@ class Refusals:
     """Answers what gets no stream; counts all of it, and logs some."""
 
     def __init__(self, hub: Hub, path: str, retry: int) -> None:
-        """Args:
-        path: Where the stream routes begin.
-        retry: The least ``retry:`` in milliseconds.
-        """
         self._hub = hub
         self._path = path
         self._retry = retry
@@ -4268,27 +4248,25 @@ class Refusals:
             path: Where the stream routes begin; those of --path if None.
             headers: For a page of another origin.
         """
-        headers = headers or {}
         path = path or self._path
-        is_stream = is_stream_path(split_target(request.raw_path)[1], path)
-        self.count(refused, lambda: _asked(request, path if is_stream else None))
+        headers = headers or {}
+        self.count(refused, lambda: _asked(request, path))
         passing = refused.status in (429, 503)
         retry = retry_after(self._retry, len(self._hub.subscribers))
+        _, target = split_target(request.raw_path)
         accepts = any(EVENT_STREAM in value for value in request.headers.getall("Accept", ()))
-        if is_stream and accepts and request.method == "GET":
+        if accepts and request.method == "GET" and is_stream_path(target, path):
             body = encode_retry(retry) if passing else encode_refused(refused.status, refused.what)
             return web.Response(body=body, headers={**STREAM_HEADERS, **headers})
-        fields = {"Cache-Control": "no-store", **headers}
-        if passing:
-            fields["Retry-After"] = str(-(-retry // 1000))
+        more = {"Retry-After": str(-(-retry // 1000))} if passing else {}
         if refused.status == 405:
-            fields["Allow"] = "GET, HEAD, OPTIONS"
+            more = {"Allow": "GET, HEAD, OPTIONS"}
         problem = {"title": "refused", "status": refused.status, "detail": refused.what}
         return web.Response(
             status=refused.status,
             text=json.dumps(problem) + "\n",
             content_type="application/problem+json",
-            headers=fields,
+            headers={"Cache-Control": "no-store", **headers, **more},
         )
 
     def count(self, refused: RefusedError, asked: Callable[[], str] = str) -> None:
@@ -4329,6 +4307,14 @@ class Refusals:
 MAX_COOKIE_BYTES: Final = 32 * KIB
 # Begins a stream that was asked for by HTTP/1.0: only so can `doctor` tell, behind a proxy.
 HTTP_10_COMMENT: Final = b": HTTP/1.0\n"
+# How long a new stream waits for LISTEN before its headers go out, in seconds.
+LISTEN_WAIT: Final = 2.0
+# Catching-up streams that go on in one turn of the loop, when all could.
+RESUMES_PER_TURN: Final = 200
+MAX_CUT_FACTOR: Final = 16
+# The kernel otherwise takes 4 MB for a client that has stopped reading, before the
+# backlog in this process shows anything.
+SEND_BUFFER_BYTES: Final = 64 * KIB
 
 
 @functools.lru_cache(maxsize=1)
@@ -5349,8 +5335,7 @@ def load_key(file: Path, *, signing: bool = False) -> Key:
     """
     try:
         import_jwt()
-        content = file.read_bytes()
-        return read_key(content, private=signing and _is_pem(content))
+        return read_key(file.read_bytes(), private=signing)
     except OSError as error:
         raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
     except UnusableKeyError as error:
