@@ -223,15 +223,6 @@ def test_bad_arguments_are_usage_errors(first: str, second: list[str], message: 
         assert message in done.error
 
 
-@pytest.mark.parametrize("channels", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"])
-def test_strangers_are_let_in_only_on_purpose(channels: str) -> None:
-    done = invoke("--bind", "127.0.0.1:0", "--bind", channels)
-    assert done.status == 2
-    assert channels in done.error
-    assert "--jwt-key-file" in done.error
-    assert "--allow-channel" in done.error
-
-
 # ==== The DSN =================================================================
 
 
@@ -504,9 +495,8 @@ def test_a_file_that_is_no_socket_is_not_touched(tmp_path: Path) -> None:
     assert path.read_text() == "kept"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_relay_with_0(relay: Relay, number: signal.Signals) -> None:
-    relay.process.send_signal(number)
+def test_ctrl_c_ends_the_relay_with_0(relay: Relay) -> None:
+    relay.process.send_signal(signal.SIGINT)
     assert relay.wait() == 0
     assert "Traceback" not in relay.log
     assert "Aborted" not in relay.log

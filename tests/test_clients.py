@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -449,46 +448,6 @@ def test_the_chart_draws_the_last_values_and_then_each_new_one(
             return False
 
         wait_until(loaded_again, 30, "the last values after the gap")
-
-
-def test_the_application_is_not_asked_for_the_client_module(
-    folder: Path, start_relay: Callable[..., Relay], database: Database
-) -> None:
-    relay = start_relay("--allow-channel", "*", dsn=database.dsn)
-    plain, more, to_ask = map(
-        harness.nginx_recipe, ("server { }", "location /events { }", "server { }, to ask the application")
-    )
-    asking = re.sub(r" *error_page .*@sse_retry;\n", lambda _: more, plain) + to_ask
-    nobody = asking.replace("127.0.0.1:8000", f"127.0.0.1:{harness.free_port()}")
-    with beside(folder.parent, relay.bind, nobody) as nginx:
-        assert httpx.get(f"{nginx.url}/events/orders").text == "retry: 2000\n\n"
-        assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
-
-
-def test_the_seventh_stream_of_http_1_1_waits(folder: Path, relay: Relay, browser: Browser) -> None:
-    (folder / "page.html").write_text(AROUND)
-    with (
-        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
-        browser.open(url=f"{nginx.url}/page.html") as page,
-    ):
-        page.evaluate(
-            """() => {
-                window.sources = [...Array(7).keys()].map(tab => new EventSource(`/events/tab-${tab}`));
-            }"""
-        )
-
-        def states() -> list[int]:
-            return list(page.evaluate("sources.map(source => source.readyState)"))
-
-        wait_until(lambda: states() == [1] * 6 + [0], what="six streams")
-        page.evaluate("void fetch('/page.html?another').then(() => window.fetched = true)")
-        time.sleep(0.5)  # long enough for both, if they could
-        assert states() == [1] * 6 + [0]
-        assert not page.evaluate("window.fetched")
-        page.evaluate("sources[0].close()")
-        wait_until(lambda: states()[6] == 1, what="the seventh stream")
-        page.evaluate("sources[1].close()")
-        wait_until(lambda: page.evaluate("window.fetched"), what="the page")
 
 
 def test_vite_passes_streams_on(vite: Vite, relay: Relay, database: Database, browser: Browser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import random
 import re
 import shutil
 import threading
@@ -14,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 import playwright.async_api
@@ -186,127 +185,6 @@ def test_django_s_tests_send_what_the_docs_say_and_may_be_repeated(
 # ==== A page and its stream ===================================================
 
 
-class Writer:
-    """Changes orders of a tenant, each one in numbered versions, in transactions that overlap with others."""
-
-    def __init__(self, site: Site, tenant_id: int, seed: int) -> None:
-        self.versions: dict[int, int] = {}
-        """The last committed version of each order."""
-        self._connection = psycopg2.connect(site.database.dsn)
-        self._tenant_id = tenant_id
-        self._random = random.Random(seed)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._write)
-        self._thread.start()
-
-    def _write(self) -> None:
-        cursor = self._connection.cursor()
-        while not self._stopping.is_set():
-            changed = {}
-            if not self.versions or self._random.random() < 0.2:
-                cursor.execute(
-                    "INSERT INTO shop_order (tenant_id, item, state) VALUES (%s, 'tea', '1') RETURNING id",
-                    (self._tenant_id,),
-                )
-                (row,) = cursor.fetchall()
-                changed[row[0]] = 1
-            for order in self._random.sample(sorted(self.versions), min(3, len(self.versions))):
-                changed[order] = self.versions[order] + 1
-                cursor.execute("UPDATE shop_order SET state = %s WHERE id = %s", (str(changed[order]), order))
-            self._stopping.wait(self._random.uniform(0, 0.02))
-            if self._random.random() < 0.2:
-                self._connection.rollback()
-            else:
-                self._connection.commit()
-                self.versions.update(changed)
-            # Too many orders would only make pages long.
-            if len(self.versions) > 20:
-                self._stopping.wait(0.01)
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join(10)
-        self._connection.close()
-
-
-def signed_in(site: Site, name: str, tenant: int) -> httpx.Client:
-    """Return a client with the session of a new user, who may see a tenant's orders."""
-    script = (
-        "from django.contrib.auth.models import User;"
-        "from django.contrib.sessions.backends.db import SessionStore;"
-        f"user = User.objects.create_user({name!r}); user.groups.create(name='{tenant}');"
-        "session = SessionStore(); session['_auth_user_id'] = str(user.pk);"
-        "session['_auth_user_backend'] = 'django.contrib.auth.backends.ModelBackend';"
-        "session['_auth_user_hash'] = user.get_session_auth_hash(); session.create();"
-        "print('session', session.session_key)"
-    )
-    (key,) = re.findall(r"^session (\w+)$", site.manage("shell", "-c", script), re.MULTILINE)
-    return httpx.Client(base_url=site.django, cookies={"sessionid": key}, timeout=10)
-
-
-def load_page(client: httpx.Client) -> tuple[dict[int, str], dict[str, Any]]:
-    """Load the site's page; return the states of its orders, by id, and what it gives to its script."""
-    text = client.get("/").text
-    orders = re.findall(r'<li id="order-(\d+)">tea: (.*?)</li>', text)
-    stream = re.search(r'<script id="stream" type="application/json">(.*?)</script>', text)
-    assert stream, text
-    return {int(number): state for number, state in orders}, json.loads(stream[1])
-
-
-def position_first(site: Site, tenant: int) -> tuple[dict[int, str], str]:
-    """Return a tenant's orders and, read before them outside of any transaction, the position."""
-    ((position,),) = site.database.execute("SELECT sse_relay.position()")
-    rows = site.database.execute("SELECT id, state FROM shop_order WHERE tenant_id = %s", (tenant,))
-    return dict(rows), position
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["exactly", "simpler"])
-def test_a_page_and_its_stream_fit_together_while_others_write(
-    site: Site, start_relay: StartRelay, way: str
-) -> None:
-    relay = start_relay("--source", "log", dsn=site.database.dsn)
-    tenant = 31 if way == "exactly" else 32
-    writers = [Writer(site, tenant, seed) for seed in range(4)]
-    loaded: list[tuple[dict[int, str], SseReader]] = []
-    try:
-        client = signed_in(site, f"reader-{tenant}", tenant)
-        wait_until(lambda: all(writer.versions for writer in writers))
-        for _ in range(30):
-            if way == "exactly":
-                shown, stream = load_page(client)
-                position = stream["position"]
-            else:
-                shown, position = position_first(site, tenant)
-            url = f"{relay.url(f'tenant-{tenant}')}?lastEventId={quote(position, safe='')}"
-            loaded.append((shown, SseReader(url)))
-        client.close()
-        for writer in writers:
-            writer.stop()
-        final = {order: version for writer in writers for order, version in writer.versions.items()}
-        last = add_order(site, tenant, "last")
-        repeated = 0
-        for shown, reader in loaded:
-            reader.wait_for(lambda event: f'"id": {last}' in event.data)
-            assert not [event for event in reader.events if event.event.startswith("relay.")]
-            seen = {order: int(state) for order, state in shown.items()}
-            for data in reader.data[:-1]:
-                event = json.loads(data)
-                order, version = event["key"]["id"], int(event["row"]["state"])
-                if version <= seen.get(order, 0):
-                    repeated += 1
-                else:
-                    assert version == seen.get(order, 0) + 1, "a change was missed"
-                    seen[order] = version
-            assert seen == final
-        assert not (way == "exactly" and repeated)
-    finally:
-        for writer in writers:
-            writer.stop()
-        for _, reader in loaded:
-            reader.close()
-
-
 def test_what_the_transaction_itself_publishes_comes_again(
     log_database: Database, start_relay: StartRelay
 ) -> None:
@@ -427,6 +305,21 @@ def test_each_sees_the_orders_of_the_own_tenant(site: Site, browser: Browser) ->
 
 
 # ==== The cookie ==============================================================
+
+
+def signed_in(site: Site, name: str, tenant: int) -> httpx.Client:
+    """Return a client with the session of a new user, who may see a tenant's orders."""
+    script = (
+        "from django.contrib.auth.models import User;"
+        "from django.contrib.sessions.backends.db import SessionStore;"
+        f"user = User.objects.create_user({name!r}); user.groups.create(name='{tenant}');"
+        "session = SessionStore(); session['_auth_user_id'] = str(user.pk);"
+        "session['_auth_user_backend'] = 'django.contrib.auth.backends.ModelBackend';"
+        "session['_auth_user_hash'] = user.get_session_auth_hash(); session.create();"
+        "print('session', session.session_key)"
+    )
+    (key,) = re.findall(r"^session (\w+)$", site.manage("shell", "-c", script), re.MULTILINE)
+    return httpx.Client(base_url=site.django, cookies={"sessionid": key}, timeout=10)
 
 
 def test_the_cookie_opens_the_users_own_channels_to_nobody_else(site: Site) -> None:
@@ -685,3 +578,11 @@ def test_nginx_asks_the_application(
             reader.wait_for_id()
             database.notify("user-7", "for the user")
             reader.wait_for_data("for the user")
+        # The module is for everybody.
+        assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
+    away = tmp_path / "away"
+    away.mkdir()
+    server = server.replace(application, f"http://127.0.0.1:{harness.free_port()}")
+    with harness.Nginx(away, socket, server=server) as nginx:
+        assert httpx.get(f"{nginx.url}/events/user-7").text == "retry: 2000\n\n"
+        assert "openStream" in httpx.get(f"{nginx.url}/events.js").text
