@@ -48,6 +48,7 @@ Contents, in the order in which an event travels:
     systemd                     notifications and inherited sockets
     Sockets                     addresses, and who can reach them
     Door                        what strangers may hold open
+    Settings                    what the options say, and who may read what
     Relay                       wires the parts; order of start and stop
     Embedded PostgreSQL         what ``demo`` runs on
     Doctor: PostgreSQL          one finding for each check, judged by tables
@@ -93,7 +94,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import tempfile
@@ -2010,7 +2010,7 @@ async def in_thread(function: Callable[[], str]) -> str:
     return await asyncio.wrap_future(done)
 
 
-async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+async def first_of(*coroutines: Coroutine[Any, Any, object]) -> None:
     """Run coroutines side by side until the first ends; end the others; raise what it raised."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
@@ -4672,74 +4672,77 @@ GAP_REASONS: Final = (
     "start", "restart", "evicted", "pruned", "failed", "unreadable", "ahead", "too-many", "outage",
 )  # fmt: skip
 REFUSAL_STATUSES: Final = (400, 401, 403, 404, 405, 421, 429, 431, 503)
+NO_STORE: Final = {"Cache-Control": "no-store"}
+
+# What is served beside the streams, by method and path.
+PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
+Pages = Mapping[tuple[str, str], PageHandler]
 
 
-def plain_metrics(relay: Relay) -> Iterator[tuple[str, str, str, float]]:
-    """Yield kind, name, explanation and value of each metric without labels."""
-    counts, listener, source = relay.hub.counts, relay.listener, relay.source
-    queue = "How full PostgreSQL's notification queue is; at 1, NOTIFY fails."
-    ready = "1 while notifications make the round trip through PostgreSQL."
-    yield "gauge", "clients", "Open streams.", len(relay.hub.subscribers)
-    yield "gauge", "max_clients", "Streams that may be open at once.", relay.streams.max_clients
-    yield "gauge", "channels", "Channels with clients.", len(relay.hub.channels)
-    yield "gauge", "ready", ready, listener.ready.is_set()
-    yield "gauge", "round_trip_seconds", "Time that the last of these trips took.", listener.round_trip
-    yield "gauge", "notification_queue_usage_ratio", queue, listener.queue_usage
-    pending, oldest = (source.pending, source.oldest_pending) if isinstance(source, LogSource) else (0, 0.0)
-    yield "gauge", "pending_events", "Transactions or events known to wait to be numbered.", pending
-    yield "gauge", "oldest_pending_seconds", "For how many seconds some may have waited.", oldest
-    yield "counter", "events", "Events from the source.", counts.events
-    yield "counter", "deliveries", "Events written to clients, live or replayed.", counts.deliveries
-    yield "counter", "replayed_events", "Events written to clients that came back.", counts.replayed
-    yield "counter", "sent_bytes", "Bytes written to streams.", counts.sent_bytes
-    yield "counter", "cut_clients", "Slow clients that were cut.", counts.cut_clients
-    yield "counter", "reconnects", "Lost connections to PostgreSQL.", listener.reconnects
-
-
-def metric_families(relay: Relay) -> list[Any]:
-    """Return all metrics, for prometheus-client to write; names and units by its conventions."""
+def metric_families(relay: Relay) -> Iterator[Any]:
+    """Yield all metrics, for prometheus-client to write; names and units by its conventions."""
     from prometheus_client import core
 
-    counts = relay.hub.counts
-    kinds = {"gauge": core.GaugeMetricFamily, "counter": core.CounterMetricFamily}
-    families: list[Any] = [
-        kinds[kind](f"sse_relay_{name}", text, value) for kind, name, text, value in plain_metrics(relay)
-    ]
+    hub, counts, listener, source = relay.hub, relay.hub.counts, relay.listener, relay.source
+    pending, oldest = (source.pending, source.oldest_pending) if isinstance(source, LogSource) else (0, 0.0)
+    queue = "How full PostgreSQL's notification queue is; at 1, NOTIFY fails."
+    ready = "1 while notifications make the round trip through PostgreSQL."
+    gauges = {
+        "clients": ("Open streams.", len(hub.subscribers)),
+        "max_clients": ("Streams that may be open at once.", relay.streams.max_clients),
+        "channels": ("Channels with clients.", len(hub.channels)),
+        "ready": (ready, listener.ready.is_set()),
+        "round_trip_seconds": ("Time that the last of these trips took.", listener.round_trip),
+        "notification_queue_usage_ratio": (queue, listener.queue_usage),
+        "pending_events": ("Transactions or events known to wait to be numbered.", pending),
+        "oldest_pending_seconds": ("For how many seconds some may have waited.", oldest),
+    }
+    counters = {
+        "events": ("Events from the source.", counts.events),
+        "deliveries": ("Events written to clients, live or replayed.", counts.deliveries),
+        "replayed_events": ("Events written to clients that came back.", counts.replayed),
+        "sent_bytes": ("Bytes written to streams.", counts.sent_bytes),
+        "cut_clients": ("Slow clients that were cut.", counts.cut_clients),
+        "reconnects": ("Lost connections to PostgreSQL.", listener.reconnects),
+    }
+    for name, (text, value) in gauges.items():
+        yield core.GaugeMetricFamily(f"sse_relay_{name}", text, value)
+    for name, (text, value) in counters.items():
+        yield core.CounterMetricFamily(f"sse_relay_{name}", text, value)
     gaps = {**dict.fromkeys(GAP_REASONS, 0), **counts.gaps}
     refusals = {**dict.fromkeys(REFUSAL_STATUSES, 0), **counts.refusals}
     for name, text, label, values in (
         ("gaps", "Gap events sent; those of the reason start tell of no loss.", "reason", gaps),
         ("refusals", "Requests refused.", "status", refusals),
     ):
-        families.append(core.CounterMetricFamily(f"sse_relay_{name}", text, labels=[label]))
-        for value, count in values.items():
-            families[-1].add_metric([str(value)], count)
+        family = core.CounterMetricFamily(f"sse_relay_{name}", text, labels=[label])
+        for kind, count in values.items():
+            family.add_metric([str(kind)], count)
+        yield family
     build = {"version": __version__, "source": relay.settings.source}
-    families.append(core.InfoMetricFamily("sse_relay_build", "Which relay this is.", build))
+    yield core.InfoMetricFamily("sse_relay_build", "Which relay this is.", build)
     buckets = zip([*map(str, DELAY_BUCKETS), "+Inf"], itertools.accumulate(counts.delays), strict=True)
     text = "From the arrival (source notify) or the numbering (source log) of an event to its write."
     name = "sse_relay_delivery_delay_seconds"
-    families.append(core.HistogramMetricFamily(name, text, list(buckets), counts.delay_sum))
-    return families
+    yield core.HistogramMetricFamily(name, text, list(buckets), counts.delay_sum)
 
 
-def answer_metrics(relay: Relay) -> web.Response:
+async def answer_metrics(relay: Relay, request: web.BaseRequest) -> web.Response:
     """Return the metrics of this relay and of its process in Prometheus' text format."""
-    headers = {"Cache-Control": "no-store"}
     try:
         from prometheus_client import exposition, process_collector, registry
     except ImportError:
         text = "metrics need prometheus-client: pip install prometheus-client\n"
-        return web.Response(status=501, text=text, headers=headers)
+        return web.Response(status=501, text=text, headers=NO_STORE)
 
     class Scrape(registry.Collector):
-        def collect(self) -> list[Any]:
+        def collect(self) -> Iterator[Any]:
             return metric_families(relay)
 
     scrape = registry.CollectorRegistry(auto_describe=False)
     scrape.register(Scrape())
     process_collector.ProcessCollector(registry=scrape)
-    headers["Content-Type"] = exposition.CONTENT_TYPE_LATEST
+    headers = {**NO_STORE, "Content-Type": exposition.CONTENT_TYPE_LATEST}
     return web.Response(body=exposition.generate_latest(scrape), headers=headers)
 
 
@@ -4752,7 +4755,17 @@ def readiness(relay: Relay) -> dict[str, object]:
     return {"ready": True, "round_trip_seconds": relay.listener.round_trip}
 
 
-def answer_status(relay: Relay) -> web.Response:
+async def answer_ready(relay: Relay, request: web.BaseRequest) -> web.Response:
+    answer = readiness(relay)
+    return web.json_response(answer, status=200 if answer["ready"] else 503, headers=NO_STORE)
+
+
+async def answer_live(relay: Relay, request: web.BaseRequest) -> web.Response:
+    """Return that the process answers, and no more."""
+    return web.json_response({"live": True}, headers=NO_STORE)
+
+
+async def answer_status(relay: Relay, request: web.BaseRequest) -> web.Response:
     """Return what the page shows: some of the metrics, by their names."""
     counts = relay.hub.counts
     status = {
@@ -4763,12 +4776,16 @@ def answer_status(relay: Relay) -> web.Response:
         "delivery_delay_seconds_sum": counts.delay_sum,
         "position": format_position(relay.source.epoch, relay.source.number).decode(),
     }
-    return web.json_response(status, headers={"Cache-Control": "no-store"})
+    return web.json_response(status, headers=NO_STORE)
 
 
-@functools.cache
-def read_page(place: Literal["admin", "demo"]) -> tuple[str, str]:
-    """Return the page for one of its two places, and its Content-Security-Policy."""
+async def answer_channels(relay: Relay, request: web.BaseRequest) -> web.Response:
+    watchers = {channel: len(watching) for channel, watching in relay.hub.channels.items()}
+    return web.json_response({"clients": len(relay.hub.subscribers), "channels": watchers}, headers=NO_STORE)
+
+
+def page_for(place: Literal["admin", "demo"]) -> PageHandler:
+    """Return what shows the page at one of its two places, under a Content-Security-Policy."""
     text = PAGE.replace("[module]", CLIENT_MODULE).replace("[place]", place)
     policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     policy += "frame-ancestors 'none'"
@@ -4776,50 +4793,38 @@ def read_page(place: Literal["admin", "demo"]) -> tuple[str, str]:
         content = text.partition(f"<{tag}")[2].partition(">")[2].partition(f"</{tag}>")[0]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
-    return text, policy
+    headers = {**NO_STORE, "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+
+    async def show(relay: Relay, request: web.BaseRequest) -> web.Response:
+        return web.Response(text=text, content_type="text/html", headers=headers)
+
+    return show
 
 
-def answer_live() -> web.Response:
-    """Return that the process answers, and no more."""
-    return web.json_response({"live": True}, headers={"Cache-Control": "no-store"})
+def at(pages: Mapping[str, PageHandler]) -> Pages:
+    """Return pages by method and path."""
+    return {(method, path): page for path, page in pages.items() for method in ("GET", "HEAD")}
 
 
-def answer_page(place: Literal["admin", "demo"]) -> web.Response:
-    text, policy = read_page(place)
-    headers = {
-        "Cache-Control": "no-store",
-        "Content-Security-Policy": policy,
-        "Referrer-Policy": "no-referrer",
-    }
-    return web.Response(text=text, content_type="text/html", headers=headers)
+@functools.cache
+def admin_pages() -> Mapping[str, PageHandler]:
+    return {
+        "/": page_for("admin"), "/live": answer_live, "/ready": answer_ready, "/metrics": answer_metrics,
+        "/channels": answer_channels, "/status": answer_status,
+    }  # fmt: skip
 
 
 async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
     """Answer a request on the admin listener."""
-    headers = {"Cache-Control": "no-store"}
     if request.method not in ("GET", "HEAD"):
-        return web.Response(status=405, headers={**headers, "Allow": "GET, HEAD"})
+        return web.Response(status=405, headers={**NO_STORE, "Allow": "GET, HEAD"})
     path = split_target(request.raw_path)[1].partition("?")[0]
     if is_stream_path(path, ADMIN_STREAMS):
         return await relay.streams.handle(request, ADMIN_STREAMS, relay.sockets.admin_is_wider())
-    match path:
-        case "/":
-            return answer_page("admin")
-        case "/status":
-            return answer_status(relay)
-        case "/live":
-            return answer_live()
-        case "/ready":
-            answer = readiness(relay)
-            return web.json_response(answer, status=200 if answer["ready"] else 503, headers=headers)
-        case "/channels":
-            counted = {channel: len(watchers) for channel, watchers in relay.hub.channels.items()}
-            return web.json_response(
-                {"clients": len(relay.hub.subscribers), "channels": counted}, headers=headers
-            )
-        case "/metrics":
-            return answer_metrics(relay)
-    return web.Response(status=404, text="/, /live, /ready, /metrics, /channels, /status\n", headers=headers)
+    pages = admin_pages()
+    if path in pages:
+        return await pages[path](relay, request)
+    return web.Response(status=404, text=f"{', '.join(pages)}\n", headers=NO_STORE)
 
 
 # ==== systemd =================================================================
@@ -4847,16 +4852,13 @@ def inherited_sockets() -> list[tuple[str, socket.socket]]:
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    sockets = []
-    for descriptor, name in itertools.zip_longest(range(3, 3 + count), names[:count], fillvalue=""):
-        sock = socket.socket(fileno=int(descriptor))
-        sock.set_inheritable(False)
-        sockets.append((str(name), sock))
     # A child of ours must not take them for its own.
-    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(variable, None)
+    del os.environ["LISTEN_PID"]
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":") + [""] * count
+    sockets = [(name, socket.socket(fileno=3 + number)) for number, name in enumerate(names[:count])]
+    for _, sock in sockets:
+        sock.set_inheritable(False)
     return sockets
 
 
@@ -4947,45 +4949,36 @@ def _open_tcp_sockets(host: str, port: int) -> list[socket.socket]:
     # [::] alone is both families.
     alone = len(targets) == 1 and socket.has_dualstack_ipv6()
     sockets: list[socket.socket] = []
-    failure: OSError | None = None
-    for family, (address, _, *more) in targets:
-        # One port for all, where the system chooses it.
-        target = (address, sockets[0].getsockname()[1] if sockets else port, *more)
-        both = alone and family == socket.AF_INET6
-        try:
-            # It listens from now on: two relays must not both believe they have it.
-            sockets.append(
-                socket.create_server(target, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
-            )
-        except OSError as error:
-            failure = error
-            if error.errno == errno.EADDRINUSE:
-                break
-    if failure is not None and (failure.errno == errno.EADDRINUSE or not sockets):
-        for sock in sockets:
-            sock.close()
-        raise failure
+    with contextlib.ExitStack() as opened:
+        for family, (address, _, *more) in targets:
+            # One port for all, where the system chooses it.
+            target = (address, sockets[0].getsockname()[1] if sockets else port, *more)
+            both = alone and family == socket.AF_INET6
+            try:
+                # It listens from now on: two relays must not both believe they have it.
+                sock = socket.create_server(
+                    target, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both
+                )
+                sockets.append(opened.enter_context(sock))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
+                failure = error
+        if not sockets:
+            raise failure
+        opened.pop_all()
     return sockets
 
 
 def _open_unix_socket(path: Path) -> socket.socket:
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            # A process that is frozen does not answer, but it is there.
+            probe.settimeout(1.0)
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()  # left behind by a process that was killed
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(path.stat().st_mode):
-                # A process that is frozen does not answer, but it is there.
-                sock.settimeout(1.0)
-                try:
-                    sock.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()  # left behind by a process that was killed
-                except (BlockingIOError, TimeoutError):
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
-                else:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-                finally:
-                    sock.close()
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(str(path))
         # As open as a loopback port is; who may come near, the folder's mode decides.
         path.chmod(0o666)
@@ -4994,15 +4987,6 @@ def _open_unix_socket(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from another of the same name, None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 class Sockets:
@@ -5020,7 +5004,7 @@ class Sockets:
         # Where streams are served, before `open` too; in the form of --bind.
         self.addresses = [*map(address_of, self.streams), *self._bind]
         self._own = [split_address(address) for address in (*self._bind, *self._admin)]
-        self._paths: dict[Path, tuple[int, int] | None] = {}
+        self._paths: dict[Path, os.stat_result] = {}
         self._loopback: set[tuple[Any, ...]] = set()
 
     def open(self) -> None:
@@ -5029,7 +5013,7 @@ class Sockets:
             self.streams += open_sockets(bind)
         for bind in self._admin:
             self.admin += open_sockets(bind, option="--admin")
-        self._paths = {path: file_identity(path) for path in self._own if isinstance(path, Path)}
+        self._paths = {path: path.stat() for path in self._own if isinstance(path, Path)}
         self._loopback = {
             sock.getsockname()
             for sock in (*self.streams, *self.admin)
@@ -5063,10 +5047,11 @@ class Sockets:
 
     def remove_paths(self) -> None:
         """Remove the unix sockets, while they are open, unless another relay has taken the path."""
-        for path, identity in self._paths.items():
+        for path, status in self._paths.items():
             # The number of an inode is not used again while it is open.
-            if identity is not None and file_identity(path) == identity:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), status):
+                    path.unlink()
 
 
 # ==== Door ====================================================================
@@ -5169,7 +5154,7 @@ class Door(web.Server):
         self._options = {
             "access_log": None,
             "keepalive_timeout": KEEPALIVE_TIMEOUT,
-            "logger": _quiet_http_log(),
+            "logger": log.getChild("http"),
             "max_field_size": MAX_FIELD_BYTES,
             "max_line_size": MAX_FIELD_BYTES,
             "tcp_keepalive": False,  # heartbeats find a client that is gone
@@ -5236,18 +5221,6 @@ class Door(web.Server):
                 self._wait(connection, REQUEST_TIMEOUT if connection.unfinished else KEEPALIVE_TIMEOUT)
 
 
-def _quiet_http_log() -> logging.Logger:
-    """Return a logger for aiohttp that keeps what strangers send out of the log.
-
-    Where a request is malformed, aiohttp quotes it, query and token included, with a traceback.
-    """
-    logger = log.getChild("http")
-    logger.addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-    )
-    return logger
-
-
 class FairSelector(selectors.DefaultSelector):
     """Hands the loop few sockets in one turn, and PostgreSQL's first.
 
@@ -5282,19 +5255,12 @@ async def serve_on(server: web.Server, sockets: Iterable[socket.socket]) -> web.
     return runner
 
 
-# ==== Relay ===================================================================
+# ==== Settings ================================================================
 
-# Wires the parts, and orders start and stop.
+# What `run` is told, and who may read what by it. Reads key files; starts nothing.
 
-# A page loads the module from its cache meanwhile, also while the relay is away.
-MODULE_MAX_AGE: Final = 600
-# How often systemd is told the status. Each time it waits for us, it is asked for more.
-STATUS_INTERVAL: Final = 5.0
-# For how long clients are told to come back before a process ends that cannot work, in seconds.
-UNUSABLE_PAUSE: Final = 2.0
-# Seconds that stopping takes at most, and in which late requests are answered.
-STOP_TIMEOUT: Final = 1.5
-LATE_REQUESTS: Final = 0.2
+# Of pages that runserver or Vite serves on another port.
+DEVELOPMENT_ORIGINS: Final = ("http://localhost:*", "http://127.0.0.1:*")
 
 
 @dataclass(frozen=True)
@@ -5322,11 +5288,6 @@ class Settings:
     loop: str = "asyncio"
 
 
-# Further routes, by method and path.
-PageHandler = Callable[["Relay", web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]
-Pages = Mapping[tuple[str, str], PageHandler]
-
-
 def load_key(file: Path, *, signing: bool = False) -> Key:
     """Read a key that tokens are verified with, or one that signs them.
 
@@ -5340,10 +5301,6 @@ def load_key(file: Path, *, signing: bool = False) -> Key:
         raise click.UsageError(f"cannot read {file}: {error.strerror}") from None
     except UnusableKeyError as error:
         raise click.UsageError(f"{file}: {error}") from None
-
-
-# Of pages that runserver or Vite serves on another port.
-DEVELOPMENT_ORIGINS: Final = ("http://localhost:*", "http://127.0.0.1:*")
 
 
 def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
@@ -5381,19 +5338,33 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
     return Access(compile_globs(["*"]), compile_globs(origins, IN_LABEL))
 
 
-def client_module(path: str) -> Pages:
-    """Return the routes of the module for pages and its types, beside the streams at ``path``."""
+# ==== Relay ===================================================================
+
+# Wires the parts, and orders start and stop.
+
+# A page loads the module from its cache meanwhile, also while the relay is away.
+MODULE_MAX_AGE: Final = 600
+# How often systemd is told the status. Each time it waits for us, it is asked for more.
+STATUS_INTERVAL: Final = 5.0
+# For how long clients are told to come back before a process ends that cannot work, in seconds.
+UNUSABLE_PAUSE: Final = 2.0
+# Seconds that stopping takes at most, and in which late requests are answered.
+STOP_TIMEOUT: Final = 1.5
+LATE_REQUESTS: Final = 0.2
+
+
+def public_pages(path: str) -> Pages:
+    """Return what is beside the streams at ``path``: the module for pages and its types, and ``/live``."""
+    if path == "/":  # there are channels only
+        return {}
     files = {".js": ("text/javascript", CLIENT_MODULE), ".d.ts": ("text/plain", CLIENT_TYPES)}
-    # At the root there are channels only.
-    return (
-        {}
-        if path == "/"
-        else {
-            (method, path + ending): public_file(kind, text.replace("VERSION", __version__).encode())
-            for ending, (kind, text) in files.items()
-            for method in ("GET", "HEAD")
-        }
-    )
+    pages: dict[str, PageHandler] = {
+        path + ending: public_file(kind, text.replace("VERSION", __version__).encode())
+        for ending, (kind, text) in files.items()
+    }
+    if path != "/live":
+        pages["/live"] = answer_live
+    return at(pages)
 
 
 def public_file(content_type: str, body: bytes) -> PageHandler:
@@ -5416,15 +5387,6 @@ def public_file(content_type: str, body: bytes) -> PageHandler:
     return show
 
 
-def live_page(path: str) -> Pages:
-    """Serve /live beside the streams, for load balancers; not where it could be a channel."""
-
-    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-        return answer_live()
-
-    return {} if path in ("/", "/live") else {("GET", "/live"): show, ("HEAD", "/live"): show}
-
-
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -5441,7 +5403,7 @@ class Relay:
             click.UsageError: Nothing says what strangers may read.
         """
         self.settings = settings
-        self._pages = {**client_module(settings.path), **live_page(settings.path), **(pages or {})}
+        self._pages = {**public_pages(settings.path), **(pages or {})}
         # Connections that may be open at once.
         self._most = max(1, raise_file_limit() - RESERVED_DESCRIPTORS)
         self.sockets = Sockets(settings.bind, settings.admin)
@@ -5511,7 +5473,7 @@ class Relay:
                 admin_door.close_late(),
                 self._report(),
                 self._tell(on_ready),
-                _wait(self._ending),
+                self._ending.wait(),
             )
         except UnusableDatabaseError:
             if self.sockets.inherited:
@@ -5655,10 +5617,6 @@ class Relay:
             if subscriber.transport is not None:
                 subscriber.transport.abort()
         await runner.cleanup()
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()
 
 
 # ==== Embedded PostgreSQL =====================================================
@@ -6417,10 +6375,13 @@ def start_log(level: str, form: str = "text") -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # At debug level it quotes cookies.
     logging.getLogger("aiohttp").setLevel(logging.WARNING)
-    # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here.
-    logger = logging.getLogger("asyncio")
-    logger.setLevel(logging.ERROR)
-    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], psycopg2.Error)))
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    # aiopg and asyncio would repeat, with tracebacks, what is logged in one line here. Where a request is
+    # malformed, aiohttp quotes it, query and token included.
+    errors = (psycopg2.Error, HttpProcessingError)
+    for name in ("asyncio", "sse_relay.http"):
+        logger = logging.getLogger(name)
+        logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], errors)))
 
 
 # ==== Command line ============================================================
@@ -6972,12 +6933,6 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         with restarting:
             postgres.restart()
 
-    async def show(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-        return answer_page("demo")
-
-    async def status(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
-        return answer_status(relay)
-
     async def restart_relay(relay: Relay, body: bytes) -> None:
         relay.restart()
 
@@ -6987,7 +6942,7 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         "restart-postgresql": lambda *_: asyncio.to_thread(restart),
     }
     posts = {("POST", f"/{name}"): only_here(act, postgres.dsn) for name, act in acts.items()}
-    return {("GET", "/"): show, ("HEAD", "/"): show, ("GET", "/status"): status, **posts}
+    return {**at({"/": page_for("demo"), "/status": answer_status}), **posts}
 
 
 @command(
