@@ -95,6 +95,54 @@ def free_port() -> int:
     pytest.fail("no free TCP port")
 
 
+class Closing:
+    """What ends with `close`, or with a block ``with``."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Daemon(Closing):
+    """A program that serves at a port of 127.0.0.1; ``*.log`` in its folder is what it says."""
+
+    def __init__(self, command: Sequence[str], port: int, folder: Path) -> None:
+        self.port = port
+        self.folder = folder
+        self.address = f"127.0.0.1:{port}"
+        env = {**clean_environment(), "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+        with (folder / "output.log").open("w") as output:
+            self._process = subprocess.Popen(
+                command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        try:
+            wait_until(self._listens, 20, command[0])
+        except BaseException:
+            self.close()
+            raise
+
+    def _listens(self) -> bool:
+        assert self._process.poll() is None, self.log()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def log(self, name: str = "*") -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}.log")))
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(1)
+        except subprocess.TimeoutExpired:  # Caddy waits for its streams
+            self._process.kill()
+            self._process.wait(10)
+
+
 # ==== The relay ===============================================================
 
 
@@ -126,7 +174,7 @@ def run_without_waiting(coroutine: Coroutine[Any, Any, object]) -> None:
         raise AssertionError("it waited")
 
 
-class Relay:
+class Relay(Closing):
     """The program, run as a process: ``python sse_relay.py [command] --bind … --dsn … options``.
 
     Args:
@@ -178,12 +226,6 @@ class Relay:
             except BaseException:
                 self.close()
                 raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -338,13 +380,10 @@ class Server(EmbeddedPostgres):
     """A PostgreSQL of the tests, without waiting for the disk. Its own database is `database`."""
 
     def __init__(self, **options: str) -> None:
-        super().__init__(options={"fsync": "off", "max_connections": "200", **options})
-        self._numbers = iter(range(1, 1_000_000))
-
-    def _prepare(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tempfile, "tempdir", memory_folder())
-            super()._prepare()
+            super().__init__(options={"fsync": "off", "max_connections": "200", **options})
+        self._numbers = iter(range(1, 1_000_000))
 
     @functools.cached_property
     def database(self) -> Database:
@@ -399,7 +438,7 @@ class Server(EmbeddedPostgres):
 # ==== Between the relay and its neighbours ====================================
 
 
-class FreezableProxy:
+class FreezableProxy(Closing):
     """A TCP proxy on 127.0.0.1 that can freeze, drop its connections, refuse new ones, or be slow.
 
     Args:
@@ -426,12 +465,6 @@ class FreezableProxy:
         """Return a proxy in front of a database's server; `dsn` then leads through it."""
         parts = psycopg2.extensions.parse_dsn(database.dsn)
         return cls((parts["host"], int(parts["port"])))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def dsn(self, database: Database) -> str:
         """Return the database's DSN, through this proxy."""
@@ -594,8 +627,26 @@ def make_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]
     return certificate, key
 
 
-class Nginx:
-    """A real nginx on a port of 127.0.0.1, which keeps all its files in a folder.
+# What every nginx of the tests has around its blocks.
+NGINX_CONF = """
+daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; {user}
+events {{ worker_connections 8192; }}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+{http}
+}}
+"""
+
+
+def nginx_conf(folder: Path, http: str) -> str:
+    # One that starts as root would become a user who may not enter the folder.
+    return NGINX_CONF.format(folder=folder, http=http, user="user root;" if os.geteuid() == 0 else "")
+
+
+class Nginx(Daemon):
+    """A real nginx, which keeps all its files in a folder.
 
     Args:
         folder: For the certificate, the configuration and the logs.
@@ -614,97 +665,43 @@ class Nginx:
         *,
         tls: bool = False,
     ) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        port = free_port()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
         self.certificate = folder / "certificate.pem"
         http = nginx_recipe("http { }") if http is None else http
         server = nginx_recipe("server { }") if server is None else server
-        listen = f"listen 127.0.0.1:{self.port};"
+        listen = f"listen 127.0.0.1:{port};"
         if tls:
             make_certificate(folder)
-            listen = f"listen 127.0.0.1:{self.port} ssl http2;"
+            listen = f"listen 127.0.0.1:{port} ssl http2;"
             listen += f" ssl_certificate {self.certificate}; ssl_certificate_key {folder}/key.pem;"
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        scratch = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
-        text = (
-            f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;"
-            # Those who start as root would become a user who may not enter the folder.
-            f" {'user root;' if os.geteuid() == 0 else ''} events {{ worker_connections 8192; }}\n"
-            f"http {{ access_log {folder}/access.log;{scratch}\n{http}\nserver {{ {listen}\n{server}\n}} }}\n"
-        )
-        text = text.replace(DOCS_SOCKET, relay).replace(DOCS_LOGS, str(folder))
-        (folder / "nginx.conf").write_text(text)
+        text = nginx_conf(folder, f"{http}\nserver {{ {listen}\n{server}\n}}")
+        (folder / "nginx.conf").write_text(text.replace(DOCS_SOCKET, relay).replace(DOCS_LOGS, str(folder)))
         command = [require("nginx"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log"]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        try:
-            wait_until(self._listens, 10, "nginx")
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _listens(self) -> bool:
-        assert self._process.poll() is None, (self.folder / "error.log").read_text()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    @property
-    def address(self) -> str:
-        """In the form of --bind."""
-        return f"127.0.0.1:{self.port}"
-
-    def log(self, name: str = "access") -> str:
-        return (self.folder / f"{name}.log").read_text()
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(10)
+        super().__init__(command, port, folder)
 
 
 @contextlib.contextmanager
 def pgbouncer(database: Database, mode: str, folder: Path) -> Iterator[str]:
     """Run a real pgbouncer in front of a database; return the DSN that leads through it."""
-    program = require("pgbouncer")
+    command = [require("pgbouncer"), f"{folder}/pgbouncer.ini"]
     parts = psycopg2.extensions.parse_dsn(database.dsn)
     port = free_port()
-    users = folder / "users"
+    users, settings = folder / "users", folder / "pgbouncer.ini"
     users.write_text(f'"{parts["user"]}" "{parts["password"]}"\n')
-    settings = folder / "pgbouncer.ini"
     settings.write_text(
         f"[databases]\n* = host={parts['host']} port={parts['port']}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
         f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {mode}\n"
     )
-    command = [program, str(settings)]
     if os.geteuid() == 0:
         # It refuses to run as root.
         nobody = pwd.getpwnam("nobody")
         for path in (folder, users, settings):
             os.chown(path, nobody.pw_uid, nobody.pw_gid)
         command[1:1] = ["-u", "nobody"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            pooled = Database(psycopg2.extensions.make_dsn(database.dsn, port=port))
-
-            def answers() -> bool:
-                assert process.poll() is None, (folder / "log").read_text()
-                with contextlib.suppress(psycopg2.OperationalError):
-                    return bool(pooled.execute("SELECT 1"))
-                return False
-
-            wait_until(answers, what="pgbouncer")
-            pooled.close()
-            yield pooled.dsn
-        finally:
-            process.terminate()
-            process.wait(10)
+    with Daemon(command, port, folder):
+        yield psycopg2.extensions.make_dsn(database.dsn, port=port)
 
 
 # ==== Clients =================================================================
@@ -714,7 +711,7 @@ def is_start(event: ServerSentEvent) -> bool:
     return event.event == "relay.gap" and json.loads(event.data)["reason"] == "start"
 
 
-class SseReader:
+class SseReader(Closing):
     """A client made of httpx and httpx-sse, reading in a thread of its own until the stream ends or `close`.
 
     httpx-sse hands out every block with an id, also those without data, which a browser keeps to itself:
@@ -752,12 +749,6 @@ class SseReader:
             wait_until(lambda: self.response is not None or self.ended, 10, f"a response from {url}")
             if self.response is None:
                 raise self.error or AssertionError("no response")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _read(self) -> None:
         try:
@@ -858,7 +849,7 @@ def http_request(
     return "\r\n".join(lines).encode()
 
 
-class RawStream:
+class RawStream(Closing):
     """One HTTP request on a bare socket; keeps every byte that comes back.
 
     Args:
@@ -903,12 +894,6 @@ class RawStream:
         self._thread: threading.Thread | None = None
         if reading:
             self.read()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def read(self) -> None:
         """Begin to read, if the stream was made with ``reading=False``."""
@@ -996,7 +981,7 @@ class RawStream:
         self.socket.close()
 
 
-class Crowd:
+class Crowd(Closing):
     """Many streams on bare sockets, read by one thread.
 
     Args:
@@ -1024,12 +1009,6 @@ class Crowd:
             raise
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _read(self) -> None:
         while not self._closing and len(self.ended) < len(self.received):
@@ -1141,7 +1120,7 @@ class Browser:
         self._pages.close()
 
 
-class Page:
+class Page(Closing):
     """A page of `Browser.open`. `playwright` is Playwright's own, for `Browser.run`."""
 
     def __init__(self, browser: Browser, page: playwright.async_api.Page) -> None:
@@ -1154,12 +1133,6 @@ class Page:
             page.on("request", lambda request: self.requests.append((time.monotonic(), request.url)))
 
         browser.run(listen())  # Playwright speaks in the thread of its loop alone
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def evaluate(self, script: str, argument: object = None) -> Any:
         return self.browser.run(self.playwright.evaluate(script, argument))

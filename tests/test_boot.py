@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import httpx
 import psycopg2.extensions
@@ -76,7 +75,7 @@ KEYS = "/etc/sse-relay/keys"
 TEST_OPTIONS = ("SSE_RELAY_SOURCE=log", "SSE_RELAY_RETRY=100", "SSE_RELAY_ALLOW_CHANNEL=public-* news orders")
 
 
-class Machine:
+class Machine(harness.Closing):
     """A booted systemd of the test's own.
 
     Args:
@@ -107,12 +106,6 @@ class Machine:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _child(self) -> int:
         task = f"/proc/{self._process.pid}/task/{self._process.pid}/children"
@@ -449,14 +442,14 @@ def test_a_relay_whose_postgresql_is_away_is_left_alone(site: Site) -> None:
 def test_a_database_that_comes_late_is_no_failed_start(site: Site) -> None:
     site.wait_active()
     site.server.stop()
-    site.machine.drop_in("late", "[Service]\nTimeoutStartSec=10\n")
+    site.machine.drop_in("late", "[Service]\nTimeoutStartSec=5\n")
     site.machine.run("systemctl", "--no-block", "restart", "sse-relay")
     wait_until(lambda: site.machine.show("ActiveState") == "activating", 20, "the restart")
     wait_until(lambda: site.machine.show("StatusText").startswith("waiting for PostgreSQL"), 20, "the start")
     restarts = site.machine.show("NRestarts")
     # More than TimeoutStartSec allows by itself.
     since = time.monotonic()
-    wait_until(lambda: time.monotonic() - since > 11, 15, "the limit's time")
+    wait_until(lambda: time.monotonic() - since > 6, 15, "the limit's time")
     assert site.machine.show("ActiveState") == "activating"
     site.server.start()
     site.wait_active()

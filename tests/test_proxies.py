@@ -6,18 +6,15 @@ One table of stories, and an adapter for each proxy. What is nginx's alone stand
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import socket
 import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http import server as http_server
 from pathlib import Path
@@ -39,16 +36,6 @@ StartRelay = Callable[..., Relay]
 
 
 # What the distributions bring.
-NGINX_CONF = """
-daemon off; worker_processes 1; user {user}; pid {folder}/pid; error_log {folder}/error.log;
-events {{ }}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-    include {folder}/conf.d; include {folder}/site;
-}}
-"""
 APACHE_CONF = """
 ServerRoot {folder}
 ServerName localhost
@@ -71,7 +58,6 @@ class Kind:
     Args:
         files: Those of the docs: what they are called here, by language and first line.
         command: What runs in the foreground; ``{folder}`` is where the files are.
-        own: The name and text of a file more.
         changes: What is replaced in the files, beside the names of folders.
         restarts: How often the relay restarts while a browser watches.
         streams: How many a browser can open at once.
@@ -80,7 +66,6 @@ class Kind:
     program: str
     files: dict[str, tuple[str, str]]
     command: tuple[str, ...]
-    own: tuple[str, str] = ("", "")
     changes: tuple[tuple[str, str], ...] = ()
     restarts: int = 3
     streams: int = 20
@@ -94,7 +79,6 @@ NGINX = Kind(
         "site": ("nginx", "# /etc/nginx/sites-enabled/app.example"),
     },
     ("-e", "{folder}/error.log", "-c", "{folder}/nginx.conf"),
-    own=("nginx.conf", NGINX_CONF),
     changes=(
         ("listen 443", "listen 127.0.0.1:{port}"),
         ("/etc/nginx/snippets/sse-relay.conf", "{folder}/snippet"),
@@ -135,7 +119,6 @@ APACHE = Kind(
         "sse-retry.asis": ("http", "Status: 200 OK"),
     },
     ("-D", "FOREGROUND", "-f", "{folder}/apache.conf"),
-    own=("apache.conf", APACHE_CONF),
     changes=(("*:443", "127.0.0.1:{port}"), ("/etc/apache2/sse-retry.asis", "{folder}/sse-retry.asis")),
     streams=6,
 )
@@ -152,7 +135,7 @@ def load_modules() -> str:
     )
 
 
-class Proxy:
+class Proxy(harness.Daemon):
     """One of them, with TLS, at a free port of 127.0.0.1; the relay is to serve at `bind`.
 
     Args:
@@ -162,82 +145,44 @@ class Proxy:
 
     def __init__(self, kind: Kind, folder: Path, *changes: tuple[str, str]) -> None:
         self.kind = kind
-        self.folder = folder
-        self.port = harness.free_port()
-        self.url = f"https://127.0.0.1:{self.port}"
+        port = harness.free_port()
+        self.url = f"https://127.0.0.1:{port}"
         self.bind = f"unix:{folder}/http.sock"
-        certificate, key = harness.make_certificate(folder)
+        self.certificate, key = harness.make_certificate(folder)
         both = folder / "both.pem"
-        both.write_text(certificate.read_text() + key.read_text())
-        self.certificate = certificate
+        both.write_text(self.certificate.read_text() + key.read_text())
         names = {
-            "{folder}": str(folder), "{port}": str(self.port), "{both}": str(both),
-            "{certificate}": str(certificate), "{key}": str(key),
+            "{folder}": str(folder), "{port}": str(port), "{both}": str(both),
+            "{certificate}": str(self.certificate), "{key}": str(key),
         }  # fmt: skip
 
-        def fill(text: str) -> str:
-            for name, value in names.items():
-                text = text.replace(name, value)
+        def replace(text: str, pairs: Iterable[tuple[str, str]]) -> str:
+            for old, new in pairs:
+                text = text.replace(old, new)
             return text
 
         replaced = [
-            *((old, fill(new)) for old, new in kind.changes),
+            *((old, replace(new, names.items())) for old, new in kind.changes),
             ("/run/sse-relay/", f"{folder}/"),
-            ("/etc/ssl/app.example.pem", str(certificate)),
+            ("/etc/ssl/app.example.pem", str(self.certificate)),
             ("/etc/ssl/app.example.key", str(key)),
             *changes,
         ]
         for name, (language, first) in kind.files.items():
-            text = pages.block(language, first)
-            for old, new in replaced:
-                text = text.replace(old, new)
-            (folder / name).write_text(text)
+            (folder / name).write_text(replace(pages.block(language, first), replaced))
         program = harness.require(kind.program)
-        name, text = kind.own
-        if name:
-            user = "root" if os.geteuid() == 0 else "nobody"
-            modules = load_modules() if kind is APACHE else ""
-            text = text.format(folder=folder, port=self.port, user=user, modules=modules)
-            (folder / name).write_text(text)
+        if kind is NGINX:
+            includes = f"include {folder}/conf.d; include {folder}/site;"
+            (folder / "nginx.conf").write_text(harness.nginx_conf(folder, includes))
+        if kind is APACHE:
+            conf = APACHE_CONF.format(folder=folder, port=port, modules=load_modules())
+            (folder / "apache.conf").write_text(conf)
         folder.chmod(0o777)
-        self._log = (folder / "output.log").open("w")
-        env = {**harness.clean_environment(), "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
-        self._process = subprocess.Popen(
-            [program, *map(fill, kind.command)], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            cwd=folder, env=env,
-        )  # fmt: skip
-        try:
-            wait_until(self._listens, 20, kind.program)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _listens(self) -> bool:
-        assert self._process.poll() is None, self.log()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def log(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+        super().__init__([program, *(replace(word, names.items()) for word in kind.command)], port, folder)
 
     def client(self) -> httpx.Client:
         context = ssl.create_default_context(cafile=str(self.certificate))
         return httpx.Client(verify=context, base_url=self.url, timeout=20)
-
-    def close(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(1)
-        except subprocess.TimeoutExpired:  # Caddy waits for its streams
-            self._process.kill()
-            self._process.wait(10)
-        self._log.close()
 
 
 @pytest.fixture(params=KINDS)

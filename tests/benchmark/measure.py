@@ -11,7 +11,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
+
+import harness
 
 HERE = Path(__file__).resolve().parent
 PAYLOAD_BYTES = 100
@@ -125,7 +127,7 @@ class Report(NamedTuple):
     mean_ms: float
 
 
-class Load:
+class Load(harness.Closing):
     """A process of many clients (`sseload.c`), open when this returns.
 
     Args:
@@ -156,12 +158,6 @@ class Load:
             except BaseException:
                 self.close()
                 raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:

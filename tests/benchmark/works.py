@@ -11,7 +11,6 @@ import functools
 import multiprocessing
 import os
 import select
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -355,36 +354,6 @@ def catch_up(bench: Bench, name: str) -> Figures:
     }
 
 
-def outage(bench: Bench, name: str) -> Figures:
-    """A relay that has stood still reads what another one has numbered."""
-    events = bench.events(20_000, 50_000)
-    with (
-        servers.relay(bench, source="log") as asleep,
-        servers.relay(bench, source="log") as awake,
-        bench.load(asleep, 1) as late,
-        bench.load(awake, 1, "--address-base", "2") as load,
-    ):
-        warm_up(load, awake)
-        time.sleep(0.2)
-        (pid,) = asleep.pids()
-        late.reset()
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            deliver(load, awake.pids, awake.send, events, batch=1_000)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        meter, started = Meter(asleep.pids), time.monotonic()
-        report = late.until(events, 20)
-        elapsed = time.monotonic() - started
-        cpu = meter.read()
-    return {
-        "rows/s": report.events / elapsed,
-        "µs CPU per event": cpu * 1e6 / events,
-        LOST: events - report.events,
-        "gaps": report.controls,
-    }
-
-
 def resume(bench: Bench, name: str) -> Figures:
     """10,000 clients come back at once; each has missed 100 events."""
     clients, events = bench.clients(10_000), 100
@@ -639,7 +608,6 @@ WORKS = {
     "rival": Work("90 clients, 20 events/s", rival, (RELAY, RIVAL), 1, 3),
     "log": Work("source log, bursts of 100", log_read, (RELAY,), 1, 5),
     "catch-up": Work("source log, one client resumes 10,000 events", catch_up, (RELAY,), 1, 5),
-    "outage": Work("source log, a relay reads what it has slept through", outage, (RELAY,), 0, 3),
     "resume": Work(
         "source log, 10,000 clients resume 100 events each", resume, ("from memory", "from the table"), 0, 3
     ),
