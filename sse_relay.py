@@ -35,7 +35,8 @@ Contents, in the order in which an event travels:
     Counts                      pure: what the metrics say
     Subscribers                 one open stream: its connection, its heartbeat
     Hub                         all of them; one write for each and burst
-    Listener                    the connections to PostgreSQL
+    Connections                 to PostgreSQL: finding the server, one statement at a time
+    Listener                    the relay's sessions: LISTEN, the canary, starting anew
     Sources                     what streams and the listener may ask of one
     Source notify               numbers what the listener hears
     SQL: schema                 tables and functions of the durable log
@@ -1643,69 +1644,44 @@ def _discard(groups: dict[Any, set[Subscriber]], key: int | str | None, subscrib
     return not group
 
 
-# ==== Listener ================================================================
+# ==== Connections =============================================================
 #
-# Connections to PostgreSQL: finding the server, one statement at a time, LISTEN, the canary, and
-# making all of it anew when it is lost. Knows no subscriber and no event.
+# What libpq, psycopg2 and aiopg must be told or spared: finding the server, one session, one statement.
+# Knows no channel and no source.
 
 # Seconds.
 CONNECT_TIMEOUT: Final = 5
-CANARY_INTERVAL: Final = 1.5
-CANARY_TIMEOUT: Final = 3.0
 QUERY_TIMEOUT: Final = 10.0
-CLIENT_RETRY: Final = 1.0
-FIRST_BACKOFF: Final = 0.1
-MAX_BACKOFF: Final = 5.0
-# Notifications that are encoded and written as one burst. Larger bursts would gain
-# nothing and hold up the loop.
-BURST_EVENTS: Final = 1_000
-# LISTENs in one round trip: bounds the length of a statement.
-LISTENS_PER_STATEMENT: Final = 500
 
 DSN_FORM: Final = (
     "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'; in a URL, "
     "percent-encode the special characters of the password"
 )
 
+TLS_REMEDY: Final = "set sslmode and sslrootcert in the DSN as this server needs them"
 # What a server or libpq says before a session exists, when no SQLSTATE reaches the client; a server that
 # speaks another language is retried, and its words are logged. With each: whether trying again is useless,
 # and what helps.
 CONNECT_HINTS: Final = (
     (True, r"authentication failed|no password supplied", "correct user and password in the DSN or its file"),
-    (
-        True,
-        r"no pg_hba\.conf entry|pg_hba\.conf rejects",
-        "add a line for this role, database and address to pg_hba.conf and reload PostgreSQL",
-    ),
+    (True, r"pg_hba\.conf", "add a line for this role, database and address to pg_hba.conf and reload it"),
     (True, r"database \".*\" does not exist", "name an existing database in the DSN (psql -l lists them)"),
-    (True, r"role \".*\" does not exist", "create it (CREATE ROLE ... LOGIN), or name another in the DSN"),
-    (True, r"is not permitted to log in", "ALTER ROLE ... LOGIN"),
+    (True, r"role \".*\" (does not exist|is not permitted)", "name one in the DSN that may log in"),
     (True, r"permission denied for database", "GRANT CONNECT ON DATABASE ... TO ..."),
+    (True, r"server does not support SSL|certificate verify failed|root certificate file", TLS_REMEDY),
     (
         True,
-        r"server does not support SSL|certificate verify failed|root certificate file",
-        "set sslmode and sslrootcert in the DSN as this server needs them",
+        r"^invalid |^could not (match|parse)|definition of service|unsupported frontend",
+        "correct the DSN",
     ),
-    (True, r"^invalid (\w+ value|port number)|^could not (match|parse network address)", "correct the DSN"),
-    (True, r"definition of service|unsupported frontend protocol", "correct the DSN"),
-    (
-        False,
-        r"too many|connection slots",
-        "leave three connections for the relay: raise max_connections, or use fewer",
-    ),
+    (False, r"too many|connection slots", "leave three for the relay: raise max_connections, or use fewer"),
     (False, r"could not translate host name", "correct the host in the DSN, or the name server"),
-    (False, r"SSL|certificate", "set sslmode and sslrootcert in the DSN as this server needs them"),
+    (False, r"SSL|certificate", TLS_REMEDY),
     (
         False,
         r"refused|timeout|timed out|No such file|unreachable|No route",
         "start PostgreSQL, or correct host and port in the DSN; in a systemd unit also IPAddressAllow=",
     ),
-)
-
-
-NOTHING_ARRIVES: Final = (
-    "LISTEN succeeds but no notification arrives, as through a pooler in transaction mode",
-    "name PostgreSQL itself in the DSN, or a pool in session mode",
 )
 
 
@@ -1858,74 +1834,39 @@ def check_server(dsn: str, check: Callable[[psycopg2.extensions.cursor], object]
         return session_dsn(dsn, **pinned)
 
 
-class Inbox:
-    """Where psycopg2 puts the notifications of the listening connection.
-
-    psycopg2 calls `append` the moment it has read one, even within another statement's
-    result. Always false, so that aiopg finds nothing to move to its own queue, which
-    costs ten times as much and several turns of the loop.
-    https://www.psycopg.org/docs/connection.html#connection.notifies
-    """
-
-    def __init__(self, canary: str, on_canary: Callable[[str], object]) -> None:
-        self.arrived = asyncio.Event()
-        self.heard = 0
-        # Loop time at which the oldest of what `take` gives arrived.
-        self.since = 0.0
-        self._canary = canary
-        self._on_canary = on_canary
-        self._items: list[psycopg2.extensions.Notify] = []
-
-    def append(self, notification: psycopg2.extensions.Notify) -> None:
-        self.heard += 1
-        if notification.channel == self._canary:
-            self._on_canary(notification.payload)
-        else:
-            if not self._items:
-                self.since = asyncio.get_running_loop().time()
-                self.arrived.set()
-            self._items.append(notification)
-
-    def __bool__(self) -> bool:
-        return False
-
-    def take(self) -> list[psycopg2.extensions.Notify]:
-        """Take all that has arrived."""
-        self.arrived.clear()
-        items, self._items = self._items, []
-        return items
-
-
 # What each session sets first, so that no default of its role, database or server decides. A statement
-# that we have given up on ends on the server too, and a transaction is over with its statement.
-SESSION_SQL: Final = f"""
-{PIN_PATH_SQL};
-SET synchronous_commit = on;
-SET statement_timeout = '9500ms';
-SET lock_timeout = '9s';
-SET idle_in_transaction_session_timeout = '15s'
+# that we have given up on ends on the server too, and a transaction is over with its statement. A relay
+# that is stopped while notifications go on keeps the queue of the whole cluster from being shortened: its
+# session ends when it has taken nothing for a minute. (Over a unix socket nothing finds that.) A
+# statement ends soon after the connection that sent it.
+SESSION_SQL: Final = """
+SELECT set_config(name, value, false)
+FROM (VALUES
+    ('synchronous_commit', 'on', true),
+    ('statement_timeout', '9500ms', true),
+    ('lock_timeout', '9s', true),
+    ('idle_in_transaction_session_timeout', '15s', true),
+    ('idle_session_timeout', '0', true),
+    ('transaction_timeout', '0', true),
+    ('tcp_keepalives_idle', '30', true),
+    ('tcp_keepalives_interval', '10', true),
+    ('tcp_keepalives_count', '3', true),
+    ('tcp_user_timeout', '60000', version() LIKE '%linux%'),
+    ('client_connection_check_interval', '2s', version() LIKE '%linux%')
+) AS setting (name, value, possible)
+WHERE possible AND name IN (SELECT known.name FROM pg_settings AS known)
 """
-# By server_version_num.
-NEWER_SESSION_SQL: Final = (
-    (0, "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"),
-    (140_000, "SET idle_session_timeout = 0"),
-    (170_000, "SET transaction_timeout = 0"),
-)
-# A relay that is stopped while notifications go on keeps the queue of the whole cluster from being
-# shortened: its session ends when it has taken nothing for a minute. (Over a unix socket nothing finds
-# that.) A statement ends soon after the connection that sent it.
-LINUX_SESSION_SQL: Final = (
-    (120_000, "SET tcp_user_timeout = 60000"),
-    (140_000, "SET client_connection_check_interval = '2s'"),
-)
 
 
 def _look_at(descriptors: Sequence[int], *_: object) -> None:
     os.fstat(descriptors[0])
 
 
-async def open_connection(dsn: str) -> aiopg.Connection:
+async def open_connection(dsn: str, session_sql: str) -> aiopg.Connection:
     """Open a session whose settings no default of the role or the server can change.
+
+    Args:
+        session_sql: Sets what else there is.
 
     Raises:
         LostConnectionError, psycopg2.Error: There is none.
@@ -1940,13 +1881,8 @@ async def open_connection(dsn: str) -> aiopg.Connection:
     except TimeoutError:
         raise LostConnectionError(f"PostgreSQL did not answer within {CONNECT_TIMEOUT} s") from None
     try:
-        await execute(connection, SESSION_SQL)
-        ((system,),) = await execute(connection, "SELECT pg_catalog.version()")
-        version = connection.raw.server_version
-        newer = [sql for oldest, sql in NEWER_SESSION_SQL if version >= oldest]
-        if "linux" in system:
-            newer += [sql for oldest, sql in LINUX_SESSION_SQL if version >= oldest]
-        await execute(connection, "; ".join(newer))
+        await execute(connection, f"{PIN_PATH_SQL}; {SESSION_SQL}")
+        await execute(connection, session_sql)
     except BaseException:
         close_connection(connection)
         raise
@@ -2023,11 +1959,70 @@ async def first_of(*coroutines: Coroutine[Any, Any, object]) -> None:
         task.result()
 
 
+# ==== Listener ================================================================
+#
+# The relay's sessions with PostgreSQL: LISTEN, the canary, and making all of it anew when it is lost.
+# Knows no subscriber and no event.
+
+# Seconds.
+CANARY_INTERVAL: Final = 1.5
+CANARY_TIMEOUT: Final = 3.0
+CLIENT_RETRY: Final = 1.0
+FIRST_BACKOFF: Final = 0.1
+MAX_BACKOFF: Final = 5.0
+# Notifications that are encoded and written as one burst. Larger bursts would gain
+# nothing and hold up the loop.
+BURST_EVENTS: Final = 1_000
+# LISTENs in one round trip: bounds the length of a statement.
+LISTENS_PER_STATEMENT: Final = 500
+
+NOTHING_ARRIVES: Final = (
+    "LISTEN succeeds but no notification arrives, as through a pooler in transaction mode",
+    "name PostgreSQL itself in the DSN, or a pool in session mode",
+)
 QUEUE_USAGE_RIGHT_SQL: Final = "SELECT has_function_privilege('pg_notification_queue_usage()', 'EXECUTE')"
 CANARY_SQL: Final = (
     "SELECT 0.0, pg_notify(%s, %s)",
     "SELECT pg_notification_queue_usage(), pg_notify(%s, %s)",
 )
+
+
+class Inbox:
+    """Where psycopg2 puts the notifications of the listening connection.
+
+    psycopg2 calls `append` the moment it has read one, even within another statement's
+    result. Always false, so that aiopg finds nothing to move to its own queue, which
+    costs ten times as much and several turns of the loop.
+    https://www.psycopg.org/docs/connection.html#connection.notifies
+    """
+
+    def __init__(self, canary: str, on_canary: Callable[[str], object]) -> None:
+        self.arrived = asyncio.Event()
+        self.heard = 0
+        # Loop time at which the oldest of what `take` gives arrived.
+        self.since = 0.0
+        self._canary = canary
+        self._on_canary = on_canary
+        self._items: list[psycopg2.extensions.Notify] = []
+
+    def append(self, notification: psycopg2.extensions.Notify) -> None:
+        self.heard += 1
+        if notification.channel == self._canary:
+            self._on_canary(notification.payload)
+        else:
+            if not self._items:
+                self.since = asyncio.get_running_loop().time()
+                self.arrived.set()
+            self._items.append(notification)
+
+    def __bool__(self) -> bool:
+        return False
+
+    def take(self) -> list[psycopg2.extensions.Notify]:
+        """Take all that has arrived."""
+        self.arrived.clear()
+        items, self._items = self._items, []
+        return items
 
 
 class Listener:
@@ -2105,15 +2100,11 @@ class Listener:
         if now < self._client_retry_at:
             raise LostConnectionError("the connection for clients was refused just now")
         self._client_retry_at = now + CLIENT_RETRY
-        connection = await open_connection(self._pinned_dsn)
-        try:
-            await execute(connection, self.source.session_sql)
-            if self._listening is not session:
-                # It may lead to a server that is no longer the one.
-                raise LostConnectionError("the session has ended meanwhile")
-        except BaseException:
+        connection = await open_connection(self._pinned_dsn, self.source.session_sql)
+        if self._listening is not session:
             close_connection(connection)
-            raise
+            # It may lead to a server that is no longer the one.
+            raise LostConnectionError("the session has ended meanwhile")
         self._client_retry_at = now
         return connection
 
@@ -2165,12 +2156,11 @@ class Listener:
         dsn = await in_thread(functools.partial(check_server, self._dsn, self.source.check))
         self._pinned_dsn = dsn
         self._inbox = Inbox(self._canary, self._hear_canary)
-        self._listening = await open_connection(dsn)
-        self._listening.raw.notifies = self._inbox
-        self._querying = await open_connection(dsn)
-        await execute(self._querying, self.source.session_sql)
-        self.descriptors.update((self._listening.raw.fileno(), self._querying.raw.fileno()))
-        await first_of(self._watch(self._listening), self._watch(self._querying), self._work(dsn))
+        self._listening = listening = await open_connection(dsn, self.source.session_sql)
+        listening.raw.notifies = self._inbox
+        self._querying = querying = await open_connection(dsn, self.source.session_sql)
+        self.descriptors.update((listening.raw.fileno(), querying.raw.fileno()))
+        await first_of(self._watch(listening), self._watch(querying), self._work(listening))
 
     async def _watch(self, connection: aiopg.Connection) -> None:
         # Raises when the connection ends. A transaction pooler may hand this session what
@@ -2183,24 +2173,19 @@ class Listener:
         # A statement that fails closes aiopg's queue, and nothing else. The canaries watch now.
         await asyncio.Event().wait()
 
-    async def _work(self, dsn: str) -> None:
-        assert self._listening is not None
-        await execute(self._listening, f"LISTEN {quote_name(self._canary)}")
-        while await self._listen():
-            pass
+    async def _work(self, listening: aiopg.Connection) -> None:
+        await execute(listening, f"LISTEN {quote_name(self._canary)}")
+        await self._listen(listening)
         ((self._sees_usage,),) = await self.query(QUEUE_USAGE_RIGHT_SQL)
         await self._send_canary(first=True)
         await self.source.connected()
         self.ready.set()
-        parts = parse_dsn(dsn)
-        log.info(
-            "connected to PostgreSQL %s at %s port %s, database %s",
-            self._listening.raw.info.parameter_status("server_version"),
-            parts["host"],
-            parts["port"],
-            self._listening.raw.info.dbname,
+        info, parts = listening.raw.info, parse_dsn(self._pinned_dsn)
+        where = info.parameter_status("server_version"), parts["host"], parts["port"], info.dbname
+        log.info("connected to PostgreSQL %s at %s port %s, database %s", *where)
+        await first_of(
+            self._pump(), self._follow_interest(listening), self._send_canaries(), self.source.serve()
         )
-        await first_of(self._pump(), self._follow_interest(), self._send_canaries(), self.source.serve())
 
     def _disconnect(self) -> None:
         self.descriptors.clear()
@@ -2218,31 +2203,29 @@ class Listener:
             for start in range(0, len(notifications), BURST_EVENTS):
                 await self.source.deliver(notifications[start : start + BURST_EVENTS], since)
 
-    async def _follow_interest(self) -> None:
+    async def _follow_interest(self, listening: aiopg.Connection) -> None:
         while True:
             # All changes of one turn go in one round trip.
             await self.source.interest.changed.wait()
-            self.source.interest.changed.clear()
-            while await self._listen():
-                pass
+            await self._listen(listening)
 
-    async def _listen(self) -> bool:
-        """Bring LISTEN in line with what is wanted; return whether there was anything to do."""
-        assert self._listening is not None
+    async def _listen(self, listening: aiopg.Connection) -> None:
+        """Bring LISTEN in line with what is wanted."""
         interest = self.source.interest
-        wanted = interest.wanted()
-        fresh = list(itertools.islice(wanted - interest.confirmed, LISTENS_PER_STATEMENT))
-        stale = list(itertools.islice(interest.confirmed - wanted, LISTENS_PER_STATEMENT))
-        if not fresh and not stale:
-            return False
-        interest.confirmed.difference_update(stale)
-        self.source.retracted(stale)
-        statements = [f"LISTEN {quote_name(name)}" for name in fresh]
-        statements += [f"UNLISTEN {quote_name(name)}" for name in stale]
-        await execute(self._listening, "; ".join(statements))
-        interest.confirmed.update(fresh)
-        self.source.confirmed(fresh)
-        return True
+        while True:
+            interest.changed.clear()
+            wanted = interest.wanted()
+            fresh = list(itertools.islice(wanted - interest.confirmed, LISTENS_PER_STATEMENT))
+            stale = list(itertools.islice(interest.confirmed - wanted, LISTENS_PER_STATEMENT))
+            if not fresh and not stale:
+                return
+            interest.confirmed.difference_update(stale)
+            self.source.retracted(stale)
+            statements = [f"LISTEN {quote_name(name)}" for name in fresh]
+            statements += [f"UNLISTEN {quote_name(name)}" for name in stale]
+            await execute(listening, "; ".join(statements))
+            interest.confirmed.update(fresh)
+            self.source.confirmed(fresh)
 
     async def _send_canaries(self) -> None:
         while True:

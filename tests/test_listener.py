@@ -492,7 +492,7 @@ async def test_a_cancellation_that_comes_with_the_answer_is_not_forgotten(
     database: harness.Database,
 ) -> None:
     # Python 3.11's asyncio.wait_for, which aiopg uses, loses it: SIGTERM then ended nothing.
-    connection = await sse_relay.open_connection(database.dsn)
+    connection = await sse_relay.open_connection(database.dsn, "SELECT")
     task = asyncio.create_task(sse_relay.execute(connection, "SELECT pg_sleep(0.05)"))
     loop = asyncio.get_running_loop()
     with socket.socket(fileno=os.dup(connection.raw.fileno())) as answered:
