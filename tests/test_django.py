@@ -517,7 +517,7 @@ def application() -> Iterator[str]:
     if not settings.configured:
         settings.configure()
     names: dict[str, Any] = {}
-    exec(pages.block("python", "# shop/streams.py", "docs/access.md"), names)  # noqa: S102  # the docs' own
+    exec(pages.block("python", "# shop/access.py", "docs/access.md"), names)  # noqa: S102  # the docs' own
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

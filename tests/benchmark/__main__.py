@@ -99,7 +99,10 @@ def main(
         if loads[0] > 0.5:
             bench.note(f"the machine was not quiet: its load was {loads[0]:.1f} at the start")
         minutes = (time.monotonic() - started) / 60
-        click.echo(f"`python tests/benchmark --{length}`, {minutes:.1f} minutes, medians. {about}\n")
+        click.echo(
+            f"`python tests/benchmark --{length}` on {time.strftime('%d %B %Y')}, {minutes:.1f} minutes,"
+            f" medians. {about}\n"
+        )
         click.echo(report.table_of_bars(samples))
         for name, found in samples.items():
             if RELAY not in found:
