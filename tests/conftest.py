@@ -53,7 +53,7 @@ def each_server(request: pytest.FixtureRequest) -> Iterator[harness.Server]:
         patch.setenv("PGBIN", str(harness.postgres_versions()[request.param]))
         running = harness.Server()
         running.start()
-    with running:
+    with contextlib.closing(running):
         yield running
 
 

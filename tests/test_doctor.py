@@ -310,6 +310,7 @@ OBSERVED: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"delay": 0.212, "commit": 0.05}, {"restart": "unknown"}),
     ({"delay": None}, {"restart": "unknown", "delay": "problem"}),
     ({"delay": None, "unpublished": "denied"}, {"restart": "unknown", "delay": "unknown"}),
+    ({"delay": None, "silence": None}, {"restart": "unknown", "delay": "problem", "heartbeat": "unknown"}),
     ({"silence": None}, {"restart": "unknown", "heartbeat": "warning"}),
     ({"silence": None, "ended": 60.0}, {"restart": "unknown", "heartbeat": "problem"}),
     ({"error": TimeoutError("timed out")}, {"answer": "problem"}),
