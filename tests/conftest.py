@@ -12,8 +12,8 @@ import pytest
 
 import harness
 
-# What drives a browser, Node.js or a relay in a process of its own.
-SLOW_FIXTURES = {"browser", "node_modules", "start_relay", "standing"}
+# What drives a browser, Node.js, a relay in a process of its own, or a server that starts for the test.
+SLOW_FIXTURES = {"browser", "node_modules", "own_server", "start_relay", "standing"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -105,6 +105,7 @@ def ask(relay: Relay, channel: str, headers: dict[str, str] | None = None, **que
 # ==== Tokens ==================================================================
 
 
+@pytest.mark.slow
 def test_each_forged_token_is_refused_by_header_cookie_and_query(guarded: Relay) -> None:
     now = time.time()
     cases = [(401, name, token) for name, token in forged_tokens(now).items()]
@@ -450,6 +451,7 @@ def test_the_command_refuses_what_cannot_sign(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, ["token", "--key-file", str(tmp_path / "none"), "orders"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_without_pyjwt_the_extra_is_named(tmp_path: Path, secret_file: Path) -> None:
     without = tmp_path / "without"
     without.mkdir()
@@ -469,6 +471,7 @@ def test_without_pyjwt_the_extra_is_named(tmp_path: Path, secret_file: Path) -> 
 # ==== Start ===================================================================
 
 
+@pytest.mark.slow
 def test_strangers_may_not_reach_a_relay_that_nobody_guards() -> None:
     done = run("--dsn", "host=127.0.0.1", "--bind", "127.0.0.1:8008", "--bind", "0.0.0.0:8008")
     assert done.returncode == 2
@@ -1019,6 +1022,7 @@ def has_said_why(relay: Relay) -> bool:
     return relay.process.poll() is not None or "trying again" in relay.log
 
 
+@pytest.mark.slow
 def test_a_password_in_the_wrong_place_is_not_repeated(tmp_path: Path) -> None:
     accepted = []
     for dsn in ODD_DSNS:

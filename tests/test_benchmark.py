@@ -99,6 +99,7 @@ def test_stalled_clients_read_nothing(
         assert load.until(31, 0.1).events == 30
 
 
+@pytest.mark.slow
 def test_limit_in_c_loses_nothing(bench: servers.Bench) -> None:
     with bench.start("C limit") as server, bench.load(server, 20) as load:
         done = deliver(load, server.pids, server.send, 500, batch=50)
@@ -142,12 +143,14 @@ def test_a_bar_that_is_missed_is_told() -> None:
     assert lost.endswith("| **no** |")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [COMMAND, (sys.executable, "-m", "tests.benchmark")])
 def test_help_names_every_work(command: tuple[str, ...]) -> None:
     done = subprocess.run([*command, "--help"], cwd=harness.ROOT, check=True, capture_output=True, text=True)
     assert all(name in done.stdout for name in ("--quick", "--full", *WORKS))
 
 
+@pytest.mark.slow
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     names = ("transactions", "catch-up")
@@ -167,6 +170,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     assert found["about"] in done.stdout
 
 
+@pytest.mark.slow
 def test_terminated_it_leaves_nothing_behind(open_folder: Path, tmp_path: Path) -> None:
     open_folder.chmod(0o755)  # PostgreSQL's user goes through it
     running = subprocess.Popen(

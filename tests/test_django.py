@@ -322,6 +322,7 @@ def signed_in(site: Site, name: str, tenant: int) -> httpx.Client:
     return httpx.Client(base_url=site.django, cookies={"sessionid": key}, timeout=10)
 
 
+@pytest.mark.slow
 def test_the_cookie_opens_the_users_own_channels_to_nobody_else(site: Site) -> None:
     assert httpx.get(f"{site.django}/stream-cookie").status_code == 401
     with signed_in(site, "eve", 5) as client:

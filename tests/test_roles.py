@@ -143,6 +143,7 @@ def let_strangers_in(database: Database) -> None:
     database.execute(f"ALTER DATABASE {dbname} SET search_path = public, pg_catalog")
 
 
+@pytest.mark.slow
 def test_no_name_of_a_stranger_is_found_by_the_script_or_a_session(
     database: Database, make_login: Callable[..., Database]
 ) -> None:
