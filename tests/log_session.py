@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import re
+from typing import Any, Final
 
 import psycopg2
 import psycopg2.extensions
 import pytest
 
+import pages
 from harness import Database
 from sse_relay import (
     LOG_ADVANCE_SQL,
@@ -24,6 +26,26 @@ Row = tuple[Any, ...]
 Connection = psycopg2.extensions.connection
 
 ROLE_NUMBERS = itertools.count(1)
+
+
+def _grants_of_the_docs() -> dict[str, list[str]]:
+    """What the docs' section on roles gives to each, one privilege on one object at a time."""
+    section = pages.pages()["docs/log.md"].partition("\n## Roles\n")[2].partition("\n## ")[0]
+    found: dict[str, list[str]] = {}
+    kinds = ("application", "signing out", "migrations", "relay", "operator")
+    for kind, block in zip(kinds, re.findall(r"```sql\n(.*?)```", section, re.DOTALL), strict=True):
+        for what, objects in re.findall(r"GRANT (.+?) ON (.+?) TO \w+;", " ".join(block.split())):
+            of, names = re.fullmatch(r"(SCHEMA |FUNCTION )?(.*)", objects).groups()  # type: ignore[union-attr]
+            found.setdefault(kind, []).extend(
+                f"GRANT {privilege} ON {of or ''}{name}"
+                for name in re.split(r", (?=sse_relay)", names)
+                for privilege in re.split(r", (?=[A-Z])", what)
+            )
+    return found
+
+
+# By role; followed by TO and its name.
+GRANTS: Final = _grants_of_the_docs()
 
 
 class Session:
