@@ -20,16 +20,6 @@ from harness import PROGRAM, Database, Relay, Server, SseReader
 from log_session import ROLE_NUMBERS, Row, Session, apply, new_role
 from sse_relay import LOG_EXCESS_SQL, PIN_PATH_SQL, SCHEMA_SQL
 
-APPLICATION_GRANTS = """
-GRANT USAGE ON SCHEMA sse_relay TO {role};
-GRANT EXECUTE ON FUNCTION
-    sse_relay.publish(text, text, text),
-    sse_relay.publish(text, jsonb, text),
-    sse_relay.publish(text, json, text),
-    sse_relay.position()
-TO {role};
-"""
-
 
 @pytest.fixture
 def database(each_database: Database) -> Database:

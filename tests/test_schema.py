@@ -207,7 +207,7 @@ USES: dict[str, list[str]] = {
     "signing out": ["SELECT sse_relay.revoke('user-7')"],
     "migrations": [
         "CREATE TABLE pg_temp.things (id int PRIMARY KEY)",
-        "CREATE TRIGGER t AFTER INSERT ON pg_temp.things FOR EACH ROW EXECUTE FUNCTION sse_relay.publish_row('t')",
+        "CREATE TRIGGER t AFTER INSERT ON things FOR EACH ROW EXECUTE FUNCTION sse_relay.publish_row('t')",
     ],
     "relay": [
         LOG_VERSION_SQL,
