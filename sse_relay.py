@@ -1354,7 +1354,7 @@ class Hub:
         self.on_behind: Callable[[Subscriber, str, int], object] = lambda subscriber, epoch, number: None
         self.counts = Counts()
         self.heartbeat = heartbeat
-        self._max_backlog = max_backlog
+        self.max_backlog = max_backlog
         # Where every live subscriber stands when no burst is under way.
         self._epoch, self.number = "", 0
         self._bursts = 0
@@ -1507,7 +1507,7 @@ class Hub:
         """Cut numbered blocks into pieces of at most ``--max-backlog``, or of one block."""
         start = size = 0
         for index, (_, block) in enumerate(blocks):
-            if size + len(block) > self._max_backlog and index > start:
+            if size + len(block) > self.max_backlog and index > start:
                 yield blocks[start:index]
                 start, size = index, 0
             size += len(block)
@@ -1529,7 +1529,7 @@ class Hub:
             events: In it; a gap, which has none, is told whatever waits.
             epoch, before: The position up to which everything was in earlier blocks.
         """
-        most = self._max_backlog
+        most = self.max_backlog
         chunk = as_chunk(block)
         rest = iter(subscribers)
         while part := tuple(itertools.islice(rest, self._left)):
@@ -4300,19 +4300,13 @@ MAX_CUT_FACTOR: Final = 16
 SEND_BUFFER_BYTES: Final = 64 * KIB
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    """Format a time in whole seconds as HTTP wants it (RFC 9110, section 5.6.7)."""
-    return formatdate(second, usegmt=True)
-
-
 def encode_head(version: int, headers: Mapping[str, str]) -> bytes:
     """Encode a stream's status line and headers for HTTP/1.0 or 1.1.
 
     HTTP/1.0, which nginx speaks unless told otherwise, knows no chunks.
     """
     framing = {"Transfer-Encoding": "chunked"} if version else {"Connection": "close"}
-    fields = {"Date": http_date(int(time.time())), **STREAM_HEADERS, **headers, **framing}
+    fields = {"Date": formatdate(int(time.time()), usegmt=True), **STREAM_HEADERS, **headers, **framing}
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.{version} 200 OK\r\n{lines}\r\n".encode("latin-1")
 
@@ -4337,6 +4331,12 @@ def park(request: web.BaseRequest, subscriber: Subscriber) -> None:
     subscriber.transport = transport
 
 
+def log_bug(bug: Exception) -> None:
+    """Log where an error of ours arose: its own text may quote what the client sent, a token for instance."""
+    places = "".join(traceback.format_tb(bug.__traceback__))
+    log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
+
+
 class Streams:
     """Turns HTTP requests into subscribers."""
 
@@ -4349,7 +4349,6 @@ class Streams:
         path: str,
         retry: int,
         max_clients: int,
-        max_backlog: int,
         max_age: float | None,
         max_per_subject: int | None = None,
     ) -> None:
@@ -4358,7 +4357,6 @@ class Streams:
         retry: The least ``retry:`` in milliseconds.
         max_clients: Streams open at once.
         max_per_subject: Those of them whose tokens name the same subject; None: any number.
-        max_backlog: Bytes that may wait for one slow client.
         max_age: Seconds after which a stream ends, more or less a tenth; None: never.
         """
         # The relay is stopping: every request is told to come back.
@@ -4371,7 +4369,6 @@ class Streams:
         self._retry = retry
         self.max_clients = max_clients
         self._max_per_subject = max_per_subject
-        self._max_backlog = max_backlog
         self._max_age = max_age
         # Streams that waited for the same thing go on a few at a time.
         self._turns = asyncio.Semaphore(RESUMES_PER_TURN)
@@ -4421,10 +4418,8 @@ class Streams:
         except ConnectionError:
             raise
         except Exception as bug:
-            # A status of 500 would leave a native EventSource dead for good. The error's own
-            # text may quote what the client sent, a token for instance.
-            places = "".join(traceback.format_tb(bug.__traceback__))
-            log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
+            # A status of 500 would leave a native EventSource dead for good.
+            log_bug(bug)
             refused = RefusedError(503, "an error of sse-relay's own")
         return self.refusals.answer(request, refused, path, headers)
 
@@ -4450,16 +4445,16 @@ class Streams:
         version = int(request.version >= (1, 1))
         head = encode_head(version, headers)
         wish = self._wish(request.headers, target)
-        subscriber = Subscriber(
-            self._hub,
-            target.channels,
-            self._key(request, target),
-            chunked=version > 0,
-            heartbeats=target.heartbeat,
-            expires=self._end(grant),
-        )
+        seen = request.headers
+        key = hash((request.remote, seen.get("X-Forwarded-For"), seen.get("User-Agent"), target.channels))
+        subscriber = Subscriber(self._hub, target.channels, key, version > 0, target.heartbeat)
+        ends = []
         if grant is not None:
             subscriber.subject, subscriber.issued = grant.subject, grant.issued
+            ends.append(grant.expires)
+        if self._max_age is not None:
+            ends.append(time.time() + self._max_age * random.uniform(0.9, 1.1))
+        subscriber.expires = int(min(ends)) if ends else None
         self._hub.enter(subscriber)
         try:
             await self._wait_listening(target.channels)
@@ -4489,28 +4484,17 @@ class Streams:
                     finally:
                         del self._opening[waiting]
 
-    def _end(self, grant: Grant | None) -> int | None:
-        """Return the second since 1970 in which a stream is to end."""
-        ends = [] if grant is None else [grant.expires]
-        if self._max_age is not None:
-            ends.append(time.time() + self._max_age * random.uniform(0.9, 1.1))
-        return int(min(ends)) if ends else None
-
     def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes) -> None:
         """Write the opening of a stream and all that can be had at once; leave the rest to a task."""
         cuts = self._hub.cut_count(subscriber.key, asyncio.get_running_loop().time())
         retry = retry_after(self._retry, len(self._hub.subscribers), min(MAX_CUT_FACTOR, 2**cuts))
         opening = (b":\n" if subscriber.chunked else HTTP_10_COMMENT) + encode_retry(retry)
-        page = None
-        if self._source.blocked(subscriber.channels) is None:
-            page = self._source.locate(wish, subscriber.channels)
-        if isinstance(page, Page):
-            cursor = self._send(subscriber, wish, page, head, opening)
-            if cursor is None:
-                return
-        else:
+        page = self._source.blocked(subscriber.channels) or self._source.locate(wish, subscriber.channels)
+        cursor = None
+        if not isinstance(page, Page):
             subscriber.write(opening, head)
-            cursor = None
+        elif (cursor := self._send(subscriber, wish, page, head, opening)) is None:
+            return
         subscriber.task = asyncio.create_task(self._catch_up(subscriber, wish, cursor))
 
     def _fall_behind(self, subscriber: Subscriber, epoch: str, number: int) -> None:
@@ -4584,7 +4568,7 @@ class Streams:
             cursor, complete = cursor._replace(last=wish.last), False
         events = join_blocks(page.frames, several=len(channels) > 1)
         # With much still waiting, it would fall behind again at the next event.
-        small = transport.get_write_buffer_size() + len(events) <= self._max_backlog // 2
+        small = transport.get_write_buffer_size() + len(events) <= self._hub.max_backlog // 2
         live = complete and (small or not events)
         # Older events follow a gap that carries no position: whoever is cut in between and comes
         # back at one of theirs gets the gap again.
@@ -4604,9 +4588,7 @@ class Streams:
 
     def _give_up(self, subscriber: Subscriber, bug: Exception) -> None:
         """Let a client come back whose stream met an error of ours."""
-        # The error's own text may quote what the client sent, a token for instance.
-        places = "".join(traceback.format_tb(bug.__traceback__))
-        log.error("%s: this should not happen; the client is told to come back\n%s", type(bug), places)
+        log_bug(bug)
         subscriber.end(encode_retry(retry_after(self._retry, len(self._hub.subscribers))))
 
     def _wish(self, headers: Mapping[str, str], target: Target) -> Wish:
@@ -4636,12 +4618,6 @@ class Streams:
             header = "; ".join(request.headers.getall("Cookie", ()))
             return read_cookie(header, cookie) or target.token
         return target.token
-
-    def _key(self, request: web.BaseRequest, target: Target) -> int:
-        headers = request.headers
-        return hash(
-            (request.remote, headers.get("X-Forwarded-For"), headers.get("User-Agent"), target.channels)
-        )
 
 
 # ==== Admin ===================================================================
@@ -5408,7 +5384,6 @@ class Relay:
             path=settings.path,
             retry=settings.retry,
             max_clients=min(settings.max_clients or self._most * 3 // 4, self._most),
-            max_backlog=settings.max_backlog,
             max_age=settings.max_age,
             max_per_subject=settings.max_per_subject,
         )

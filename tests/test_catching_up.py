@@ -97,7 +97,7 @@ class Stage:
         self.source = NotifySource(self.hub, Memory(memory), self.interest)
         self.streams = Streams(
             self.hub, self.source, Access(compile_globs("*"), compile_globs([])), path="/events", retry=1,
-            max_clients=100, max_backlog=max_backlog, max_age=None,
+            max_clients=100, max_age=None,
         )  # fmt: skip
         self._arrived: list[psycopg2.extensions.Notify] = []
         self._session: asyncio.Task[None] | None = None
