@@ -1345,9 +1345,9 @@ class Hub:
         self.channels: dict[str, set[Subscriber]] = {}
         self.subjects: dict[str, set[Subscriber]] = {}
         self.expiring: dict[int, set[Subscriber]] = {}
-        # Called with a channel when its first subscriber comes, which may raise RefusedError, and
-        # when its last has left.
-        self.on_watched: Callable[[str], object] = lambda channel: None
+        # Called with the channels of which a stream is the first, which may raise RefusedError, and with
+        # a channel when its last has left.
+        self.on_watched: Callable[[Collection[str]], object] = lambda channels: None
         self.on_abandoned: Callable[[str], object] = lambda channel: None
         # Called with a live stream that is too far behind, and the epoch and number up to which it
         # has all events.
@@ -1369,19 +1369,15 @@ class Hub:
         Raises:
             RefusedError: From `on_watched`; the subscriber is not in the hub then.
         """
+        if fresh := [channel for channel in subscriber.channels if channel not in self.channels]:
+            self.on_watched(fresh)
         self.subscribers.add(subscriber)
         if subscriber.subject is not None:
             self.subjects.setdefault(subscriber.subject, set()).add(subscriber)
         if subscriber.expires is not None:
             self.expiring.setdefault(subscriber.expires, set()).add(subscriber)
-        try:
-            for channel in subscriber.channels:
-                if channel not in self.channels:
-                    self.on_watched(channel)
-                self.channels.setdefault(channel, set()).add(subscriber)
-        except BaseException:
-            self.leave(subscriber)
-            raise
+        for channel in subscriber.channels:
+            self.channels.setdefault(channel, set()).add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
         """Forget a subscriber. Safe to repeat."""
@@ -2353,19 +2349,24 @@ class Interest:
         """Return the channels to listen to: the truth, whatever the connection does."""
         return {*self._watched, *self._lingering}
 
-    def watch(self, channel: str) -> None:
-        """Make room for a channel that gets its first client.
+    def watch(self, channels: Collection[str]) -> None:
+        """Make room for the channels of a stream that get their first client.
 
         Raises:
-            RefusedError: 503, so many channels are watched already.
+            RefusedError: 503, so many channels are watched already. When half of them are, a stream
+                brings one new channel: who may name what exists nowhere needs a stream for each.
         """
-        if self._lingering.pop(channel, None) is not None:
-            return
+        fresh = [channel for channel in channels if channel not in self._lingering]
+        taken = len(self._watched) + len(self._lingering)
+        excess = taken + len(fresh) - self._max_channels
+        spare = len(self._lingering) - (len(channels) - len(fresh))
+        if excess > spare or (len(fresh) > 1 and taken * 2 > self._max_channels):
+            raise RefusedError(503, "too many channels are watched at present")
+        for channel in channels:
+            self._lingering.pop(channel, None)
+        for channel in list(itertools.islice(self._lingering, max(0, excess))):
+            del self._lingering[channel]
         self.changed.set()
-        if len(self._watched) + len(self._lingering) >= self._max_channels:
-            if not self._lingering:
-                raise RefusedError(503, "too many channels are watched at present")
-            del self._lingering[next(iter(self._lingering))]
 
     def abandon(self, channel: str, now: float) -> None:
         """Let a channel linger whose last client has left, if it is listened to."""

@@ -173,7 +173,7 @@ def test_which_channels_are_wanted_is_plain_reckoning() -> None:
     interest = sse_relay.Interest(watched, linger=60.0, max_channels=3)
 
     def come(channel: str) -> None:
-        interest.watch(channel)
+        interest.watch([channel])
         watched.add(channel)
         interest.confirmed.add(channel)
 
@@ -203,6 +203,31 @@ def test_which_channels_are_wanted_is_plain_reckoning() -> None:
     interest.confirmed.discard("c")
     go("c", 95.0)
     assert interest.wanted() == {"a"}
+
+
+def test_from_half_of_the_channels_on_a_stream_brings_one_new_channel() -> None:
+    watched: set[str] = set()
+    interest = sse_relay.Interest(watched, linger=60.0, max_channels=10)
+
+    def come(*channels: str) -> None:
+        interest.watch([channel for channel in channels if channel not in watched])
+        watched.update(channels)
+        interest.confirmed.update(channels)
+
+    come("a", "b", "c")
+    come("c", "d", "e", "f")
+    watched.discard("a")
+    interest.abandon("a", 0.0)
+    for made_up in (("g", "h"), ("a", "b", "g", "h")):
+        with pytest.raises(sse_relay.RefusedError, match="too many channels"):
+            come(*made_up)
+        assert interest.wanted() == set("abcdef")
+    come("a", "b", "g")
+    for channel in "hij":
+        come("b", channel)
+    with pytest.raises(sse_relay.RefusedError, match="too many channels"):
+        come("k")
+    assert interest.wanted() == set("abcdefghij")
 
 
 # ==== Loss ====================================================================
