@@ -25,8 +25,10 @@ from click.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sse_relay
+from benchmark.__main__ import main as benchmark
 from harness import PROGRAM, Database, Relay, Server, free_port, require
 from pages import FENCE, ROOT, anchors, block, blocks, pages, prose
+from simulation.command import command as simulation
 from sse_relay import KIB, MIB, apply_schema, cli, read_key, verify_token
 
 REFERENCE = "docs/reference.md"
@@ -139,6 +141,15 @@ def test_each_call_of_the_relay_is_understood() -> None:
     for arguments in calls:
         name, *rest = arguments if arguments[0] in cli.commands else ["run", *arguments]
         cli.commands[name].make_context(name, rest)
+
+
+@pytest.mark.parametrize(("program", "command"), [("simulation", simulation), ("benchmark", benchmark)])
+def test_each_call_of_the_tests_own_programs_is_understood(program: str, command: click.Command) -> None:
+    lines = "\n".join(found.text for found in blocks("sh"))
+    calls = re.findall(rf"^\S*python tests/{program} (.*?)(?: *#.*)?$", lines, re.MULTILINE)
+    assert calls
+    for arguments in calls:
+        command.make_context(program, arguments.split())
 
 
 def test_each_option_named_in_the_docs_exists() -> None:
