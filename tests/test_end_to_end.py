@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import random
 import re
 import resource
 import selectors
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import h11
 import pytest
-from httpx_sse._decoders import SSEDecoder
 
 import harness
 from sse_relay import (
@@ -37,152 +32,7 @@ from sse_relay import (
 StartRelay = Callable[..., harness.Relay]
 
 EVENTS = 5_000
-CUTS = 200
-
-
 # ==== Cuts ====================================================================
-
-
-class Client:
-    """A client that is cut and comes back. Other parsers read what it got, up to the last whole block.
-
-    Attributes:
-        seen: (name, data) of every event, over all its connections.
-        cut_in_resume: How often it was cut while it resumed.
-    """
-
-    def __init__(self, relay: harness.Relay, channels: tuple[str, ...]) -> None:
-        self.seen: list[tuple[str, str]] = []
-        self.cut_in_resume = 0
-        self._relay = relay
-        self._url = relay.url(*channels)
-        self._position = ""
-
-    def read(self, most: int, patience: float) -> None:
-        """Connect and read so many bytes, or until nothing comes for a while; then cut the connection.
-
-        The last read takes what is left of ``most`` and no more: the rest is cut at any byte.
-        """
-        headers = {"Last-Event-ID": self._position} if self._position else {}
-        http = h11.Connection(h11.CLIENT)
-        http.send(h11.Request(method="GET", target="/", headers=[("Host", "relay")]))
-        http.send(h11.EndOfMessage())
-        body = b""
-        request = harness.http_request(self._url, headers=headers)
-        with harness.RawStream(self._relay.bind, request=request, reading=False) as stream:
-            stream.socket.settimeout(patience)
-            while most > 0:
-                try:
-                    data = stream.socket.recv(min(most, 65536))
-                except TimeoutError:
-                    break
-                assert data, "the relay ended the stream"
-                most -= len(data)
-                http.receive_data(data)
-                while (event := http.next_event()) is not h11.NEED_DATA:
-                    if isinstance(event, h11.Data):
-                        body += event.data
-        self._take(body[: body.rfind(b"\n\n") + 2].decode())
-
-    def _take(self, text: str) -> None:
-        decoder = SSEDecoder()
-        got = 0
-        resumed = not self._position
-        for line in text.removesuffix("\n").split("\n"):
-            block = decoder.decode(line)
-            if block is None:
-                continue
-            # A block without an id, such as the first, leaves the position as it was.
-            self._position = block.id or self._position
-            if block.data:
-                got += 1
-                self.seen.append((block.event, block.data))
-            resumed = resumed or bool(block.id and not block.data)
-        self.cut_in_resume += bool(got and not resumed)
-
-
-def check_order(seen: list[tuple[str, str]], channels: tuple[str, ...]) -> tuple[dict[str, int], set[str]]:
-    """Check that each channel's numbers rise by one, or a gap of that channel stands between.
-
-    Returns:
-        Each channel's last number, and the channels whose last gap no event has followed.
-    """
-    last = dict.fromkeys(channels, 0)
-    excused: set[str] = set()
-    for name, data in seen:
-        if name == "relay.gap":
-            said = json.loads(data)
-            assert said["reason"] in ("evicted", "start")
-            if said["reason"] == "evicted":
-                excused.update(said["channels"])
-            continue
-        channel, number = data.split()[0], int(data.split()[1])
-        assert number == last[channel] + 1 or (channel in excused and number > last[channel]), (
-            f"{channel}: {number} after {last[channel]}"
-        )
-        excused.discard(channel)
-        last[channel] = number
-    return last, excused
-
-
-@pytest.mark.parametrize(
-    ("channels", "memory"),
-    [
-        (("one", "two", "three"), "40KiB"),
-        pytest.param(("one", "two", "three"), "64MiB", marks=pytest.mark.slow),
-        pytest.param(("one",), "40KiB", marks=pytest.mark.slow),
-        pytest.param(("one",), "64MiB", marks=pytest.mark.slow),
-    ],
-)
-def test_a_client_that_is_cut_200_times_loses_nothing_or_is_told(
-    channels: tuple[str, ...], memory: str, start_relay: StartRelay, database: harness.Database
-) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")  # noqa: T201  # to run it again
-    chance = random.Random(seed)
-    relay = start_relay("--memory", memory, dsn=database.dsn)
-    client = Client(relay, channels)
-    client.read(10_000, 0.2)
-    share = EVENTS // len(channels)
-    events = [
-        (channel, f"{channel} {n} {'x' * (n % 150)}") for n in range(1, share + 1) for channel in channels
-    ]
-    total = len(events)
-    allowed = threading.Semaphore(0)
-
-    def publish() -> None:
-        publisher = harness.Database(database.dsn)
-        with contextlib.closing(publisher):
-            for channel, data in events:
-                allowed.acquire()
-                publisher.notify(channel, data)
-
-    thread = threading.Thread(target=publish)
-    thread.start()
-    published = 0
-    for cut in range(1, CUTS + 1):
-        # Some cuts are followed by a burst while the client is away.
-        allowance = (
-            min(total - published, chance.randrange(0, 2 * total // CUTS))
-            if cut < CUTS
-            else total - published
-        )
-        published += allowance
-        if allowance:
-            allowed.release(allowance)
-        client.read(chance.randrange(1, chance.choice((1_500, 12_000))), chance.uniform(0.002, 0.02))
-    thread.join(30)
-    assert not thread.is_alive()
-
-    def complete() -> bool:
-        client.read(1 << 30, 0.3)
-        last, excused = check_order(client.seen, channels)
-        return all(last[channel] == share or channel in excused for channel in channels)
-
-    harness.wait_until(complete)
-    assert client.cut_in_resume >= 5
-    gaps = [data for name, data in client.seen if name == "relay.gap" and "start" not in data]
-    assert bool(gaps) == (memory == "40KiB")
 
 
 # ==== Slow clients ============================================================
@@ -192,63 +42,6 @@ def resident(relay: harness.Relay) -> int:
     """Return the relay's resident memory in bytes."""
     status = Path(f"/proc/{relay.pid}/status").read_text()
     return int(re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
-
-
-def publish_steadily(database: harness.Database, stop: Callable[[], bool], size: int, per_second: int) -> int:
-    """Publish numbered events on ``loud`` until told to stop; return how many."""
-    count, began = 0, time.monotonic()
-    while not stop():
-        # What is due by the clock: a slow machine falls behind and catches up.
-        due = int((time.monotonic() - began) * per_second) - count
-        for _ in range(due):
-            count += 1
-            database.notify("loud", f"{count} {'x' * size}")
-        time.sleep(0.01)
-    return count
-
-
-def numbers(reader: harness.SseReader) -> list[int]:
-    return [int(data.split()[0]) for data in reader.data]
-
-
-@pytest.mark.slow
-def test_a_client_that_never_reads_is_cut_in_the_end_and_costs_the_others_nothing(
-    start_relay: StartRelay, database: harness.Database
-) -> None:
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay(
-        "--memory", "4MiB", "--admin", admin, dsn=database.dsn, constants={"STALL_TIMEOUT": 4.0}
-    )
-    with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(harness.SseReader(relay.url("loud"))) for _ in range(5)]
-        for reader in readers:
-            reader.wait_for_id()
-        before = resident(relay)
-        stalled = stack.enter_context(
-            harness.RawStream(relay.bind, relay.url("loud"), reading=False, receive_buffer=4096)
-        )
-        most = 0
-        deadline = time.monotonic() + 40
-
-        def cut() -> bool:
-            nonlocal most
-            most = max(most, resident(relay))
-            assert time.monotonic() < deadline
-            return harness.metric(admin, "cut_clients_total") > 0
-
-        count = publish_steadily(database, cut, 1000, 200)
-        # What a client that is cut in the end can hold, and what memory keeps.
-        assert most - before < 12 * 1024 * 1024
-        for reader in readers:
-            reader.wait_for(lambda event: event.data.startswith(f"{count} "))
-            assert numbers(reader) == list(range(1, count + 1))
-            assert all(not event.event.startswith("relay.") for event in reader.events)
-        # What it did get is whole events, in order, up to the cut.
-        stalled.read()
-        harness.wait_until(lambda: stalled.ended)
-        got = [int(n) for n in re.findall(rb"^data: (\d+) x+$", stalled.body, re.MULTILINE)]
-        assert got == list(range(1, len(got) + 1))
-        assert len(got) < count
 
 
 # The most bytes on the wire that one event may have: a line end takes seven.
@@ -375,32 +168,6 @@ def test_max_age_ends_streams_in_time_and_they_come_back_by_their_position(
     with harness.SseReader(relay.url("orders"), last_event_id=position) as again:
         again.wait_for_data("meanwhile")
         assert again.gaps == []
-
-
-@pytest.mark.slow
-def test_a_long_resume_over_a_slow_link_catches_up_and_is_not_cut(
-    start_relay: StartRelay, database: harness.Database
-) -> None:
-    # 4 MB, many times what may wait for one client.
-    relay = start_relay(dsn=database.dsn)
-    host, _, port = relay.bind.rpartition(":")
-    with (
-        harness.SseReader(relay.url("loud")) as reader,
-        harness.FreezableProxy((host, int(port)), bytes_per_second=1_500_000) as slow,
-    ):
-        start = reader.wait_for_id()
-        for number in range(-1000, 1):
-            database.notify("loud", f"{number} {'x' * 4000}")
-            if number % 25 == 0:  # this one is to keep up
-                reader.wait_for(lambda event, start=f"{number} ": event.data.startswith(start))  # type: ignore[misc]
-        address = f"http://127.0.0.1:{slow.port}/events/loud"
-        with harness.SseReader(address, last_event_id=start) as behind:
-            count = publish_steadily(database, lambda: 1 in numbers(behind), 500, 100)
-            behind.wait_for(lambda event: event.data.startswith(f"{count} "))
-            assert numbers(behind) == list(range(-1000, count + 1))
-            assert [event.event for event in behind.events if event.event != "message"] == []
-            assert not behind.ended
-    assert "cut a client" not in relay.log
 
 
 # ==== Bursts ==================================================================

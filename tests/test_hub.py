@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import re
-import resource
 import socket
 import time
 import types
@@ -15,17 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import psycopg2.extensions
 import pytest
 
-import harness
 import sse_relay
 from harness import count_operations, run_without_waiting
 from sse_relay import (
     CUT_MEMORY,
     POSITION_INTERVAL,
     STALL_TIMEOUT,
-    WRITES_PER_TURN,
     Event,
     Frame,
     Hub,
@@ -225,16 +220,6 @@ async def test_a_burst_over_three_channels_is_one_write_in_position_order(open_s
         assert await stream.read(len(expected)) == expected
 
 
-async def test_bursts_arrive_one_after_the_other(open_stream: OpenStream) -> None:
-    hub = make_hub()
-    stream = await open_stream(hub, "a", "b")
-    first, second = make_frames("a", "b"), make_frames("b", "b", "a", first=3)
-    await asyncio.gather(broadcast(hub, first), broadcast(hub, second))
-    expected = join_blocks(first + second, several=True)
-    assert await stream.read(len(expected)) == expected
-    assert len(stream.writes) == 2
-
-
 async def test_a_burst_is_encoded_once_for_all_that_get_the_same(open_stream: OpenStream) -> None:
     hub = make_hub()
     streams = [await open_stream(hub, "a", chunked=chunked) for chunked in (True, True, False, False)]
@@ -255,23 +240,6 @@ async def test_http_1_1_gets_one_chunk_for_each_burst_and_http_1_0_bare_bytes(
     await broadcast(hub, burst)
     block = join_blocks(burst, several=False)
     assert [stream.writes for stream in streams] == [[as_chunk(block)], [block]]
-
-
-async def test_who_is_resuming_gets_nothing_from_the_hub(open_stream: OpenStream) -> None:
-    hub = make_hub()
-    resuming, live = await open_stream(hub, "a", live=False), await open_stream(hub, "a")
-    await broadcast(hub, make_frames("a"))
-    await hub.send_gaps("outage", "e", 99)
-    assert resuming.writes == []
-    assert len(live.writes) == 2
-
-
-async def test_a_burst_for_nobody_is_no_harm(open_stream: OpenStream) -> None:
-    hub = make_hub()
-    await broadcast(hub, make_frames("a"))
-    stream = await open_stream(hub, "b")
-    await broadcast(hub, make_frames("a"))
-    assert stream.writes == []
 
 
 async def test_a_gap_names_all_channels_of_a_stream(open_stream: OpenStream) -> None:
@@ -334,17 +302,6 @@ async def test_a_live_stream_that_is_behind_goes_back_to_catching_up_before_a_wr
     assert hub.channels == {"a": {quick.subscriber, slow.subscriber}}
     assert hub.counts.cut_clients == 0
     assert len(quick.writes) == 3
-
-
-async def test_who_has_caught_up_in_time_stays_live(open_stream: OpenStream) -> None:
-    hub = make_hub(max_backlog=10_000)
-    behind = watch_behind(hub)
-    stream = await open_stream(hub, "a")
-    for _ in range(3):
-        large = join_blocks(await fill(stream, hub), several=False)
-        assert await stream.read(len(large)) == large
-        await until(lambda: not stream.transport.get_write_buffer_size())
-    assert behind == []
 
 
 @pytest.mark.parametrize("channels", [("a",), ("b", "a", "c")])
@@ -491,75 +448,6 @@ async def test_a_closed_or_broken_connection_does_not_stop_the_others(
 # Joins and leaves during a burst.
 
 
-@pytest.fixture
-def many_descriptors() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * (WRITES_PER_TURN + 400) + 200
-    assert hard == resource.RLIM_INFINITY or hard >= needed, "this test needs more file descriptors"
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.usefixtures("many_descriptors")
-async def test_who_joins_or_leaves_during_a_large_burst_does_so_after_it(
-    open_stream: OpenStream,
-) -> None:
-    hub = make_hub()
-    streams = [await open_stream(hub, "a") for _ in range(WRITES_PER_TURN + 300)]
-    newcomer = await open_stream(hub, "a", enter=False, live=False)
-    first, second = make_frames("a", "a"), make_frames("a", first=3)
-    one, two = (join_blocks(burst, several=False) for burst in (first, second))
-
-    running = asyncio.create_task(broadcast(hub, first))
-    await asyncio.sleep(0)
-    assert not running.done()
-    written = [stream for stream in streams if stream.writes]
-    unwritten = [stream for stream in streams if not stream.writes]
-    assert len(written) == WRITES_PER_TURN
-    gone = {id(stream) for stream in written[:50] + unwritten[:50]}
-    for stream in written[:50] + unwritten[:50]:
-        stream.transport.abort()
-        hub.leave(stream.subscriber)
-    hub.enter(newcomer.subscriber)
-    newcomer.subscriber.live_from = 2
-    await running
-    await broadcast(hub, second)
-
-    for stream in written:
-        assert stream.writes == ([one] if id(stream) in gone else [one, two])
-    for stream in unwritten:
-        assert stream.writes == ([] if id(stream) in gone else [one, two])
-    assert newcomer.writes == [two]
-    assert len(hub.channels["a"]) == len(hub.subscribers) == WRITES_PER_TURN + 201
-
-
-async def test_who_becomes_live_while_a_burst_waits_for_another_gets_neither(
-    open_stream: OpenStream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 2)
-    hub = make_hub()
-    streams = [await open_stream(hub, "a") for _ in range(7)]
-    before, after = [await open_stream(hub, "a", live=False) for _ in range(2)]
-    bursts = [make_frames("a", first=number) for number in (1, 2, 3)]
-    one, two, three = (join_blocks(burst, several=False) for burst in bursts)
-
-    running = asyncio.create_task(broadcast(hub, bursts[0]))
-    await asyncio.sleep(0)
-    before.subscriber.live_from = 1
-    queued = asyncio.create_task(broadcast(hub, bursts[1]))
-    await asyncio.sleep(0)
-    after.subscriber.live_from = 2
-    assert not running.done()
-    assert before.writes == []
-    await asyncio.gather(running, queued)
-    await broadcast(hub, bursts[2])
-
-    assert [stream.writes for stream in streams] == [[one, two, three]] * 7
-    assert before.writes == [two, three]
-    assert after.writes == [three]
-
-
 # Who watches what.
 
 
@@ -622,18 +510,6 @@ async def test_a_client_that_goes_leaves_the_hub_and_ends_its_task(open_stream: 
     assert not hub.expiring
     assert not hub.subjects
     await until(task.cancelled)
-
-
-async def test_a_channel_with_an_odd_name_is_told_apart_from_its_likes(open_stream: OpenStream) -> None:
-    hub = make_hub()
-    names = ["a", "A", " a", "a ", "\u00e9", "e\u0301"]
-    streams = [await open_stream(hub, name) for name in names]
-    for number, name in enumerate(names, 1):
-        await broadcast(hub, make_frames(name, first=number))
-    assert [len(stream.writes) for stream in streams] == [1] * 6
-    assert [b"id: e-%d\n" % number in stream.writes[0] for number, stream in enumerate(streams, 1)] == [
-        True
-    ] * 6
 
 
 # One stream.
@@ -766,19 +642,6 @@ async def test_once_a_minute_the_heartbeat_is_the_position_alone(
     assert set(catching_up.writes) == {b":\n"}
 
 
-async def test_without_a_position_that_all_have_reached_the_heartbeat_is_a_comment(
-    open_stream: OpenStream, beating: Beating, advance: Advance
-) -> None:
-    hub = make_hub(heartbeat=20.0)
-    stream = await open_stream(hub, "a")
-    beating(hub)
-    await advance(70.0)
-    assert set(stream.writes) == {b":\n"}
-    hub.stand("e", 99)
-    await advance(10.0)
-    assert stream.writes[-1] == b"id: e-99\n\n"
-
-
 async def test_the_position_goes_out_each_minute_however_rare_heartbeats_are(
     open_stream: OpenStream, beating: Beating, advance: Advance
 ) -> None:
@@ -853,84 +716,6 @@ async def test_a_broken_connection_does_not_stop_the_heartbeat(
     await advance(5.0)
     assert len(streams[3].writes) >= 3
     await until(lambda: hub.subscribers == {streams[3].subscriber})
-
-
-async def test_no_position_goes_out_while_some_have_events_that_others_have_not(
-    open_stream: OpenStream, beating: Beating, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
-    hub = make_hub(heartbeat=0.004)
-    streams = [await open_stream(hub, "a") for _ in range(20)]
-    for stream in streams:
-        stream.subscriber.heartbeats = True
-    beating(hub)
-    number = 0
-    async with asyncio.timeout(20):
-        while sum(b"relay.heartbeat\nid: " in data for data in streams[0].writes) < 10:
-            number += 1
-            await asyncio.gather(*(broadcast(hub, make_frames("a", first=2 * number + n)) for n in (0, 1)))
-            await asyncio.sleep(0.001)
-    for stream in streams:
-        last = b""
-        for data in stream.writes:
-            position = re.search(rb"^id: (.*)$", data, re.MULTILINE)
-            if position is not None and b"relay.heartbeat" in data:
-                assert position[1] == last
-            elif position is not None:
-                last = position[1]
-
-
-async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
-    open_stream: OpenStream, log_database: harness.Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next connection reads on behind it: who had not got it yet would miss it in silence."""
-    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
-    hub = Hub(1 << 20, FOREVER)
-    source = sse_relay.LogSource(hub, sse_relay.Memory(1 << 20))
-    listener = sse_relay.Listener(log_database.dsn, source)
-    running = asyncio.create_task(listener.run())
-    try:
-        async with asyncio.timeout(20):
-            await listener.ready.wait()
-            streams = [await open_stream(hub, "a") for _ in range(100)]
-            reading = [asyncio.create_task(stream.read(1)) for stream in streams]
-            log_database.execute("SELECT sse_relay.publish('a', 'x')")
-            await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
-            assert not all(stream.writes for stream in streams)
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-    async with asyncio.timeout(5):
-        await asyncio.gather(*reading)
-    assert {block for stream in streams for block in stream.writes} == {streams[0].writes[0]}
-
-
-async def test_a_burst_of_notify_and_its_gap_reach_all_though_the_connection_is_lost_in_the_middle(
-    open_stream: OpenStream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Heartbeats give the position of both at once: who had not got them would stand beyond them."""
-    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
-    hub = make_hub()
-    source = sse_relay.NotifySource(hub, sse_relay.Memory(1 << 20), sse_relay.Interest(["a"], 60.0, 10))
-    source.interest.confirmed.add("a")
-    await source.connected()
-    streams = [await open_stream(hub, "a") for _ in range(20)]
-
-    async def begin_and_lose(work: Awaitable[None], writes: int) -> None:
-        task = asyncio.ensure_future(work)
-        while all(len(stream.writes) < writes for stream in streams):  # noqa: ASYNC110  # turn by turn
-            await asyncio.sleep(0)
-        assert not all(len(stream.writes) == writes for stream in streams)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        source.lost()
-
-    await begin_and_lose(source.deliver([psycopg2.extensions.Notify(1, "a", "x")], 0.0), 1)
-    await begin_and_lose(source.connected(), 2)
-    await hub.written()
-    event = encode_event(Event("x"), b"%b-1" % source.epoch.encode())
-    gap = encode_gaps({"a": "outage"}, None, b"%b-2" % source.epoch.encode())
-    assert {tuple(stream.writes) for stream in streams} == {(event, gap)}
 
 
 async def test_a_session_of_the_log_begins_when_everybody_has_what_the_last_one_read(
