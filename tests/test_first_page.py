@@ -1,74 +1,82 @@
-"""The README's first page, typed into a new Django project, in two windows of Chromium."""
+"""The README's first page and the tutorial that goes on with it, typed into a new Django project."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg2.errors
 import pytest
 
 import harness
+from django_example.serve import sign_in, state_of
 from harness import Browser, Database, Page, Relay, wait_until
-from pages import blocks
+from pages import FENCE, blocks, pages
 from sites import django_databases, serving
 
-FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(?:, at its end)?(?: -->)?\n")
+pytestmark = pytest.mark.slow
+
+FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(, at its end)?(?: -->)?\n")
+# Servers, packages and folders are the tests' own.
+LEFT_OUT = re.compile(r"su - |mkdir |python3 -m venv|\.venv/bin/pip |.* runserver$|.*sse_relay\.py --")
+OURS = (
+    ("../sse-relay", str(harness.ROOT)),
+    ("$RELAY/.venv/bin/python", sys.executable),
+    ("$RELAY", str(harness.ROOT)),
+    (".venv/bin/python", sys.executable),
+    (".venv/bin/django-admin", f"{sys.executable} -m django"),
+)
 
 
-def printed_files() -> dict[str, str]:
-    """Return the files that the README shows, by their paths."""
-    found = [block.text for language in ("python", "html") for block in blocks(language, "README.md")]
-    named = {match[1]: text for text in found if (match := FILE_NAME.match(text))}
-    assert len(named) == len(found) == 5
-    return named
-
-
-def manage(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-W", "error", "manage.py", *arguments]
-    subprocess.run(command, cwd=folder, env=harness.clean_environment(), check=True, timeout=60)
-
-
-def write_project(folder: Path, database: Database, relay: str) -> None:
-    """Write what Django's own commands begin with, and into it what the README shows."""
-    for command in (["startproject", "project", "."], ["startapp", "shop"]):
-        subprocess.run([sys.executable, "-m", "django", *command], cwd=folder, check=True, timeout=60)
-    files = printed_files()
-    settings = folder / "project/settings.py"
-    files["project/settings.py"] = (
-        settings.read_text() + files["project/settings.py"] + django_databases(database)
-    )
-    for path, text in files.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text.replace("localhost:8008", relay))
-    manage(folder, "makemigrations", "shop")
-    manage(folder, "migrate")
+def type_in(text: str, folder: Path, database: Database, relay: str) -> None:
+    """Do in a folder what a page says: write its files and run its commands, in their order."""
+    for language, block in FENCE.findall(text):
+        if language == "sh":
+            lines = "\n".join(line for line in block.splitlines() if not LEFT_OUT.match(line))
+            for printed, ours in OURS:
+                lines = lines.replace(printed, ours)
+            command, env = ["bash", "-ec", lines], {**harness.clean_environment(), "PYTHONWARNINGS": "error"}
+            subprocess.run(command, cwd=folder, env=env, check=True, timeout=90)
+        elif name := FILE_NAME.match(block):
+            target = folder / name[1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            before = target.read_text() if name[2] else ""
+            after = django_databases(database) if name[2] else ""
+            target.write_text(before + block.replace("localhost:8008", relay) + after)
 
 
 @pytest.fixture
-def site(tmp_path: Path, relay: Relay, database: Database) -> Iterator[str]:
-    """The address of ``runserver`` with the README's page."""
-    write_project(tmp_path, database, relay.bind.replace("127.0.0.1", "localhost"))
-    port = harness.free_port()
+def project(tmp_path: Path, relay: Relay, database: Database) -> Path:
+    """The README's project, with what it makes in its database."""
+    text = pages()["README.md"].partition("\n## Your first page\n")[2].partition("\nOther languages")[0]
+    type_in(text, tmp_path, database, relay.bind.replace("127.0.0.1", "localhost"))
+    return tmp_path
+
+
+@contextlib.contextmanager
+def runserver(project: Path, path: str, port: int) -> Iterator[str]:
     command = [sys.executable, "manage.py", "runserver", "--noreload", str(port)]
-    with serving(command, f"http://localhost:{port}/states", tmp_path):
+    with serving(command, f"http://localhost:{port}{path}", project):
         yield f"http://localhost:{port}"
 
 
 def wait_shown(page: Page, text: str) -> None:
-    wait_until(lambda: page.evaluate("document.querySelector('ul').innerText") == text, 20, text)
+    wait_until(lambda: page.evaluate("document.querySelector('ul').innerText.trim()") == text, 20, text)
 
 
-@pytest.mark.slow
 def test_the_first_page_does_what_the_readme_says(
-    site: str, relay: Relay, database: Database, browser: Browser, start_relay: Callable[..., Relay]
+    project: Path, relay: Relay, database: Database, browser: Browser, start_relay: Callable[..., Relay]
 ) -> None:
-    for _ in range(2):
-        database.execute("INSERT INTO shop_order (item, state) VALUES ('tea', 'new')")
-    with browser.open(url=f"{site}/live") as one, browser.open(url=f"{site}/live") as other:
+    with (
+        runserver(project, "/states", harness.free_port()) as site,
+        browser.open(url=f"{site}/live") as one,
+        browser.open(url=f"{site}/live") as other,
+    ):
         for page in (one, other):
             wait_shown(page, "order 1: new\norder 2: new")
         one.evaluate("document.querySelector('li').click()")
@@ -80,3 +88,28 @@ def test_the_first_page_does_what_the_readme_says(
         start_relay(dsn=database.dsn, bind=relay.bind)
         for page in (one, other):
             wait_shown(page, "order 1: paid\norder 2: paid")
+
+
+def test_the_tutorial_goes_on_from_there(
+    project: Path, relay: Relay, database: Database, browser: Browser, start_relay: Callable[..., Relay]
+) -> None:
+    relay.close()
+    with contextlib.suppress(psycopg2.errors.DuplicateObject):
+        database.execute("CREATE ROLE relay")
+    type_in(pages()["docs/django.md"], project, database, relay.bind.replace("127.0.0.1", "localhost"))
+    port = harness.free_port()
+    (line,) = (
+        line
+        for found in blocks("sh", "docs/django.md")
+        for line in found.text.splitlines()
+        if "sse_relay.py --source" in line
+    )
+    options = shlex.split(line.replace("../shop-site", str(project)).replace(":8000", f":{port}"))[2:]
+    at = options.index("--dsn")
+    start_relay(*options[:at], *options[at + 2 :], dsn=database.dsn, bind=relay.bind)
+    with runserver(project, "/accounts/login/", port) as site, browser.open(url=f"{site}/") as page:
+        sign_in(page, "ann", "ann")
+        wait_until(lambda: state_of(page) == "live", 20, "the stream")
+        wait_shown(page, "tea: new")
+        database.execute("UPDATE shop_order SET state = 'paid' WHERE tenant_id = 7")
+        wait_shown(page, "tea: paid")
