@@ -3421,7 +3421,7 @@ SELECT pg_catalog.set_config('role', pg_catalog.current_setting('sse_relay.role'
 
 # ==== SQL: statements =========================================================
 #
-# What a relay, `publish` and `doctor` send. Nothing here is formatted: values travel as parameters.
+# What a relay, `publish` and `doctor` send. Nothing but constants is formatted: values travel as parameters.
 
 # For each new session of the relay, beside what `open_connection` sets. A role's or database's defaults
 # must not decide whether a snapshot is older than the lock, or which plan a page gets. (Indexes give the
@@ -3442,27 +3442,24 @@ LOG_VERSION_SQL: Final = "SELECT version FROM sse_relay.settings"
 
 # -> (GRANT or other remedy text), one a row, for what the relay's role lacks. By the catalogs: without
 # USAGE on the schema, names cannot be looked up.
-LOG_GRANTS_SQL: Final = """
-WITH space AS (SELECT oid FROM pg_namespace WHERE nspname = 'sse_relay')
-SELECT format('GRANT USAGE ON SCHEMA sse_relay TO %I', current_user)
-    FROM space WHERE NOT has_schema_privilege(oid, 'USAGE')
+LOG_GRANTS_SQL: Final = f"""
+WITH objects AS ({OBJECTS_SQL})
+SELECT format('GRANT %s ON %s TO %I', privilege, object || string_agg(name, ', '), current_user)
+FROM (
+    SELECT 'USAGE' AS privilege, 'SCHEMA ' AS object, name FROM objects
+        WHERE kind = 'SCHEMA' AND NOT has_schema_privilege(id, 'USAGE')
+    UNION ALL
+    SELECT 'SELECT', '', name FROM objects
+        WHERE name ~ '[.](settings|epoch|events|revocations)$' AND NOT has_table_privilege(id, 'SELECT')
+    UNION ALL
+    SELECT 'EXECUTE', 'FUNCTION ', name FROM objects
+        WHERE name ~ '[.](attach|waiting|advance|prune)[(]' AND NOT has_function_privilege(id, 'EXECUTE')
+) AS lacking GROUP BY privilege, object
 UNION ALL
-SELECT format('GRANT SELECT ON %s TO %I', string_agg('sse_relay.' || relname, ', '), current_user)
-    FROM pg_class WHERE relnamespace = (SELECT oid FROM space)
-        AND relname IN ('settings', 'epoch', 'events', 'revocations')
-        AND NOT has_table_privilege(oid, 'SELECT')
-    HAVING count(*) > 0
-UNION ALL
-SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', string_agg(oid::regprocedure::text, ', '), current_user)
-    FROM pg_proc WHERE pronamespace = (SELECT oid FROM space)
-        AND proname IN ('attach', 'waiting', 'advance', 'prune')
-        AND NOT has_function_privilege(oid, 'EXECUTE')
-    HAVING count(*) > 0
-UNION ALL
-SELECT format('ALTER TABLE sse_relay.%I DISABLE ROW LEVEL SECURITY', relname)
-    FROM pg_class WHERE relnamespace = (SELECT oid FROM space) AND relkind = 'r'
-        AND CASE WHEN has_schema_privilege(relnamespace, 'USAGE') THEN row_security_active(oid) END
-"""
+SELECT format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY', name) FROM objects
+    WHERE kind = 'TABLE' AND row_security_active(id)
+        AND has_schema_privilege((SELECT id FROM objects WHERE kind = 'SCHEMA'), 'USAGE')
+"""  # noqa: S608  # of constants
 
 # -> (what text, remedy text), one a row: what the log does without on this server. By the catalogs; the
 # functions are called with the rights of the log's owner.
@@ -3536,16 +3533,6 @@ REVOCATION_CHANNEL: Final = "sse_relay_revoked"
 LOG_WAITING_SQL: Final = """
 SELECT snapshot::text, xids::text[], pids, upto, events FROM sse_relay.waiting(%s::pg_snapshot, %s)
 """
-# Wake-ups that are kept; beyond that a sweep finds what they named.
-MAX_WOKEN: Final = 50_000
-NOT_INSTALLED: Final = (
-    "the durable log is not installed in this database",
-    "run sse_relay.py schema --apply",
-)
-# Above every id.
-NO_ID: Final = 2**62
-# A wake-up that names a transaction. A leading zero would be octal.
-WAKE_UP: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 
 # (xids list[str], pids list[int], sweep bool | None) -> (moved int, more bool): repeat while `more`.
 # A statement of its own, in autocommit. A list should have no more than 1,000 transactions. None: to set
@@ -3677,6 +3664,10 @@ FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname 
 # What rows and errors of the log mean; what memory no longer holds, read back for streams. Knows SQL's
 # statements by their names, and nothing of numbering.
 
+NOT_INSTALLED: Final = (
+    "the durable log is not installed in this database",
+    "run sse_relay.py schema --apply",
+)
 # Rows and bytes of one page of the log; the SQL spells them out too.
 LOG_PAGE_ROWS: Final = 1_000
 LOG_PAGE_BYTES: Final = 4 * MIB
@@ -3859,8 +3850,14 @@ class Replays:
 # Numbers what was published and reads it, for memory and hub. Knows SQL's statements by their names,
 # and the listener by its queries; no stream.
 
+# A wake-up that names a transaction. A leading zero would be octal.
+WAKE_UP: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
+# Wake-ups that are kept; beyond that a sweep finds what they named.
+MAX_WOKEN: Final = 50_000
 # Transactions numbered in one call.
 MAX_ADVANCED: Final = 1_000
+# Above every id.
+NO_ID: Final = 2**62
 # Seconds. What no notification announced is found at the latest then.
 SWEEP_INTERVAL: Final = 5.0
 # Each numbering is flushed to disk, and a publisher's commit waits for a flush under way: under
