@@ -58,9 +58,9 @@ def each_server(request: pytest.FixtureRequest) -> Iterator[harness.Server]:
 
 
 @pytest.fixture
-def each_database(each_server: harness.Server) -> Iterator[harness.Database]:
+def each_database(each_server: harness.Server, request: pytest.FixtureRequest) -> Iterator[harness.Database]:
     """A database of the test's own, on each version."""
-    with each_server.fresh_database() as fresh:
+    with each_server.fresh_database(log="each_log_database" in request.fixturenames) as fresh:
         yield fresh
 
 
@@ -68,6 +68,12 @@ def each_database(each_server: harness.Server) -> Iterator[harness.Database]:
 def log_database(database: harness.Database) -> harness.Database:
     """The same database, with the durable log."""
     return database
+
+
+@pytest.fixture
+def each_log_database(each_database: harness.Database) -> harness.Database:
+    """The same on each version."""
+    return each_database
 
 
 @pytest.fixture

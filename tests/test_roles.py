@@ -17,7 +17,7 @@ import pytest
 import pages
 import sse_relay
 from harness import PROGRAM, Database, Relay, Server, SseReader
-from log_session import ROLE_NUMBERS, Row, Session, apply, new_role
+from log_session import ROLE_NUMBERS, Row, Session, new_role
 from sse_relay import LOG_EXCESS_SQL, PIN_PATH_SQL, SCHEMA_SQL
 
 
@@ -224,12 +224,12 @@ CREATE CAST ({of} AS {to}) WITH FUNCTION evil_{to}({of}) {how};
 """
 
 
+@pytest.mark.usefixtures("each_log_database")
 @pytest.mark.parametrize("kind", CUNNING_TYPES)
 def test_a_trigger_runs_no_code_of_the_tables_owner_with_the_logs_rights(
     database: Database, make_login: Callable[..., Database], kind: str
 ) -> None:
     setup, column, value, sent = CUNNING_TYPES[kind]
-    apply(database)
     owner, writer = make_login("migrations"), make_login("writer")
     give_create(database, owner)
     database.execute(f"GRANT USAGE ON SCHEMA sse_relay TO {name_of(owner)}")
@@ -263,9 +263,9 @@ def test_a_trigger_runs_no_code_of_the_tables_owner_with_the_logs_rights(
         name_of(login).strip('"') for login in (owner, writer))) == []  # fmt: skip
 
 
+@pytest.mark.usefixtures("each_log_database")
 def test_a_cast_of_a_superusers_type_is_used(database: Database) -> None:
     """As an extension brings: hstore comes as an object."""
-    apply(database)
     database.execute(
         "CREATE TYPE mood AS ENUM ('a'); CREATE FUNCTION as_json(mood) RETURNS json LANGUAGE sql AS "
         """$$ SELECT '{"mood": "a"}'::json $$; CREATE CAST (mood AS json) WITH FUNCTION as_json(mood)"""
