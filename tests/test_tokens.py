@@ -12,8 +12,7 @@ import json
 import math
 import re
 import string
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jwt
@@ -244,33 +243,36 @@ def test_a_token_of_each_algorithm_opens_its_channels_until_it_ends(kind: str) -
     assert [opens(grant, name) for name in names] == [True, True, True, False, False]
 
 
+UNSIGNED = "the token is not signed with a key of this relay"
+# What the client is told to fix, by the first words of the forged token's name.
+REASONS = {
+    "expired": "the token has expired",
+    "exp 0": "the token has expired",
+    "not yet valid": "the token is not valid yet (nbf)",
+    "nbf": "the token is not valid yet (nbf)",
+    "exp in milliseconds": "the token ends in more than ten years (exp): is that in milliseconds?",
+    "exp": "the token does not say when it ends (exp)",
+    "no exp": "the token does not say when it ends (exp)",
+    "meant for": "the token is meant for others (aud)",
+    "aud": "the token is meant for others (aud)",
+    "sub": "the token's subject (sub) is neither text nor an integer",
+    "no channels": "the token's claim channels is no list of names or globs",
+    "channels": "the token's claim channels is no list of names or globs",
+    "Channels": "the token's claim channels is no list of names or globs",
+    "a scope": "the token's claim channels is no list of names or globs",
+}
+
+
 @pytest.mark.parametrize("name", forged_tokens(NOW))
-def test_a_forged_token_is_refused_whatever_else_is_tried(name: str) -> None:
+def test_a_forged_token_is_refused_with_what_to_fix_and_not_repeated(name: str) -> None:
     keys = [read_key(public_pem("RSA")), read_key(SECRET)]
     token = forged_tokens(NOW)[name]
     with pytest.raises(RefusedError) as refused:
         verify(token, keys=keys)
-    assert refused.value.status == 401
+    reasons = [reason for start, reason in REASONS.items() if name.startswith(start)]
+    assert (refused.value.status, refused.value.what) == (401, [*reasons, UNSIGNED][0])
     for part in token.split("."):
         assert len(part) < 8 or part not in refused.value.what
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("expired", "the token has expired"),
-        ("not yet valid", "the token is not valid yet (nbf)"),
-        ("exp in milliseconds", "ends in more than ten years (exp): is that in milliseconds?"),
-        ("aud []", "the token is meant for others (aud)"),
-        ("no exp", "the token does not say when it ends (exp)"),
-        ("meant for others", "the token is meant for others (aud)"),
-        ("alg none", "the token is not signed with a key of this relay"),
-        ("no channels", "the token's claim channels is no list of names or globs"),
-    ],
-)
-def test_the_reason_says_what_to_fix(name: str, reason: str) -> None:
-    with pytest.raises(RefusedError, match=re.escape(reason)):
-        verify(forged_tokens(NOW)[name])
 
 
 @pytest.mark.parametrize("name", OTHER_GRANTS)
@@ -285,12 +287,6 @@ def test_there_is_no_leeway_at_either_end() -> None:
             verify(token, now=moment)
     for moment in (NOW, NOW + 10.499):
         assert verify(token, now=moment).expires == NOW + 10.5
-
-
-def test_claims_that_mean_nothing_here_do_no_harm() -> None:
-    """A library that signs sub as a number, or iat in the future of this clock, is common."""
-    claims = {"exp": NOW + 60, "channels": ["orders"], "sub": 7, "jti": 8, "iss": "app", "iat": NOW + 5}
-    assert opens(verify(forge(claims)), "orders")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +304,8 @@ def test_claims_that_mean_nothing_here_do_no_harm() -> None:
         ({"iat": str(NOW)}, None, 0),
         ({"iat": True}, None, 0),
         ({"iat": None}, None, 0),
+        # Some libraries sign sub as a number; other claims mean nothing here.
+        ({"sub": 8, "jti": 8, "iss": "app", "iat": NOW + 5}, "8", NOW + 5),
     ],
 )
 def test_a_grant_tells_whose_it_is_and_since_when(
@@ -396,14 +394,6 @@ def test_the_longest_token_is_read_and_a_longer_one_is_not() -> None:
         verify(forge({"exp": exp, "channels": channels}))
 
 
-def test_many_stars_cost_no_time() -> None:
-    pattern = compile_globs(["*a" * 30 + "*b"] * 100)
-    start = time.perf_counter()
-    for _ in range(10):
-        assert pattern.fullmatch("a" * 63) is None
-    assert time.perf_counter() - start < 1
-
-
 ALPHABET = st.sampled_from(
     [*string.ascii_letters, *string.digits, ".", "-", "_", "=", " ", "é", "\udcff", "\0"]
 )
@@ -446,74 +436,6 @@ def test_any_header_is_refused_but_the_algorithm_of_the_key(header: object) -> N
 # ==== Key files ===============================================================
 
 
-@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
-def test_a_line_end_does_not_belong_to_a_secret(end: bytes) -> None:
-    assert read_key(SECRET + end) == Key("HS256", SECRET)
-
-
-@pytest.mark.parametrize("kind", [*ALGORITHMS, "secret"])
-def test_a_byte_order_mark_does_not_belong_to_a_key(kind: str) -> None:
-    content = SECRET if kind == "secret" else public_pem(kind)
-    assert read_key(codecs.BOM_UTF8 + content) == read_key(content)
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_a_secret_in_utf_16_is_refused_by_name(encoding: str) -> None:
-    """PowerShell 5 writes it so."""
-    with pytest.raises(UnusableKeyError, match="UTF-16"):
-        read_key(f"\ufeff{SECRET.decode()}\r\n".encode(encoding))
-
-
-def test_only_one_line_end_is_taken_off_and_nothing_else() -> None:
-    for secret in (SECRET + b"\n\n", b" " + SECRET + b" ", SECRET + b"\t", b"\n" + SECRET):
-        assert read_key(secret).material == secret.removesuffix(b"\n")
-
-
-def test_a_binary_secret_is_taken_as_it_is() -> None:
-    for secret in (bytes(range(128, 160)), b"{" + bytes(31), b"0" * 64, b"[" + SECRET, b"1" * 40):
-        assert read_key(secret) == Key("HS256", secret)
-
-
-@pytest.mark.parametrize("secret", [b"", b"\n", b"x" * 31, b"x" * 31 + b"\n", b"x" * 31 + b"\r\n"])
-def test_a_short_secret_is_refused_with_the_way_to_make_one(secret: bytes) -> None:
-    with pytest.raises(UnusableKeyError, match=r"at least 32 .*openssl rand -hex 32"):
-        read_key(secret)
-
-
-@pytest.mark.parametrize("kind", ALGORITHMS)
-def test_a_private_key_is_refused_where_a_public_one_is_meant(kind: str) -> None:
-    with pytest.raises(UnusableKeyError, match="openssl pkey -in FILE -pubout"):
-        read_key(private_pem(kind))
-    with pytest.raises(UnusableKeyError, match="no private key"):
-        read_key(public_pem(kind), private=True)
-
-
-@pytest.mark.parametrize("kind", UNFIT)
-def test_other_keys_are_refused_with_those_that_fit(kind: str) -> None:
-    for content, private in ((public_pem(kind), False), (private_pem(kind), True)):
-        with pytest.raises(UnusableKeyError, match="RSA of 2048 bits or more, P-256, Ed25519"):
-            read_key(content, private=private)
-
-
-def test_every_form_of_a_private_key_signs() -> None:
-    traditional = serialization.PrivateFormat.TraditionalOpenSSL
-    for content in (private_pem("RSA", traditional), private_pem("P-256", traditional)):
-        assert read_key(content, private=True).algorithm in ("RS256", "ES256")
-        with pytest.raises(UnusableKeyError, match="this is a private key"):
-            read_key(content)
-
-
-@pytest.mark.parametrize(
-    "form", [serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL]
-)
-def test_an_encrypted_key_is_named_as_such(form: serialization.PrivateFormat) -> None:
-    content = private_pem("RSA", form, b"password")
-    with pytest.raises(UnusableKeyError, match="encrypted with a password"):
-        read_key(content, private=True)
-    with pytest.raises(UnusableKeyError, match="this is a private key"):
-        read_key(content)
-
-
 def certificate() -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "app")])
     builder = (
@@ -550,29 +472,58 @@ def public_forms() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("form", public_forms())
-def test_what_everybody_knows_is_never_taken_as_a_secret(form: str) -> None:
-    with pytest.raises(UnusableKeyError):
-        read_key(public_forms()[form])
+TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
+PRIVATE, NO_PRIVATE = "this is a private key.*openssl pkey -in FILE -pubout", "no private key"
+UNFIT_REASON = "RSA of 2048 bits or more, P-256, Ed25519"
+NO_PEM, ENCRYPTED = "no key in PEM form", "encrypted with a password"
 
 
-def test_a_certificate_is_refused_with_the_way_to_its_key() -> None:
-    with pytest.raises(UnusableKeyError, match="openssl x509 -in FILE -noout -pubkey"):
-        read_key(public_forms()["a certificate"])
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
+def key_files() -> Iterator[tuple[bytes, str | None, str | None]]:
+    """Yield contents of files, and the reasons why they cannot verify and cannot sign; None: they can."""
+    for kind in ALGORITHMS:
+        yield public_pem(kind), None, NO_PRIVATE
+        yield codecs.BOM_UTF8 + public_pem(kind), None, NO_PRIVATE
+        yield private_pem(kind), PRIVATE, None
+    for kind in ("RSA", "P-256"):
+        yield private_pem(kind, TRADITIONAL), PRIVATE, None
+    for kind in UNFIT:
+        yield public_pem(kind), UNFIT_REASON, NO_PRIVATE
+        yield private_pem(kind), PRIVATE, UNFIT_REASON
+    for form in (serialization.PrivateFormat.PKCS8, TRADITIONAL):
+        yield private_pem("RSA", form, b"password"), PRIVATE, ENCRYPTED
+    for broken in (
         b"-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n",
         b"-----BEGIN PUBLIC KEY-----\nnonsense, but long enough to be a secret\n-----END PUBLIC KEY-----\n",
         b"-----BEGIN PUBLIC KEY-----",
         b"-----BEGIN NOTHING-----\n" * 3,
-    ],
-)
-def test_broken_pem_is_refused_and_not_taken_as_a_secret(content: bytes) -> None:
-    with pytest.raises(UnusableKeyError, match="no key in PEM form"):
-        read_key(content)
+    ):
+        yield broken, NO_PEM, NO_PRIVATE
+    for secret in (b"", b"\n", b"x" * 31, b"x" * 31 + b"\n", b"x" * 31 + b"\r\n"):
+        yield secret, "at least 32 .*openssl rand -hex 32", "at least 32 .*openssl rand -hex 32"
+    # PowerShell 5 writes it so.
+    for encoding in ("utf-16-le", "utf-16-be"):
+        yield f"\ufeff{SECRET.decode()}\r\n".encode(encoding), "UTF-16", "UTF-16"
+    for name, content in public_forms().items():
+        yield content, "openssl x509 -in FILE -noout -pubkey" if name == "a certificate" else "key", "key"
+
+
+def test_a_key_file_verifies_or_signs_or_is_refused_with_its_reason() -> None:
+    for content, verifying, signing in key_files():
+        for private, reason in ((False, verifying), (True, signing)):
+            if reason is None:
+                assert read_key(content, private=private).algorithm in ALGORITHMS.values()
+            else:
+                with pytest.raises(UnusableKeyError, match=reason):
+                    read_key(content, private=private)
+
+
+def test_a_secret_is_taken_as_it_is_but_for_one_line_end_and_a_mark() -> None:
+    for secret in (
+        SECRET, SECRET + b"\n", b" " + SECRET + b" ", SECRET + b"\t", b"\n" + SECRET, bytes(range(128, 160)),
+        b"{" + bytes(31), b"0" * 64, b"[" + SECRET, b"1" * 40,
+    ):  # fmt: skip
+        for content in (secret + b"\n", secret + b"\r\n", codecs.BOM_UTF8 + secret + b"\n"):
+            assert read_key(content) == read_key(content, private=True) == Key("HS256", secret)
 
 
 @given(st.binary(max_size=200))
