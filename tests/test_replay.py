@@ -39,14 +39,6 @@ def numbers(frames: list[Frame]) -> list[int]:
     return [frame.number for frame in frames]
 
 
-def kept(memory: Memory, channel: str, upto: int) -> list[int]:
-    """The numbers that a channel's client can still get, by asking from every number."""
-    for number in range(upto + 1):
-        if memory.covers(channel, number):
-            return numbers(memory.page({channel: number}, EVERYTHING)[0])
-    return []
-
-
 @dataclass
 class Model:
     """What `Memory` says of itself, in the plainest way: all frames ever, and who was dropped."""
@@ -204,6 +196,7 @@ class WholeLogMachine(RuleBasedStateMachine):
         self.base = base
         self.memory = Memory(limit)
         self.memory.begin_all(base)
+        self.anew: dict[str, int] = {}
         self.history: list[Frame] = []
 
     @rule(
@@ -218,6 +211,20 @@ class WholeLogMachine(RuleBasedStateMachine):
             self.memory.append(frame)
             self.history.append(frame)
 
+    @rule(channel=st.sampled_from(CHANNELS))
+    def begin_anew(self, channel: str) -> None:
+        """As where an event could not be read: what came before is not covered any more."""
+        self.memory.begin(channel, self.number)
+        self.anew[channel] = self.number
+
+    @rule()
+    def clear(self) -> None:
+        self.memory.clear()
+        assert not any(self.memory.covers(channel, self.number) for channel in CHANNELS)
+        self.memory.begin_all(self.number)
+        self.base = self.number
+        self.anew.clear()
+
     @rule(channels=st.sets(st.sampled_from([*CHANNELS, "never"]), min_size=1))
     def read(self, channels: set[str]) -> None:
         self.check(channels)
@@ -227,7 +234,7 @@ class WholeLogMachine(RuleBasedStateMachine):
         assert self.memory.size <= self.memory.limit
         for channel in [*CHANNELS, "never"]:
             assert self.memory.covers(channel, self.number)
-            assert not self.memory.covers(channel, self.base - 1)
+            assert not self.memory.covers(channel, self.anew.get(channel, self.base) - 1)
             self.check({channel})
 
     def check(self, channels: set[str]) -> None:
@@ -245,26 +252,6 @@ TestWholeLog.settings = settings(
 )
 
 
-def test_a_channel_is_covered_from_its_begin_until_its_end() -> None:
-    memory = Memory(100_000)
-    assert not memory.covers("a", 0)
-    memory.append(make_frame(1, "a"))
-    assert memory.size == 0
-    memory.begin("a", 2)
-    memory.append(make_frame(3, "a"))
-    assert [memory.covers("a", number) for number in (0, 1, 2, 3, 99)] == [False, False, True, True, True]
-    assert not memory.covers("b", 2)
-    memory.end("a")
-    memory.end("a")
-    memory.end("never begun")
-    assert memory.size == 0
-    assert not memory.covers("a", 99)
-    memory.begin("a", 5)
-    memory.append(make_frame(6, "a"))
-    assert numbers(memory.page({"a": 5}, EVERYTHING)[0]) == [6]
-    assert not memory.covers("a", 4)
-
-
 def test_a_channel_with_one_event_counts_with_what_it_takes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse_relay, "SHELF_OVERHEAD_BYTES", 550)
     memory = Memory(100_000)
@@ -276,108 +263,26 @@ def test_a_channel_with_one_event_counts_with_what_it_takes_itself(monkeypatch: 
     assert memory.size == kept * (FRAME_OVERHEAD_BYTES + 50 + 550)
 
 
-def test_coverage_that_began_anew_does_not_grow_when_older_frames_go() -> None:
-    memory = Memory(2 * (FRAME_OVERHEAD_BYTES + 200))
-    memory.begin_all(0)
-    memory.append(make_frame(10, "a"))
-    memory.begin("a", 30)
-    for number in range(31, 40):
-        memory.append(make_frame(number, "b"))
-    assert not memory.covers("a", 15)
-
-
-def test_clear_leaves_nothing_and_memory_works_on() -> None:
-    memory = Memory(3_000)
-    memory.begin_all(0)
-    memory.begin("a", 0)
-    for number in range(1, 30):
-        memory.append(make_frame(number, "ab"[number % 2]))
-    memory.clear()
-    assert memory.size == 0
-    assert not memory.covers("a", 99)
-    assert not memory.covers("b", 99)
-    memory.begin("a", 30)
-    for number in range(31, 60):
-        memory.append(make_frame(number, "a"))
-    assert numbers(memory.page({"a": 55}, EVERYTHING)[0]) == [56, 57, 58, 59]
-
-
-def test_a_loud_channel_gives_its_oldest_first_and_quiet_ones_keep_theirs() -> None:
-    memory = Memory(300 * 80)
-    for channel in ("quiet", "loud"):
-        memory.begin(channel, 0)
-    for number in range(1, 10):
-        memory.append(make_frame(number, "quiet", 300))
-    for number in range(10, 1_000):
-        memory.append(make_frame(number, "loud", 300))
-    assert kept(memory, "quiet", 1_000) == list(range(1, 10))
-    assert kept(memory, "loud", 1_000) == list(range(929, 1_000))
+def kept(memory: Memory, channel: str) -> list[int]:
+    """Return the numbers that a channel's client can still get."""
+    number = memory.floor(channel)
+    assert number is not None
+    return numbers(memory.page({channel: number}, EVERYTHING)[0])
 
 
 def test_an_eighth_is_not_loud_and_one_frame_more_is() -> None:
     memory = Memory(300 * 80)
-    for channel in ("a", "b", "x", "y"):
-        memory.begin(channel, 0)
+    memory.begin_all(0)
     # "a" holds an eighth exactly, "b" one frame more, the rest is spread over many.
-    number = 0
-    for channel, count in (("a", 10), ("b", 11)):
-        for _ in range(count):
-            number += 1
-            memory.append(make_frame(number, channel, 300))
-    for other in range(59):
-        memory.begin(f"other {other}", 0)
-        number += 1
-        memory.append(make_frame(number, f"other {other}", 300))
+    channels = ["a"] * 10 + ["b"] * 11 + [f"other {number}" for number in range(59)]
+    for number, channel in enumerate(channels, 1):
+        memory.append(make_frame(number, channel, 300))
     assert memory.size == memory.limit
     memory.append(make_frame(81, "x", 300))
-    assert kept(memory, "a", 99) == list(range(1, 11))
-    assert kept(memory, "b", 99) == list(range(12, 22))
+    assert (kept(memory, "a"), kept(memory, "b")) == (list(range(1, 11)), list(range(12, 22)))
     # Nobody is loud any more: the oldest of all goes.
     memory.append(make_frame(82, "y", 300))
-    assert kept(memory, "a", 99) == list(range(2, 11))
-    assert kept(memory, "b", 99) == list(range(12, 22))
-
-
-def test_of_several_loud_channels_the_oldest_frame_goes() -> None:
-    memory = Memory(3_000)
-    for channel in "ab":
-        memory.begin(channel, 0)
-    for number, channel in enumerate("bababababa", 1):
-        memory.append(make_frame(number, channel, 300))
-    memory.append(make_frame(11, "a", 300))
-    memory.append(make_frame(12, "a", 300))
-    assert kept(memory, "b", 99) == [3, 5, 7, 9]
-    assert kept(memory, "a", 99) == [4, 6, 8, 10, 11, 12]
-
-
-def test_what_is_larger_than_memory_is_not_kept_and_not_covered() -> None:
-    memory = Memory(3_000)
-    memory.begin("a", 0)
-    memory.begin("b", 0)
-    memory.append(make_frame(1, "a", 300))
-    memory.append(make_frame(2, "b", 300))
-    memory.append(make_frame(3, "a", 3_001))
-    assert memory.size == 300
-    assert not memory.covers("a", 2)
-    assert memory.covers("a", 3)
-    assert memory.page(dict.fromkeys(["a", "b"], 3), EVERYTHING) == ([], True)
-    assert kept(memory, "b", 9) == [2]
-
-
-def test_a_page_ends_with_the_frame_that_reaches_its_size_across_channels() -> None:
-    memory = Memory(100_000)
-    for channel in "abc":
-        memory.begin(channel, 0)
-    for number in range(1, 13):
-        memory.append(make_frame(number, "abc"[number % 3], 300))
-    frames, complete = memory.page(dict.fromkeys(["c", "a", "b"], 2), 901)
-    assert (numbers(frames), complete) == ([3, 4, 5, 6], False)
-    frames, complete = memory.page(dict.fromkeys(["c", "a", "b"], 2), 900)
-    assert (numbers(frames), complete) == ([3, 4, 5], False)
-    frames, complete = memory.page(dict.fromkeys(["c", "a"], 6), EVERYTHING)
-    assert (numbers(frames), complete) == ([8, 9, 11, 12], True)
-    assert memory.page({}, 1) == ([], True)
-    assert memory.page({"a": 12}, 1) == ([], True)
+    assert (kept(memory, "a"), kept(memory, "b")) == (list(range(2, 11)), list(range(12, 22)))
 
 
 def test_channels_that_come_and_go_leave_nothing_behind() -> None:
@@ -421,26 +326,6 @@ class Counted(int):
 
     comparisons: ClassVar[int] = 0
 
-    def __lt__(self, other: int) -> bool:
-        Counted.comparisons += 1
-        return int(self) < int(other)
-
-    def __le__(self, other: int) -> bool:
-        Counted.comparisons += 1
-        return int(self) <= int(other)
-
-    def __gt__(self, other: int) -> bool:
-        Counted.comparisons += 1
-        return int(self) > int(other)
-
-    def __ge__(self, other: int) -> bool:
-        Counted.comparisons += 1
-        return int(self) >= int(other)
-
-    def __eq__(self, other: object) -> bool:
-        Counted.comparisons += 1
-        return isinstance(other, int) and int(self) == int(other)
-
     def __hash__(self) -> int:
         return hash(int(self))
 
@@ -451,6 +336,18 @@ class Counted(int):
 
     def __sub__(self, other: int) -> Counted:
         return Counted(int(self) - int(other))
+
+
+def count_comparisons(name: str) -> Callable[[Counted, object], object]:
+    def compare(self: Counted, other: object) -> object:
+        Counted.comparisons += 1
+        return getattr(int, name)(self, other)
+
+    return compare
+
+
+for name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__"):
+    setattr(Counted, name, count_comparisons(name))
 
 
 class CountedBlock(bytes):
@@ -470,70 +367,61 @@ def operations(work: Callable[[], object]) -> int:
     return Counted.comparisons + CountedBlock.looks
 
 
-def filled(frames: int, limit: int = EVERYTHING) -> Memory:
-    """A memory whose channels hold so many frames in turn."""
+def filled(frames: int, limit: int = EVERYTHING, channels: int = 3) -> Memory:
+    """Return a memory whose channels hold so many frames of 300 bytes in turn."""
     memory = Memory(Counted(limit))
-    for channel in "abc":
-        memory.begin(channel, Counted(0))
+    memory.begin_all(Counted(0))
     for number in range(1, frames + 1):
-        memory.append(Frame(Counted(number), "abc"[number % 3], CountedBlock(b"x" * 50), False))
+        memory.append(counted_frame(number, channels))
     return memory
+
+
+def counted_frame(number: int, channels: int = 3) -> Frame:
+    return Frame(Counted(number), f"c{number % channels}", CountedBlock(b"x" * 50), False)
+
+
+def since(number: int) -> dict[str, int]:
+    return dict.fromkeys(("c0", "c1", "c2"), Counted(number))
 
 
 @pytest.mark.parametrize("missed", [0, 1, 30])
 def test_resuming_costs_what_was_missed_and_not_what_is_kept(missed: int) -> None:
-    def cost(frames: int) -> int:
+    costs = []
+    for frames in (100, 12_800):
         memory = filled(frames)
-        since = Counted(frames - missed)
-        found = [frame.number for frame in memory.page(dict.fromkeys("abc", since), Counted(EVERYTHING))[0]]
-        assert found == list(range(frames - missed + 1, frames + 1))
-        return operations(lambda: memory.page(dict.fromkeys("abc", since), Counted(EVERYTHING)))
-
-    few, many = cost(100), cost(12_800)
+        found, complete = memory.page(since(frames - missed), Counted(EVERYTHING))
+        assert (numbers(found), complete) == (list(range(frames - missed + 1, frames + 1)), True)
+        resume = functools.partial(memory.page, since(frames - missed), Counted(EVERYTHING))
+        costs.append(operations(resume))
     # 128 times as much is seven doublings: seven more comparisons at most for each search.
-    assert many <= few + 3 * 2 * 8
-    assert many < 100 + 12 * missed
+    assert 0 < costs[1] <= costs[0] + 3 * 2 * 8
+    assert costs[1] < 100 + 12 * missed
 
 
-def test_a_small_page_of_a_long_absence_costs_what_the_page_holds() -> None:
+def test_a_small_page_of_a_long_absence_costs_what_the_page_holds_and_counting_it_nothing() -> None:
     memory = filled(12_800)
-    frames, complete = memory.page(dict.fromkeys("abc", Counted(0)), Counted(3_000))
+    frames, complete = memory.page(since(0), Counted(3_000))
     assert (numbers(frames), complete) == (list(range(1, 11)), False)
-    assert operations(lambda: memory.page(dict.fromkeys("abc", Counted(0)), Counted(3_000))) < 300
-
-
-def test_counting_what_was_missed_does_not_grow_with_it() -> None:
-    memory = filled(12_800)
-    for since in (0, 6_000, 12_800):
-        count, size = memory.missed("a", Counted(since))
+    assert operations(lambda: memory.page(since(0), Counted(3_000))) < 300
+    for number in (0, 6_000, 12_800):
+        count, size = memory.missed("c0", Counted(number))
         assert size == 300 * count
-        assert operations(functools.partial(memory.missed, "a", Counted(since))) < 20
+        assert operations(functools.partial(memory.missed, "c0", Counted(number))) < 20
 
 
 @pytest.mark.parametrize("frames", [100, 12_800])
 def test_keeping_a_frame_costs_the_same_whatever_is_kept(frames: int) -> None:
-    roomy = filled(frames)
-    full = filled(2 * frames, limit=300 * frames)
-    for memory in (roomy, full):
-        frame = Frame(Counted(99_999), "a", CountedBlock(b"x" * 50), False)
-        assert operations(functools.partial(memory.append, frame)) < 40
+    for memory in (filled(frames), filled(2 * frames, limit=300 * frames)):
+        assert operations(functools.partial(memory.append, counted_frame(99_999))) < 40
 
 
 @pytest.mark.parametrize("channels", [100, 3_000])
 def test_dropping_the_oldest_of_many_quiet_channels_does_not_look_at_them_all(channels: int) -> None:
-    memory = Memory(Counted(300 * channels))
-    memory.begin_all(Counted(0))
-    number = 0
-    for _ in range(2):
-        for channel in range(channels):
-            number += 1
-            memory.append(Frame(Counted(number), f"c{channel}", CountedBlock(b"x" * 50), False))
+    memory = filled(2 * channels, 300 * channels, channels)
 
     def append_hundred() -> None:
-        for extra in range(1, 101):
-            memory.append(
-                Frame(Counted(number + extra), f"c{extra % channels}", CountedBlock(b"x" * 50), False)
-            )
+        for number in range(2 * channels + 1, 2 * channels + 101):
+            memory.append(counted_frame(number, channels))
 
     # Nearly every frame replaces one: some comparisons for each, in a heap of at most 2**13 entries.
     assert operations(append_hundred) < 100 * 100
