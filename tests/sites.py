@@ -12,7 +12,17 @@ import httpx
 import playwright.async_api
 import psycopg2.extensions
 
-from harness import Database, FreezableProxy, Nginx, Page, Relay, clean_environment, wait_until
+from harness import (
+    Browser,
+    Database,
+    FreezableProxy,
+    Nginx,
+    Page,
+    Relay,
+    clean_environment,
+    nginx_recipe,
+    wait_until,
+)
 
 # How often a page is loaded with an event between its rendering and its stream's opening.
 PAGE_LOADS = int(os.environ.get("PAGE_LOADS", "15"))
@@ -64,6 +74,20 @@ def beside(folder: Path, address: str, streams: str, more: str = "") -> Nginx:
     """Serve the folder ``pages`` in another one, and at the same origin a relay by the block ``streams``."""
     root = folder / "pages"
     return Nginx(folder, address, server=f"{streams}location / {{ {FILES} root {root}; }}\n{more}")
+
+
+@contextlib.contextmanager
+def open_recipe(browser: Browser, folder: Path, relay: Relay, html: str, **scripts: Path) -> Iterator[Page]:
+    """Open a page of the docs at one origin with a relay, behind the docs' nginx; scripts end in ``.js``."""
+    (folder / "pages").mkdir()
+    (folder / "pages" / "page.html").write_text(html)
+    for name, path in scripts.items():
+        (folder / "pages" / f"{name}.js").write_bytes(path.read_bytes())
+    with (
+        beside(folder, relay.bind, nginx_recipe("server { }")) as nginx,
+        browser.open(url=f"{nginx.url}/page.html") as page,
+    ):
+        yield page
 
 
 def line_to(relay: Relay) -> FreezableProxy:

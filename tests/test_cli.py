@@ -248,54 +248,48 @@ def test_the_dsn_is_found_wherever_it_may_stand(
         assert heard() == [f"by {place}"]
 
 
+HOW_TO_WRITE_IT = "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'"
+# What cannot be read, and what is said to it; some are what another library means by a DSN.
 MALFORMED = [
-    f"postgresql://u:{SECRET}@ss@host/db",
-    f"postgresql://u:p@{SECRET}@host/db",
-    f"postgresql://u:p/{SECRET}@host/db",
-    f"postgresql://u:%zz{SECRET}@host/db",
-    f"postgresql://u:{SECRET}@[::1/db",
-    f"postgresql://u:{SECRET}@host:port/db",
-    f"postgres:{SECRET}@host",
-    f"host=x password={SECRET} port=abc",
-    f"host=x password=a {SECRET}",
-    f"host=x password='{SECRET}",
-    f"host=x passwort={SECRET}",
-    f"host=u:{SECRET}@x",
-    f"{SECRET}",
-    f"host=x\udcff password={SECRET}",
-    # Here a parameter's name is a part of the password.
-    f"postgresql://host/db?password=p&{SECRET}=a",
-]
+    *((dsn, HOW_TO_WRITE_IT) for dsn in (
+        f"postgresql://u:{SECRET}@ss@host/db",
+        f"postgresql://u:p@{SECRET}@host/db",
+        f"postgresql://u:p/{SECRET}@host/db",
+        f"postgresql://u:%zz{SECRET}@host/db",
+        f"postgresql://u:{SECRET}@[::1/db",
+        f"postgresql://u:{SECRET}@host:port/db",
+        f"postgres:{SECRET}@host",
+        f"host=x password={SECRET} port=abc",
+        f"host=x password=a {SECRET}",
+        f"host=x password='{SECRET}",
+        f"host=x passwort={SECRET}",
+        f"host=u:{SECRET}@x",
+        f"{SECRET}",
+        f"host=x\udcff password={SECRET}",
+        # Here a parameter's name is a part of the password.
+        f"postgresql://host/db?password=p&{SECRET}=a",
+    )),
+    (f"postgresql://u:{SECRET}@host/db?schema=public", 'parameter "schema"'),
+    (f"postgresql://u:{SECRET}@host/db?sslmode=require&pgbouncer=true", 'parameter "pgbouncer"'),
+    (f"postgresql://u:{SECRET}@host/db?pool={SECRET}", 'parameter "pool"'),
+    (f"mysql://u:{SECRET}@host/db", 'scheme "mysql"'),
+    (f"postgis://u:{SECRET}@host/db", 'scheme "postgis"'),
+    (f"postgresql+psycopg2://u:{SECRET}@host/db", 'scheme "postgresql+psycopg2"'),
+    (f"jdbc:postgresql://host/db?user=u&password={SECRET}", 'scheme "jdbc:postgresql"'),
+    (f"'postgresql://u:{SECRET}@host/db'", "is enclosed in quotes: remove them"),
+    (f'"host=x password={SECRET}"', "is enclosed in quotes: remove them"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dsn", MALFORMED, ids=range(len(MALFORMED)))
-def test_a_malformed_dsn_is_a_usage_error_that_does_not_quote_it(dsn: str) -> None:
+@pytest.mark.parametrize(("dsn", "message"), MALFORMED, ids=range(len(MALFORMED)))
+def test_a_malformed_dsn_is_a_usage_error_that_does_not_quote_it(dsn: str, message: str) -> None:
     for command in (["run"], ["publish", "orders", "x"], ["schema", "--apply"]):
         done = invoke(*command, "--dsn", dsn)
         assert done.status == 2
         assert "the DSN" in done.error
-        assert "give postgresql://USER@HOST:PORT/DATABASE or libpq's 'host=... dbname=...'" in done.error
-
-
-@pytest.mark.parametrize(
-    ("dsn", "message"),
-    [
-        ("postgresql://u:{}@host/db?schema=public", 'parameter "schema"'),
-        ("postgresql://u:{}@host/db?sslmode=require&pgbouncer=true", 'parameter "pgbouncer"'),
-        ("postgresql://u:{0}@host/db?pool={0}", 'parameter "pool"'),
-        ("mysql://u:{}@host/db", 'scheme "mysql"'),
-        ("postgis://u:{}@host/db", 'scheme "postgis"'),
-        ("postgresql+psycopg2://u:{}@host/db", 'scheme "postgresql+psycopg2"'),
-        ("jdbc:postgresql://host/db?user=u&password={}", 'scheme "jdbc:postgresql"'),
-        ("'postgresql://u:{}@host/db'", "is enclosed in quotes: remove them"),
-        ('"host=x password={}"', "is enclosed in quotes: remove them"),
-    ],
-)
-def test_what_another_library_means_by_a_dsn_is_named(dsn: str, message: str) -> None:
-    done = invoke("publish", "--dsn", dsn.format(SECRET), "orders", "x")
-    assert done.status == 2
-    assert message in done.error
-    assert "percent-encode" not in done.error
+        assert message in done.error
+        if message != HOW_TO_WRITE_IT:
+            assert "percent-encode" not in done.error
 
 
 def test_a_dsn_file_must_be_readable_text(tmp_path: Path) -> None:
@@ -364,14 +358,6 @@ def test_a_relay_waits_for_an_unreachable_host(host: str, start_relay: StartRela
         assert reader.status == 200
         assert relay.stop() == 0
     checked(0, relay.log)
-
-
-def test_publish_says_that_a_host_is_unreachable() -> None:
-    dsn = f"host=127.0.0.1 port={harness.free_port()} user=u password={SECRET}"
-    done = invoke("publish", "--dsn", dsn, "orders", "x")
-    assert done.status == 1
-    assert done.output.count("\n") == 1
-    assert "Connection refused" in done.error
 
 
 # ==== Addresses ===============================================================
@@ -572,8 +558,9 @@ UNSENDABLE: list[tuple[list[str], bytes, str]] = [
 ]
 
 
-def test_publish_refuses_what_no_stream_could_carry(database: Database) -> None:
-    for arguments, stdin, message in UNSENDABLE:
+def test_publish_says_in_one_line_why_nothing_was_sent(database: Database) -> None:
+    nowhere = ["--dsn", f"host=127.0.0.1 port={harness.free_port()} user=u password={SECRET}", "orders", "x"]
+    for arguments, stdin, message in [*UNSENDABLE, (nowhere, b"", "Connection refused")]:
         done = invoke("publish", "--dsn", database.dsn, *arguments, stdin=stdin)
         assert done.status == 1
         assert done.output.count("\n") == 1

@@ -24,7 +24,7 @@ import pytest
 import harness
 from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 from pages import block, pages
-from sites import AROUND, beside, django_databases, is_live, line_to, serving
+from sites import AROUND, django_databases, is_live, line_to, open_recipe, serving
 
 pytestmark = pytest.mark.slow
 
@@ -341,20 +341,12 @@ def test_the_table_names_the_versions_that_are_tested() -> None:
 # ==== Recipes =================================================================
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """What nginx serves beside the streams, at the same origin."""
-    made = tmp_path / "pages"
-    made.mkdir()
-    return made
-
-
 def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
-    folder: Path, relay: Relay, database: Database, browser: Browser
+    tmp_path: Path, relay: Relay, database: Database, browser: Browser
 ) -> None:
     module = block("js", 'import { openStream, spread } from "/events.js"')
     tabs = block("js", "// In each tab")
-    (folder / "page.html").write_text(f"{AROUND}<script type=module>{module}\n{tabs}</script>")
+    html = f"{AROUND}<script type=module>{module}\n{tabs}</script>"
 
     def show(visible: bool) -> None:
         page.evaluate(
@@ -365,10 +357,7 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
             visible,
         )
 
-    with (
-        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
-        browser.open(url=f"{nginx.url}/page.html") as page,
-    ):
+    with open_recipe(browser, tmp_path, relay, html) as page:
         wait_until(lambda: is_live(page), what="the stream")
         database.notify("orders", "1")
         wait_until(lambda: page.evaluate("shown") == [1], what="the first event")
@@ -381,15 +370,12 @@ def test_the_client_module_works_as_printed_and_so_do_hidden_tabs(
 
 
 def test_the_native_recipe_and_exact_numbers(
-    folder: Path, relay: Relay, database: Database, browser: Browser
+    tmp_path: Path, relay: Relay, database: Database, browser: Browser
 ) -> None:
     native = block("js", "// With the native EventSource")
     exact = block("js", "// A reviver")
-    (folder / "page.html").write_text(f"{AROUND}<script>{exact}\n{native}</script>")
-    with (
-        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
-        browser.open(url=f"{nginx.url}/page.html") as page,
-    ):
+    html = f"{AROUND}<script>{exact}\n{native}</script>"
+    with open_recipe(browser, tmp_path, relay, html) as page:
         wait_until(lambda: page.evaluate("gaps.length") == 1, what="the start")
         database.notify("orders", "9007199254740993")
         wait_until(lambda: page.evaluate("shown.length") == 1, what="the event")
@@ -407,11 +393,10 @@ def points(page: Page) -> list[list[float]]:
 
 
 def test_the_chart_draws_the_last_values_and_then_each_new_one(
-    folder: Path, start_relay: Callable[..., Relay], log_database: Database, browser: Browser
+    tmp_path: Path, start_relay: Callable[..., Relay], log_database: Database, browser: Browser
 ) -> None:
     chart = block("html", "<!-- chart.html -->")
     assert len(chart.splitlines()) <= 45
-    (folder / "page.html").write_text(chart)
     relay = start_relay("--source", "log", "--retry", "100", dsn=log_database.dsn)
 
     def publish(*values: float) -> None:
@@ -419,10 +404,7 @@ def test_the_chart_draws_the_last_values_and_then_each_new_one(
             log_database.execute("SELECT sse_relay.publish('load', %s::text)", (str(value),))
 
     publish(*range(100, 130))
-    with (
-        beside(folder.parent, relay.bind, harness.nginx_recipe("server { }")) as nginx,
-        browser.open(url=f"{nginx.url}/page.html") as page,
-    ):
+    with open_recipe(browser, tmp_path, relay, chart) as page:
 
         def shows(value: str, count: int = 20) -> bool:
             return page.evaluate("document.querySelector('output').textContent") == value and (

@@ -166,17 +166,6 @@ def test_the_page_shows_what_it_and_others_publish(page: Page, demo: Relay) -> N
     assert "created" in page.evaluate("document.querySelector('#events li').textContent")
 
 
-def test_the_page_tells_what_cannot_be_published(page: Page) -> None:
-    for channel, name, message in (
-        ("sse_relay_x", "", "the relay's own"),
-        ("orders", "error", "an event cannot be named 'error'"),
-        ("x" * 64, "", "64 bytes"),
-    ):
-        publish(page, "refused", name, channel)
-        harness.wait_until(lambda message=message: message in result(page), what=message)  # type: ignore[misc]  # the default binds the loop's value
-    assert "refused" not in rows(page)
-
-
 def test_a_cut_page_gets_what_it_missed(page: Page) -> None:
     publish(page, "before")
     wait_row(page, "before")
@@ -249,19 +238,20 @@ def test_restarts_are_resumed_without_loss_or_with_a_gap(source: str, browser: B
         end(fresh)
 
 
-@pytest.mark.parametrize("width", [1200, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_for_everybody(
-    scheme: Literal["light", "dark"], width: int, page: Page, node_modules: Path
-) -> None:
-    page.set_look(scheme, width)
+def test_the_page_is_for_everybody(page: Page, node_modules: Path) -> None:
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     publish(page, "long" * 500)
     wait_row(page, "long" * 500)
     publish(page, "refused", "error")
     harness.wait_until(lambda: result(page).startswith("Not published"), what="the answer")
-    assert page.violations(node_modules) == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert "an event cannot be named 'error'" in result(page)
+    assert "refused" not in rows(page)
+    looks: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for scheme in looks:
+        for width in (1200, 360):
+            page.set_look(scheme, width)
+            assert page.violations(node_modules) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # ==== What the page asks ======================================================
@@ -308,12 +298,8 @@ PROBLEMS: list[tuple[bytes, str]] = [
     (b'{"channel": "orders"}', NOT_SENT),
     (b'{"channel": "orders", "data": 1}', NOT_SENT),
     (b'{"channel": "orders", "data": "x", "event": 1}', NOT_SENT),
-    (b'{"channel": "", "data": "x"}', "the channel's name is empty"),
     (b'{"channel": "sse_relay_x", "data": "x"}', "the relay's own"),
-    (b'{"channel": "orders", "data": "x", "event": "relay.gap"}', "cannot be named 'relay.gap'"),
-    (b'{"channel": "orders", "data": "\\u0000"}', "NUL"),
     (b'{"channel": "orders", "data": "\\ud800"}', "not valid UTF-8"),
-    (b'{"channel": "orders", "data": "%b"}' % (b"x" * 8_000), "8000 bytes"),
 ]
 
 
@@ -325,10 +311,8 @@ def test_what_cannot_be_published_is_answered_with_a_problem(demo: Relay) -> Non
         assert response.json()["status"] == 400
         assert detail in response.json()["detail"]
 
-
-def test_a_body_without_end_is_refused(demo: Relay) -> None:
     response = httpx.post(f"http://{demo.bind}/publish", content=b"x" * (2 << 20))
-    assert response.status_code == 413
+    assert response.status_code == 413, "one without end"
 
 
 def test_other_pages_may_not_publish(demo: Relay, browser: Browser) -> None:
@@ -391,6 +375,20 @@ def test_the_printed_commands_work_as_printed_until_ctrl_c(
     assert list(open_folder.iterdir()) == []
 
 
+@contextlib.contextmanager
+def starting(folder: Path, bind: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a demo without waiting, with a folder for its files."""
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), "demo", "--bind", bind], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**harness.clean_environment(), "TMPDIR": str(folder)},
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("sign", "number"),
     [
@@ -402,33 +400,21 @@ def test_the_printed_commands_work_as_printed_until_ctrl_c(
 def test_a_signal_while_it_starts_leaves_nothing_behind(
     open_folder: Path, sign: str, number: signal.Signals
 ) -> None:
-    bind = f"127.0.0.1:{harness.free_port()}"
-    starting = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "demo", "--bind", bind], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**harness.clean_environment(), "TMPDIR": str(open_folder)},
-    )  # fmt: skip
-    try:
+    with starting(open_folder, f"127.0.0.1:{harness.free_port()}") as process:
         harness.wait_until(lambda: list(open_folder.glob(sign)), what=sign)
-        os.killpg(starting.pid, number)
-        output, _ = starting.communicate(timeout=20)
-    finally:
-        starting.kill()
-        starting.wait()
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=20)
     assert "Traceback" not in output, output
-    assert starting.returncode in (0, 1)
+    assert process.returncode in (0, 1)
     harness.wait_until(lambda: not processes_below(open_folder), what="the end of PostgreSQL's processes")
     assert list(open_folder.iterdir()) == []
 
 
 def test_a_demo_that_cannot_start_says_why(demo: Relay, open_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "demo", "--bind", demo.bind], stdin=subprocess.DEVNULL, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
-        env={**harness.clean_environment(), "TMPDIR": str(open_folder)},
-    )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stdout.splitlines()[-1]
+    with starting(open_folder, demo.bind) as process:
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    last = output.splitlines()[-1]
     assert last.startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in output
     assert list(open_folder.iterdir()) == []

@@ -16,7 +16,7 @@ import pytest
 import harness
 from harness import Browser, Database, Nginx, Page, Relay, wait_until
 from pages import block, pages
-from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, serving, stale_loads
+from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, open_recipe, serving, stale_loads
 
 pytestmark = pytest.mark.slow
 
@@ -226,20 +226,13 @@ def test_datastar_reads_the_stream_itself(
     tmp_path: Path,
 ) -> None:
     relay = start_relay(*OPTIONS, dsn=database.dsn)
-    folder = tmp_path / "pages"
-    folder.mkdir()
     script = node_modules / "node_modules" / SCRIPTS["datastar"]["datastar.js"]
-    (folder / "datastar.js").write_bytes(script.read_bytes())
     (get, sql) = re.findall(
         r"`(@get\('/events/orders'.*?\)|SELECT sse_relay\.publish\('orders', 'fragments.*?\))`",
         pages()["docs/clients.md"],
     )
     page_html = f'<script type=module src=/datastar.js></script><ul data-on-load="{get}"><li id="order-7">new'
-    (folder / "page.html").write_text(page_html)
-    with (
-        beside(tmp_path, relay.bind, harness.nginx_recipe("server { }")) as nginx,
-        browser.open(url=f"{nginx.url}/page.html") as page,
-    ):
+    with open_recipe(browser, tmp_path, relay, page_html, datastar=script) as page:
 
         def shown() -> bool:
             # What was published before the stream began does not count.
