@@ -106,18 +106,6 @@ def test_500_clients_on_20_channels_take_two_backends_and_leave_nothing_behind(
         assert logged.channels == {channels[0]}
 
 
-def test_the_channels_of_one_request_are_listened_to_in_one_round_trip(
-    logged: Logged, start_relay: StartRelay
-) -> None:
-    relay = start_relay(dsn=logged.database.dsn)
-    before = len(logged.statements)
-    channels = [f"channel {n}" for n in range(50)]
-    with harness.SseReader(relay.url(*channels)) as reader:
-        reader.wait_for_id()
-    ((_, statement),) = logged.statements[before:]
-    assert sorted(name for _, name in LISTEN.findall(statement)) == sorted(channels)
-
-
 def test_channels_that_come_at_once_share_round_trips(logged: Logged, start_relay: StartRelay) -> None:
     relay = start_relay(dsn=logged.database.dsn)
     before = len(logged.statements)
@@ -142,30 +130,6 @@ def test_a_client_that_comes_back_within_the_linger_finds_its_channel_listened_t
         reader.wait_for_data("meanwhile")
         assert [event.event for event in reader.events] == ["message"]
     assert len(logged.statements) == before
-
-
-def test_sql_in_a_channels_name_is_a_name(logged: Logged, start_relay: StartRelay) -> None:
-    database = logged.database
-    database.execute("CREATE TABLE victims ()")
-    relay = start_relay("--linger", "0", dsn=logged.database.dsn)
-    names = {
-        'a"; DROP TABLE victims; --',
-        "a'; DROP TABLE victims; --",
-        '""',
-        '"',
-        "UNLISTEN *",
-        "A",
-        "a",
-        "%s",
-    }
-    for name in names:
-        with harness.SseReader(relay.url(name)) as reader:
-            reader.wait_for_id()
-            assert logged.channels >= {name}
-            database.notify(name, "heard")
-            reader.wait_for_data("heard")
-    harness.wait_until(lambda: not logged.channels)
-    assert database.execute("SELECT * FROM victims") == []
 
 
 def test_which_channels_are_wanted_is_plain_reckoning() -> None:
@@ -525,29 +489,6 @@ def test_a_hot_standby_at_the_first_connection_ends_it_and_later_does_not(
         assert not reader.ended
         assert own_server.database.execute("SELECT pg_promote()") == [(True,)]
         expect_gap_and_later_events(reader, own_server.database)
-
-
-@pytest.fixture
-def role(database: harness.Database) -> Iterator[str]:
-    """A role with the password ``first``."""
-    name = "app_of_" + psycopg2.extensions.parse_dsn(database.dsn)["dbname"]
-    database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'first'")
-    yield name
-    database.execute(f"DROP ROLE {name}")
-
-
-def test_a_password_that_is_changed_later_is_tried_until_it_is_right(
-    database: harness.Database, role: str, start_relay: StartRelay
-) -> None:
-    relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, user=role, password="first"))
-    with harness.SseReader(relay.url("orders")) as reader:
-        reader.wait_for_id()
-        database.execute(f"ALTER ROLE {role} PASSWORD 'second'")
-        database.terminate_backends()
-        relay.wait_for_log("password authentication failed")
-        assert "first" not in relay.log
-        database.execute(f"ALTER ROLE {role} PASSWORD 'first'")
-        expect_gap_and_later_events(reader, database)
 
 
 # ==== Poolers =================================================================

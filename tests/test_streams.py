@@ -6,11 +6,9 @@ import contextlib
 import functools
 import json
 import re
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psycopg2
 import pytest
 
 import harness
@@ -165,23 +163,6 @@ def test_outside_of_streams_the_status_is_always_true(
         assert ("allow" in answer.headers) == (status == 405)
 
 
-def test_refusals_are_counted_by_their_true_status(
-    start_relay: StartRelay, database: harness.Database
-) -> None:
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay("--admin", admin, dsn=database.dsn)
-    for target, headers in [("/events", PLAIN), ("/events", {}), ("/events/sse_relay", {}), ("/x", {})]:
-        with harness.RawStream(relay.bind, target, headers={**headers, "Connection": "close"}) as answer:
-            answer.wait_for_end()
-    with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
-        metrics = response.read().decode()
-    counted = dict(
-        re.findall(r'^sse_relay_refusals_total\{status="(\d+)"\} ([\d.]+)$', metrics, re.MULTILINE)
-    )
-    found = {status: float(count) for status, count in counted.items() if float(count)}
-    assert found == {"400": 2, "403": 1, "404": 1}
-
-
 def expect_passing_refusal(relay: harness.Relay, *channels: str) -> None:
     """Check that a stream is refused for now: 503, or only ``retry:`` for an EventSource."""
     with harness.RawStream(
@@ -210,31 +191,6 @@ def test_the_limit_on_clients_passes_when_one_leaves(
                 return b"\nid: " in again.body
 
         harness.wait_until(admitted)
-
-
-def test_the_limit_on_channels_counts_those_with_clients(
-    start_relay: StartRelay, database: harness.Database
-) -> None:
-    relay = start_relay("--max-channels", "3", "--linger", "3600", dsn=database.dsn)
-    with harness.SseReader(relay.url("a", "b")) as first:
-        first.wait_for_id()
-        with harness.SseReader(relay.url("c")) as second:
-            second.wait_for_id()
-            for name in ("d", "e", "f", "g"):
-                expect_passing_refusal(relay, name)
-                expect_passing_refusal(relay, "a", name)
-            with harness.SseReader(relay.url("a", "c")) as known:
-                known.wait_for_id()
-
-        # Nobody watches c now, and nobody ever watched those refused: there is room for one.
-        def admitted() -> bool:
-            with harness.RawStream(relay.bind, relay.url("d")) as again:
-                harness.wait_until(lambda: again.ended or b"\nid: " in again.body)
-                return b"\nid: " in again.body
-
-        harness.wait_until(admitted)
-        database.notify("a", "unharmed")
-        first.wait_for_data("unharmed")
 
 
 # ==== Names and payloads ======================================================
@@ -292,22 +248,6 @@ def test_awkward_payloads_arrive_unchanged_and_harm_nobody(
         witness.wait_for_data(str(len(payloads) - 1))
     assert odd.data == [re.sub("\r\n?", "\n", payload) for payload in payloads] + ["the end"]
     assert witness.data == [str(number) for number in range(len(payloads))]
-
-
-def test_what_postgresql_refuses_never_reaches_a_stream(
-    standing: harness.Relay, standing_database: harness.Database
-) -> None:
-    with harness.SseReader(standing.url("orders")) as reader:
-        reader.wait_for_id()
-        with pytest.raises(psycopg2.Error, match="payload string too long"):
-            standing_database.notify("orders", "x" * 8000)
-        with pytest.raises(ValueError, match="NUL"):
-            standing_database.notify("orders", "a\0b")
-        with pytest.raises(psycopg2.Error, match="channel name too long"):
-            standing_database.notify("x" * 64, "a")
-        standing_database.notify("orders", "after")
-        reader.wait_for_data("after")
-        assert reader.data == ["after"]
 
 
 # ==== Resuming ================================================================
