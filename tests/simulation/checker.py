@@ -28,6 +28,7 @@ A history is a list of records that JSON can hold, each with ``t``, seconds, and
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class _Watch:
         return event.n <= self.seen
 
 
+@functools.lru_cache(4_096)
 def split_position(mark: str) -> tuple[str, int]:
     """Read ``<epoch>-<number>``."""
     epoch, _, rest = mark.partition("-")
@@ -292,14 +294,15 @@ class Checker:
         self, record: Record, watch: _Watch, tag: str, mark: str | None, sent: float, name: str | None
     ) -> None:
         self.deliveries += 1
-        index = self._index.get(tag)
-        if mark is not None:
-            epoch, number = split_position(mark)
-            numbered = self._numbers.get(epoch, {}).get(number)
-            if numbered is not None and self._truth[numbered].tag == tag:
-                index = numbered
-        place = None if index is None else watch.place.get(index)
         who = f"{record['client']} at {watch.relay}"
+        if mark is None:
+            self._blame("no position", record["t"], f"{who} got {tag} without one")
+            return
+        epoch, number = split_position(mark)
+        index = self._numbers.get(epoch, {}).get(number)
+        if index is None or self._truth[index].tag != tag:
+            index = self._index.get(tag)
+        place = None if index is None else watch.place.get(index)
         if index is None or place is None:
             self._blame("strange event", record["t"], f"{who} got {tag}")
             return
@@ -307,16 +310,11 @@ class Checker:
         event = self._truth[index]
         if name != wire_name(event, several=len(watch.channels) > 1):
             self._blame("wrong name", record["t"], f"{who} got {tag} of {event.channel} as {name}")
-        if watch.shows(event) and mark is not None and split_position(mark)[0] == watch.born:
+        if epoch == watch.born and watch.shows(event):
             self._blame("shown already", record["t"], f"{who} got {tag}, which its page showed")
-        if mark is None:
-            self._blame("no position", record["t"], f"{who} got {tag} without one")
-            return
         if watch.began is None:
             watch.began = sent
-        if watch.position and split_position(mark)[0] != watch.position[0] and not self._log:
-            watch.moved = True
-        if watch.moved:
+        if watch.moved or (watch.position and epoch != watch.position[0] and not self._log):
             # Another relay's history, in source notify, may lag behind what was got before the gap.
             watch.settled = min(watch.settled, place)
             watch.moved = False

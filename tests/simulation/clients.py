@@ -6,15 +6,62 @@ pace, leaves at any byte, comes back here or at another relay with the last posi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from simulation.kernel import FAR, NEAR, Link, Timeline
 
 # Seconds that a client waits for the next byte, heartbeats included.
 PATIENCE = 50.0
+
+
+def write_data(tag: str, size: int, lines: bool = False) -> str:
+    """Return data that names itself and its length."""
+    filling = "x" * size
+    if lines:
+        filling = "\n".join(filling[start : start + 40] for start in range(0, size, 41))
+    return f"{tag} {len(filling)} {filling}"
+
+
+def read_data(data: str) -> str:
+    """Return the tag of data as `write_data` made it; "torn …" if it is not whole."""
+    tag, _, rest = data.partition(" ")
+    size, _, filling = rest.partition(" ")
+    return tag if size.isdigit() and len(filling) == int(size) else f"torn {data[:40]!r}"
+
+
+class Block(NamedTuple):
+    """What a block of a stream says: an event has a tag, a control event a name and what it tells."""
+
+    name: str | None
+    mark: str | None
+    tag: str
+    told: dict[str, Any] | None
+    retry: int | None
+
+
+@functools.lru_cache(4_096)  # all who watch a channel get the same
+def read_block(block: bytes) -> Block:
+    """Read a block."""
+    name = mark = retry = None
+    data: list[bytes] = []
+    for line in block.split(b"\n"):
+        field, _, value = line.partition(b": ")
+        if field == b"data":
+            data.append(value)
+        elif field == b"id":
+            mark = value.decode()
+        elif field == b"event":
+            name = value.decode()
+        elif field == b"retry":
+            retry = int(value)
+    text = b"\n".join(data).decode()
+    if name is not None and name.startswith("relay."):
+        return Block(name, mark, "", json.loads(text or "{}"), retry)
+    return Block(name, mark, read_data(text) if data else "", None, retry)
 
 
 class Reader:
@@ -35,8 +82,8 @@ class Reader:
         self._raw = b""
         self._text = b""
 
-    def feed(self, data: bytes) -> list[list[Any]]:
-        """Take bytes; return what is complete: ``[name, id, data]``, each None if there is none."""
+    def feed(self, data: bytes) -> list[Block]:
+        """Take bytes; return the blocks that are complete and say more than when to come back."""
         if not self.status:
             self._raw += data
             head, end, data = self._raw.partition(b"\r\n\r\n")
@@ -50,7 +97,11 @@ class Reader:
             data = self._unwrap(data)
         *blocks, self._text = (self._text + data).split(b"\n\n")
         self.blocks += len(blocks)
-        return [found for block in blocks if (found := self._parse(block))]
+        found = [read_block(block) for block in blocks]
+        for block in found:
+            if block.retry is not None:
+                self.retry = block.retry
+        return [block for block in found if block.mark or block.tag or block.told is not None]
 
     def _unwrap(self, data: bytes) -> bytes:
         raw = self._raw + data if self._raw else data
@@ -66,38 +117,6 @@ class Reader:
             start = after + 2
         self._raw = raw[start:]
         return b"".join(parts)
-
-    def _parse(self, block: bytes) -> list[Any] | None:
-        name = mark = None
-        data: list[bytes] = []
-        for line in block.split(b"\n"):
-            field, _, value = line.partition(b": ")
-            if field == b"data":
-                data.append(value)
-            elif field == b"id":
-                mark = value.decode()
-            elif field == b"event":
-                name = value.decode()
-            elif field == b"retry":
-                self.retry = int(value)
-        if mark is None and name is None and not data:
-            return None
-        return [name, mark, b"\n".join(data).decode() if data else None]
-
-
-def write_data(tag: str, size: int, lines: bool = False) -> str:
-    """Return data that names itself and its length."""
-    filling = "x" * size
-    if lines:
-        filling = "\n".join(filling[start : start + 40] for start in range(0, size, 41))
-    return f"{tag} {len(filling)} {filling}"
-
-
-def read_data(data: str) -> str:
-    """Return the tag of data as `write_data` made it; "torn …" if it is not whole."""
-    tag, _, rest = data.partition(" ")
-    size, _, filling = rest.partition(" ")
-    return tag if size.isdigit() and len(filling) == int(size) else f"torn {data[:40]!r}"
 
 
 def request_of(channels: Sequence[str], position: str, start: str, **options: Any) -> bytes:
@@ -123,27 +142,15 @@ def request_of(channels: Sequence[str], position: str, start: str, **options: An
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def take_block(block: list[Any], sent: float, items: list[list[Any]]) -> tuple[str, str]:
-    """Add what a block says to the items of a record, see `checker`.
-
-    Returns:
-        Its position and its event's tag, "" if there is none.
-    """
-    name, mark, data = block
-    tag = ""
-    if name is not None and name.startswith("relay."):
-        told = json.loads(data or "{}")
-        if name == "relay.gap":
-            channels = told["channels"] if "channels" in told else [told["channel"]]
-            items.append(["gap", channels, told["reason"], told["since"], mark, sent])
-        else:
-            items.append([name, told, mark, sent])
-    elif data is not None:
-        tag = read_data(data)
-        items.append(["event", tag, mark, sent, name])
-    elif mark:
-        items.append(["id", mark, sent])
-    return mark or "", tag
+def take_block(block: Block, sent: float, items: list[list[Any]]) -> None:
+    """Add what a block says to the items of a record, see `checker`."""
+    name, mark, tag, told, _ = block
+    if told is None:
+        items.append(["event", tag, mark, sent, name] if tag else ["id", mark, sent])
+    elif name == "relay.gap":
+        items.append(["gap", told["channels"], told["reason"], told["since"], mark, sent])
+    else:
+        items.append([name, told, mark, sent])
 
 
 Door = Callable[[str, Link], bool]
@@ -251,7 +258,11 @@ class Client:
             data, sent = taken
             left -= len(data)
             for block in self._reader.feed(data):
-                self._take(block, round(sent, 6), items)
+                take_block(block, round(sent, 6), items)
+                if block.mark:
+                    self.position = block.mark
+                    self.live = True
+                self.tags.add(block.tag)
         self._heard = self.timeline.now
         if items:
             self.timeline.note("got", client=self.name, stream=self._stream, items=items)
@@ -264,14 +275,6 @@ class Client:
     def _notice_current(self) -> None:
         if self._link is not None:
             self._notice(self._link)
-
-    def _take(self, block: list[Any], sent: float, items: list[list[Any]]) -> None:
-        mark, tag = take_block(block, sent, items)
-        if mark:
-            self.position = mark
-            self.live = True
-        if tag:
-            self.tags.add(tag)
 
     def _leave(self, link: Link) -> None:
         """Go, whatever is being sent."""

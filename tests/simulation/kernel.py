@@ -24,6 +24,10 @@ from typing import Any
 # The network's own, in seconds.
 NEAR = 0.0001
 FAR = 0.003
+# Between two looks whether all is done.
+LOOK = 0.02
+# What a turn of a loop takes, and up to ten times that.
+TURN = 0.00001
 # Of the descriptors in this world: no true one is so high.
 FIRST_DESCRIPTOR = 1_000_000
 
@@ -43,6 +47,7 @@ class Timeline:
         self.machine: Machine | None = None
         self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._count = itertools.count()
+        self._until = 0.0
         self.descriptors = itertools.count(FIRST_DESCRIPTOR)
 
     def chance(self, name: str) -> random.Random:
@@ -51,7 +56,9 @@ class Timeline:
 
     def at(self, when: float, action: Callable[..., object], *arguments: Any) -> None:
         """Do something at a time, or now if that is past."""
-        heapq.heappush(self._queue, (max(when, self.now), next(self._count), action, arguments))
+        if when < self.now:
+            when = self.now
+        heapq.heappush(self._queue, (when, next(self._count), action, arguments))
 
     def after(self, delay: float, action: Callable[..., object], *arguments: Any) -> None:
         """Do something after so many seconds."""
@@ -63,14 +70,26 @@ class Timeline:
         self.history.append(record)
         return record
 
-    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
-        """Let things happen up to a time, or until they are done."""
-        queue = self._queue
-        while queue and queue[0][0] <= until and not done():
+    def run(self, until: float) -> None:
+        """Let things happen up to a time."""
+        queue, self._until = self._queue, until
+        while queue and queue[0][0] <= until:
             self.now, _, action, arguments = heapq.heappop(queue)
             action(*arguments)
-        if not done():
-            self.now = until
+        self.now = until
+
+    def skip(self, when: float) -> bool:
+        """Let it be a later time if nothing happens before; return whether it is."""
+        free = when <= self._until and (not self._queue or self._queue[0][0] > when)
+        if free:
+            self.now = when
+        return free
+
+    def run_until(self, done: Callable[[], bool], limit: float) -> None:
+        """Let things happen until they are done, for at most so many seconds."""
+        until = self.now + limit
+        while self.now < until and not done():
+            self.run(self.now + LOOK)
 
 
 class Counted:
@@ -141,8 +160,9 @@ class Link:
             data = data[:most]
         else:
             self.pieces.popleft()
+        if self.size >= self.room:
+            self.poke()
         self.size -= len(data)
-        self.poke()
         return data, when
 
     def _tell_end(self) -> None:
@@ -339,8 +359,10 @@ class _Selector(selectors._BaseSelectorImpl):
         return super().modify(fileobj, events, data)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if not self.hot:
+            return []
         ready = []
-        keys: Mapping[Any, selectors.SelectorKey] = self.get_map()
+        keys: Mapping[int, selectors.SelectorKey] = self._fd_to_key  # type: ignore[attr-defined]
         for fd in sorted(self.hot):
             key, found = keys.get(fd), self._machine.files.get(fd)
             mask = found.ready() & key.events if key is not None and found is not None else 0
@@ -460,14 +482,22 @@ class Machine:
             return  # an earlier turn has taken its place
         self._woken = float("inf")
         loop = self.loop
-        with self.running():
-            events._set_running_loop(loop)
-            try:
+        Machine.current = self
+        events._set_running_loop(loop)
+        again = 0.0
+        try:
+            loop._run_once()
+            while loop._ready or loop._selector.hot:
+                again = self.timeline.now + TURN + TURN * 9 * self.rng.random()
+                if self.stopped or not self.alive or not self.timeline.skip(again):
+                    break
+                again = 0.0
                 loop._run_once()
-            finally:
-                events._set_running_loop(None)
-        if loop._ready or loop._selector.hot:
-            self.wake(self.timeline.now + self.rng.uniform(0.00001, 0.0001))
+        finally:
+            events._set_running_loop(None)
+            Machine.current = None
+        if again:
+            self.wake(again)
         elif loop._scheduled:
             self.wake(loop._scheduled[0]._when)
 

@@ -15,6 +15,8 @@ Step = dict[str, Any]
 # Seconds: publishing and faults, then calm.
 BUSY = 12.0
 
+CLIENTS = (6, 30)
+
 # Bounds of the program, made small in some runs, so that they are met. By name: a test holds that
 # the program has them.
 KNOBS: dict[str, tuple[int, ...]] = {
@@ -42,7 +44,7 @@ def draw(seed: int, source: str | None = None) -> Plan:
     channels = ["c0", "a:b%c", "open", "c3", "ö", "c5"][: chance.choice((1, 3, 6))]
     faults = [kind for kind in FAULTS if chance.random() < 0.5]
     steps: list[Step] = []
-    steps += [_client(chance, number, channels) for number in range(chance.randint(4, 14))]
+    steps += [_client(chance, number, channels) for number in range(chance.randint(*CLIENTS))]
     steps += _transactions(chance, source, channels, chance.choice((20, 60, 150)))
     for kind in faults:
         for _ in range(chance.randint(1, 4)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -24,8 +25,9 @@ PROGRAM = Path(os.environ.get("SSE_RELAY_PROGRAM", Path(__file__).resolve().pare
 # Plans that once failed, made small, each with what was wrong then. Plans, not seeds: what a seed stands for
 # changes with `plan.draw`.
 CORPUS = Path(__file__).with_name("corpus.jsonl")
-# A run takes a few MB; collecting takes 20 ms.
+# A run leaves a few MB; collecting takes 20 ms.
 RUNS_PER_COLLECTION = 20
+_runs = itertools.count(1)
 # Of the processor. Most runs take a quarter of a second.
 MAX_SECONDS = 60.0
 
@@ -79,6 +81,9 @@ class Outcome:
 
 def play(plan: Plan, module: ModuleType | None = None) -> Outcome:
     """Play a plan and judge its history."""
+    gc.disable()
+    if next(_runs) % RUNS_PER_COLLECTION == 0:
+        gc.collect()
     world = World(module or the_program(), plan)
     signal.signal(signal.SIGVTALRM, _run_away)
     signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
@@ -101,9 +106,7 @@ def play_seed(seed: int, source: str | None = None, module: ModuleType | None = 
 
 def play_all(seeds: Iterable[int], source: str | None, module: ModuleType | None = None) -> Iterator[Outcome]:
     """Play one seed after the other."""
-    for count, seed in enumerate(seeds):
-        if count % RUNS_PER_COLLECTION == 0:
-            gc.collect()
+    for seed in seeds:
         yield play_seed(seed, source, module)
 
 

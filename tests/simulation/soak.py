@@ -190,8 +190,8 @@ class Follower(threading.Thread):
                 now = time.time()
                 items: list[list[Any]] = []
                 for block in reader.feed(data):
-                    mark, _ = take_block(block, now, items)
-                    self.position = mark or self.position
+                    take_block(block, now, items)
+                    self.position = block.mark or self.position
                 if items:
                     self._note("got", stream=stream, items=items)
                 if self._soak.over.is_set():

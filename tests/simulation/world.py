@@ -115,11 +115,9 @@ def surroundings(module: ModuleType, world: World) -> Iterator[None]:
             logger.addHandler(handler)
             logger.propagate = False
             logger.setLevel(logging.WARNING)
-        gc.disable()
         try:
             yield
         finally:
-            gc.enable()
             for logger, level, propagate in levels:
                 logger.removeHandler(handler)
                 logger.setLevel(level)
@@ -387,12 +385,12 @@ class World:
         for client in self.clients:
             client.settle()
         timeline.run(timeline.now + LONGEST_FAULT)
-        timeline.run(
-            timeline.now + SETTLING,
+        timeline.run_until(
             lambda: (
                 all(client.live for client in self.clients)
                 and all(process.ready for process in self.processes.values())
             ),
+            SETTLING,
         )
         timeline.note("calm")
         for client in self.clients:
@@ -402,12 +400,12 @@ class World:
         for channel in self.plan["channels"]:
             self._publish(last, f"end.{channel}", channel, write_data(f"end.{channel}", 0), None)
         last.commit()
-        timeline.run(
-            timeline.now + ARRIVING,
+        timeline.run_until(
             lambda: all(
                 client.tags.issuperset(f"end.{channel}" for channel in client.channels)
                 for client in self.clients
             ),
+            ARRIVING,
         )
         timeline.note("end", clients=[client.name for client in self.clients])
 
