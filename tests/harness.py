@@ -56,11 +56,12 @@ T = TypeVar("T")
 
 def wait_until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> T:
     """Return the first true value of ``condition``; fail after ``timeout`` seconds, naming ``what``."""
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - started
+        if waited > timeout:
             pytest.fail(f"waited {timeout} s for {what or condition}; last value: {value!r}")
-        time.sleep(0.01)
+        time.sleep(min(max(0.01, waited / 10), 0.1))  # a look into a page costs others their time
     return value
 
 

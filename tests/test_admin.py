@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from harness import (
     free_port,
     wait_until,
 )
-from sse_relay import SCHEMA_SQL, STALL_TIMEOUT, __version__
+from sse_relay import __version__
 
 StartRelay = Callable[..., Relay]
 
@@ -96,8 +96,23 @@ def admin(start_relay: StartRelay, database: Database) -> Admin:
     return Admin(start_relay, dsn=database.dsn)
 
 
-def test_health_is_told_as_json(admin: Admin) -> None:
-    live, ready = admin.get("/live"), admin.get("/ready")
+@pytest.fixture(scope="module")
+def standing_database(server: harness.Server) -> Iterator[Database]:
+    with server.fresh_database() as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def standing(standing_database: Database) -> Iterator[Admin]:
+    """One for all tests that count nothing, each of which leaves it without a client."""
+    with contextlib.ExitStack() as stack:
+        yield Admin(
+            lambda *options, **how: stack.enter_context(Relay(*options, **how)), dsn=standing_database.dsn
+        )
+
+
+def test_health_is_told_as_json(standing: Admin) -> None:
+    live, ready = standing.get("/live"), standing.get("/ready")
     assert (live.status_code, live.json()) == (200, {"live": True})
     assert ready.status_code == 200
     assert ready.json()["ready"] is True
@@ -107,37 +122,43 @@ def test_health_is_told_as_json(admin: Admin) -> None:
         assert answer.headers["Cache-Control"] == "no-store"
 
 
-def test_channels_are_listed_with_their_clients(admin: Admin) -> None:
-    assert admin.get("/channels").json() == {"clients": 0, "channels": {}}
-    with SseReader(admin.relay.url("orders")), SseReader(admin.relay.url("orders", 'so "odd" é')):
-        wait_until(lambda: admin.get("/channels").json()["clients"] == 2, what="two clients")
-        assert admin.get("/channels").json()["channels"] == {"orders": 2, 'so "odd" é': 1}
-    wait_until(lambda: admin.get("/channels").json() == {"clients": 0, "channels": {}}, what="nobody")
+def test_channels_are_listed_with_their_clients(standing: Admin) -> None:
+    def listed(clients: int, channels: dict[str, int]) -> bool:
+        return bool(standing.get("/channels").json() == {"clients": clients, "channels": channels})
+
+    wait_until(lambda: listed(0, {}), what="nobody")
+    url = standing.relay.url
+    with SseReader(url("orders")), SseReader(url("orders", 'so "odd" é')):
+        wait_until(lambda: listed(2, {"orders": 2, 'so "odd" é': 1}), what="two clients")
+    wait_until(lambda: listed(0, {}), what="nobody")
 
 
-@pytest.mark.parametrize("path", ["/", "/live", "/ready", "/channels", "/metrics", "/status"])
-def test_head_gives_the_headers_and_other_methods_are_refused(admin: Admin, path: str) -> None:
-    head = admin.get(path, "HEAD")
-    assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["Content-Type"] == admin.get(path).headers["Content-Type"]
-    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
-        refused = admin.get(path, method)
-        assert (refused.status_code, refused.headers["Allow"]) == (405, "GET, HEAD")
+ADMIN_PATHS = ("/", "/live", "/ready", "/channels", "/metrics", "/status")
 
 
-def test_what_is_not_there_says_what_is(admin: Admin) -> None:
+def test_each_path_is_read_alone_and_others_are_told_of_them(standing: Admin) -> None:
+    for path in ADMIN_PATHS:
+        head = standing.get(path, "HEAD")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["Content-Type"] == standing.get(path).headers["Content-Type"]
+        for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+            refused = standing.get(path, method)
+            assert (refused.status_code, refused.headers["Allow"]) == (405, "GET, HEAD")
+    for path in ("/publish", "/restart-relay", "/restart-postgresql", "/events/orders"):
+        assert standing.get(path, "POST").status_code == 405
     for path in ("/else", "/lives", "/metrics/"):
-        answer = admin.get(path)
+        answer = standing.get(path)
         assert answer.status_code == 404
         assert "/ready" in answer.text
-    assert admin.get("/live?x=1").status_code == 200
+    assert standing.get("/live?x=1").status_code == 200
 
 
-def test_streams_are_not_admin(admin: Admin) -> None:
-    for path in ("/", "/ready", "/metrics", "/channels", "/status"):
-        assert httpx.get(f"http://{admin.relay.bind}{path}").status_code == 404
+def test_streams_are_not_admin(standing: Admin) -> None:
+    streams = f"http://{standing.relay.bind}"
+    for path in set(ADMIN_PATHS) - {"/live"}:
+        assert httpx.get(f"{streams}{path}").status_code == 404
     # All that a load balancer of the streams has to ask.
-    assert httpx.get(f"http://{admin.relay.bind}/live").json() == {"live": True}
+    assert httpx.get(f"{streams}/live").json() == {"live": True}
 
 
 def test_the_admin_listener_may_be_a_unix_socket(
@@ -294,16 +315,14 @@ def test_the_page_says_why_the_relay_is_not_ready(
             wait_until(lambda: "cannot be reached" in text_of(page, "relay"), what="word of the end")
 
 
-def test_the_page_only_watches(admin: Admin, browser: Browser) -> None:
-    with browser.open(url=f"http://{admin.address}/") as page:
+def test_the_page_only_watches(standing: Admin, browser: Browser) -> None:
+    with browser.open(url=f"http://{standing.address}/") as page:
         shown = "[...document.querySelectorAll('form, button')].filter(one => one.checkVisibility())"
         assert page.evaluate(f"{shown}.map(one => one.id || one.textContent)") == ["watch", "Watch"]
-    for path in ("/", "/publish", "/restart-relay", "/restart-postgresql", "/events/orders"):
-        assert admin.get(path, "POST").status_code == 405
 
 
-def test_the_page_looks_only_while_it_is_visible(admin: Admin, browser: Browser) -> None:
-    with browser.open(url=f"http://{admin.address}/") as page:
+def test_the_page_looks_only_while_it_is_visible(standing: Admin, browser: Browser) -> None:
+    with browser.open(url=f"http://{standing.address}/") as page:
         wait_until(lambda: len(page.requests) >= 2, what="looks")
         page.evaluate("""() => {
             Object.defineProperty(document, "hidden", {get: () => window.away, configurable: true});
@@ -318,14 +337,14 @@ def test_the_page_looks_only_while_it_is_visible(admin: Admin, browser: Browser)
 @pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_for_everybody(
-    scheme: Literal["light", "dark"], width: int, admin: Admin, database: Database, browser: Browser,
-    node_modules: Path,
+    scheme: Literal["light", "dark"], width: int, standing: Admin, standing_database: Database,
+    browser: Browser, node_modules: Path,
 ) -> None:  # fmt: skip
-    with browser.open(url=f"http://{admin.address}/") as page:
+    with browser.open(url=f"http://{standing.address}/") as page:
         page.set_look(scheme, width)
         watch(page, "x" * 63, "orders")
         wait_state(page, "live")
-        database.notify("orders", "long" * 500)
+        standing_database.notify("orders", "long" * 500)
         wait_row(page, "long" * 500)
         page.browser.run(page.playwright.get_by_text("Channels with clients").click())
         wait_until(lambda: page.evaluate("document.querySelectorAll('#watched button').length") == 2)
@@ -443,10 +462,9 @@ def test_refusals_keep_their_true_status(start_relay: StartRelay, database: Data
         assert f"refused with {status}: " in admin.relay.log
 
 
-@pytest.mark.slow
 def test_a_client_that_takes_nothing_is_cut_and_counted(start_relay: StartRelay, database: Database) -> None:
-    """Takes as long as a client may stall, half a minute."""
-    admin = Admin(start_relay, "--max-backlog", "64KiB", dsn=database.dsn)
+    stall = {"STALL_TIMEOUT": 3.0}
+    admin = Admin(start_relay, "--max-backlog", "64KiB", dsn=database.dsn, constants=stall)
     with (
         RawStream(admin.relay.bind, "/events/orders", reading=False, receive_buffer=4096),
         SseReader(admin.relay.url("orders")) as other,
@@ -458,19 +476,17 @@ def test_a_client_that_takes_nothing_is_cut_and_counted(start_relay: StartRelay,
         )
         wait_until(
             lambda: admin.metrics()["sse_relay_cut_clients_total"] == 1,
-            STALL_TIMEOUT + 20,
+            20,
             "the cut of a client that does not read",
         )
         admin.wait_for(clients=1)
 
 
-def test_source_log_counts_delays_from_the_numbering(start_relay: StartRelay, database: Database) -> None:
-    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
-        cursor.execute(SCHEMA_SQL)
-    admin = Admin(start_relay, "--source", "log", dsn=database.dsn)
+def test_source_log_counts_delays_from_the_numbering(start_relay: StartRelay, log_database: Database) -> None:
+    admin = Admin(start_relay, "--source", "log", dsn=log_database.dsn)
     with SseReader(admin.relay.url("orders")) as reader:
         reader.wait_for_id()
-        with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
+        with contextlib.closing(log_database.connect()) as connection, connection.cursor() as cursor:
             cursor.execute("BEGIN")
             for number in range(3):
                 cursor.execute("SELECT sse_relay.publish('orders', %s)", (f"event {number}",))

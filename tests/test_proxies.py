@@ -67,7 +67,7 @@ class Kind:
     files: dict[str, tuple[str, str]]
     command: tuple[str, ...]
     changes: tuple[tuple[str, str], ...] = ()
-    restarts: int = 3
+    restarts: int = 2
     streams: int = 20
 
 
@@ -84,7 +84,7 @@ NGINX = Kind(
         ("/etc/nginx/snippets/sse-relay.conf", "{folder}/snippet"),
         ("/var/log/nginx", "{folder}"),
     ),
-    restarts=20,
+    restarts=5,
 )
 CADDY = Kind(
     "caddy",
