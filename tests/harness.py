@@ -30,6 +30,7 @@ import types
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -142,6 +143,34 @@ class Daemon(Closing):
         except subprocess.TimeoutExpired:  # Caddy waits for its streams
             self._process.kill()
             self._process.wait(10)
+
+
+class WebServer(Closing):
+    """Answers GET on 127.0.0.1, each in a thread, with the status and HTML for a path and headers."""
+
+    def __init__(self, answer: Callable[[str, Message], tuple[int, str]]) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, text = answer(self.path, self.headers)
+                body = text.encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join(10)
+        self._server.server_close()
 
 
 # ==== The relay ===============================================================
@@ -958,9 +987,13 @@ class RawStream(Closing):
 
     def wait_for(self, text: bytes, timeout: float = 10.0) -> bytes:
         """Wait until the body contains ``text``; return the body."""
+        seen = -1
 
         def search() -> bytes:
-            ended = self.ended
+            nonlocal seen
+            ended, before, seen = self.ended, seen, len(self.received)
+            if seen == before and not ended:
+                return b""
             body = self.body
             if ended and text not in body:
                 pytest.fail(f"ended ({self.error!r}) without {text!r}: {self.raw[-500:]!r}")
@@ -1027,9 +1060,19 @@ class Crowd(Closing):
 
     def wait_for(self, text: bytes, timeout: float = 20.0, clients: slice = slice(None)) -> None:
         """Wait until every client, or those of a slice, has got ``text``."""
-        wait_until(
-            lambda: all(text in data for data in self.received[clients]), timeout, f"{text!r} at each client"
-        )
+        # By client, from where on it is looked for: what was searched may be gigabytes.
+        begins = dict.fromkeys(range(len(self.received))[clients], 0)
+
+        def have_all() -> bool:
+            for number, begin in tuple(begins.items()):
+                end = len(self.received[number])
+                if self.received[number].find(text, begin) >= 0:
+                    del begins[number]
+                else:
+                    begins[number] = max(0, end - len(text))
+            return not begins
+
+        wait_until(have_all, timeout, f"{text!r} at each client")
 
     def wait_for_end(self, timeout: float = 20.0) -> None:
         """Wait until every client's connection is closed."""
@@ -1080,7 +1123,8 @@ class Browser:
 
     def __init__(self) -> None:
         executable = require("chromium", "chromium-browser", "google-chrome")
-        self._pages = _PageServer()
+        self._html: dict[str, str] = {}
+        self._pages = WebServer(lambda path, _: (200, self._html[path]) if path in self._html else (404, ""))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -1100,7 +1144,11 @@ class Browser:
 
     def open(self, html: str = "", url: str | None = None) -> Page:
         """Open a page in a profile of its own: ``html`` from the web server, or any ``url``."""
-        return Page(self, self.run(self._open(url or self._pages.publish(html))))
+        if url is None:
+            path = f"/{len(self._html)}"
+            self._html[path] = html or "<!doctype html><title>test</title>"
+            url = self._pages.url + path
+        return Page(self, self.run(self._open(url)))
 
     async def _open(self, url: str) -> playwright.async_api.Page:
         # The tests make certificates of their own.
@@ -1177,41 +1225,6 @@ class Page(Closing):
 
     def close(self) -> None:
         self.browser.run(self.playwright.context.close())
-
-
-class _PageServer:
-    """Serves HTML on 127.0.0.1, each page under a path of its own."""
-
-    def __init__(self) -> None:
-        pages = self._html = {}
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = pages.get(self.path, "").encode()
-                self.send_response(200 if self.path in pages else 404)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    _html: dict[str, str]
-
-    def publish(self, html: str) -> str:
-        path = f"/{len(self._html)}"
-        self._html[path] = html or "<!doctype html><title>test</title>"
-        return f"http://127.0.0.1:{self._server.server_port}{path}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join(10)
-        self._server.server_close()
 
 
 # ==== Node ====================================================================

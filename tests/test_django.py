@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import re
 import shutil
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +24,7 @@ from click.testing import CliRunner
 import harness
 import pages
 from django_example.serve import EXAMPLE, Site, serve, sign_in, state_of
-from harness import Browser, Database, FreezableProxy, Page, Relay, SseReader, wait_until
+from harness import Browser, Database, FreezableProxy, Page, Relay, SseReader, WebServer, wait_until
 from sites import stale_loads
 from sse_relay import cli
 
@@ -508,24 +507,13 @@ def application() -> Iterator[str]:
     names: dict[str, Any] = {}
     exec(pages.block("python", "# shop/access.py", "docs/access.md"), names)  # noqa: S102  # the docs' own
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.headers.get("Cookie", "").removeprefix("user=")
-            user = types.SimpleNamespace(pk=name, is_authenticated=bool(name))
-            answer = names["may_read"](types.SimpleNamespace(headers=self.headers, user=user))
-            self.send_response(answer.status_code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def answer(path: str, headers: Message) -> tuple[int, str]:
+        name = headers.get("Cookie", "").removeprefix("user=")
+        user = types.SimpleNamespace(pk=name, is_authenticated=bool(name))
+        return names["may_read"](types.SimpleNamespace(headers=headers, user=user)).status_code, ""
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join(10)
+    with WebServer(answer) as running:
+        yield running.url
 
 
 @pytest.mark.parametrize(

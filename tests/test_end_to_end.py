@@ -118,7 +118,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
     admin = f"127.0.0.1:{harness.free_port()}"
     relay = start_relay("--source", "log", "--admin", admin, dsn=log_database.dsn)
     host, _, port = relay.bind.rpartition(":")
-    count, clients = 8, 300
+    count, clients = 8, 100
     with harness.FreezableProxy((host, int(port)), bytes_per_second=1_000_000) as slow:
         address = f"127.0.0.1:{slow.port}"
         with (
@@ -134,7 +134,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
             for each in (crowd, narrow):
                 each.wait_for(b"data: %d x" % (count - 1), 200)
                 for data in each.received:
-                    found = [int(number) for number in re.findall(rb"^data: (\d+) x", data, re.MULTILINE)]
+                    found = [int(number) for number in re.findall(rb"\ndata: (\d+) x", data)]
                     assert found == list(range(count))
                     assert data.count(b"relay.gap") == 1
                 assert not each.ended

@@ -11,14 +11,12 @@ import ssl
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from http import server as http_server
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import pytest
@@ -426,40 +424,19 @@ def test_one_address_does_not_get_all_streams(
             assert "openStream" in client.get("/events.js").text
 
 
-class Asked:
+def asked() -> harness.WebServer:
     """The application that nginx asks: the docs' view, for a visitor who is not signed in."""
-
-    def __init__(self) -> None:
-        (block,) = (found for found in pages.blocks("python") if "def may_read" in found.text)
-        names: dict[str, Any] = {}
-        http = types.ModuleType("django.http")
-        http.HttpResponse = lambda status: status  # type: ignore[attr-defined]  # in Django's place
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "django.http", http)
-            exec(block.text, names)  # noqa: S102  # the docs' own
-        may_read = names["may_read"]
-
-        class Handler(http_server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                user = types.SimpleNamespace(is_authenticated=False)
-                self.send_response(may_read(types.SimpleNamespace(headers=self.headers, user=user)))
-                self.end_headers()
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = http_server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(10)
+    (block,) = (found for found in pages.blocks("python") if "def may_read" in found.text)
+    names: dict[str, Any] = {}
+    http = types.ModuleType("django.http")
+    http.HttpResponse = lambda status: status  # type: ignore[attr-defined]  # in Django's place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "django.http", http)
+        exec(block.text, names)  # noqa: S102  # the docs' own
+    user = types.SimpleNamespace(is_authenticated=False)
+    return harness.WebServer(
+        lambda _, headers: (names["may_read"](types.SimpleNamespace(headers=headers, user=user)), "")
+    )
 
 
 # What nginx, the view and the relay might read differently; each leads to a closed channel if one errs.
@@ -496,7 +473,7 @@ def test_nobody_gets_by_the_application_that_nginx_asks(
         count=1,
     )
     bind, admin = (f"unix:{folder}/{name}.sock" for name in ("http", "admin"))
-    with Asked() as application:
+    with asked() as application:
         server = server.replace("http://127.0.0.1:8000", application.url)
         start_relay("--allow-channel", "*", "--admin", admin, bind=bind, dsn=database.dsn)
         transport = httpx.HTTPTransport(uds=f"{folder}/admin.sock")
