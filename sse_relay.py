@@ -6633,22 +6633,18 @@ REMEDIES: Final = {
 SCHEMA_TIMEOUT: Final = 3600.0
 
 
-def explain(error: RelayError | psycopg2.Error, dsn: str) -> str:
-    """Return in one line what is wrong, and what helps."""
-    if isinstance(error, RelayError):
-        return str(error)
-    hint = REMEDIES.get(error.pgcode or "", error.diag.message_hint)
-    text = error.diag.message_primary or str(error)
-    return one_line(psycopg2.Error(f"{text}: {hint}" if hint else text), dsn)
-
-
 @contextlib.contextmanager
 def explained(what: str, dsn: str) -> Iterator[None]:
     """End a command with one line if PostgreSQL cannot be reached, or refuses."""
     try:
         yield
-    except (UnusableDatabaseError, psycopg2.Error) as error:
-        raise click.ClickException(f"{what}: {explain(error, dsn)}") from None
+    except UnusableDatabaseError as error:
+        raise click.ClickException(f"{what}: {error}") from None
+    except psycopg2.Error as error:
+        hint = REMEDIES.get(error.pgcode or "", error.diag.message_hint)
+        text = error.diag.message_primary or str(error)
+        line = one_line(psycopg2.Error(f"{text}: {hint}" if hint else text), dsn)
+        raise click.ClickException(f"{what}: {line}") from None
 
 
 def send_event(dsn: str, source: str, channel: str, data: str, event: str | None) -> str:
@@ -6658,8 +6654,7 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
         The source that the database is made for.
 
     Raises:
-        click.ClickException: The event is one that no stream could carry.
-        UnusableDatabaseError, psycopg2.Error: PostgreSQL cannot be reached, or refuses.
+        click.ClickException: No stream could carry the event, or PostgreSQL did not take it.
     """
     try:
         check_channel(channel)
@@ -6677,7 +6672,8 @@ def send_event(dsn: str, source: str, channel: str, data: str, event: str | None
             f"the event has {size} bytes; a notification holds at most {MAX_PAYLOAD_BYTES}. Send a key "
             "and let the page fetch the rest, or use source log"
         )
-    with visit(dsn) as connection, connection.cursor() as cursor:
+    taken = explained("PostgreSQL did not take the event", dsn)
+    with taken, visit(dsn) as connection, connection.cursor() as cursor:
         publish_event(cursor, source, channel, data, event or None)
         return source_of(cursor)
 
@@ -6701,8 +6697,7 @@ def publish(source: str, event: str | None, channel: str, data: str, **where: An
     if data == "-":
         data = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
         data = data.removesuffix("\n").removesuffix("\r")
-    with explained("PostgreSQL did not take the event", dsn):
-        made_for = send_event(dsn, source, channel, data, event)
+    made_for = send_event(dsn, source, channel, data, event)
     if (source, made_for) == ("notify", "log"):
         what = "this database has the durable log; a relay with --source log does not hear this event"
         click.echo(f"Warning: {what}: publish with --source log", err=True)
@@ -6853,7 +6848,7 @@ def read_event(body: bytes) -> tuple[str, str, str | None]:
 Act = Callable[[Relay, bytes], Coroutine[Any, Any, object]]
 
 
-def only_here(act: Act, dsn: str) -> PageHandler:
+def only_here(act: Act) -> PageHandler:
     """Return a handler that does something for the demo's own page, and tells it what went wrong."""
 
     async def answer(relay: Relay, request: web.BaseRequest) -> web.StreamResponse:
@@ -6863,11 +6858,8 @@ def only_here(act: Act, dsn: str) -> PageHandler:
             await act(relay, await request.read())
             return web.Response(status=204)
         except click.ClickException as error:
-            detail = error.message
-        except (RelayError, psycopg2.Error) as error:
-            detail = explain(error, dsn)
-        problem = {"title": "not done", "status": 400, "detail": detail}
-        return web.json_response(problem, status=400, content_type="application/problem+json")
+            problem = {"title": "not done", "status": 400, "detail": error.message}
+            return web.json_response(problem, status=400, content_type="application/problem+json")
 
     return answer
 
@@ -6888,7 +6880,7 @@ def demo_pages(postgres: EmbeddedPostgres, source: str) -> Pages:
         "restart-relay": restart_relay,
         "restart-postgresql": lambda *_: asyncio.to_thread(restart),
     }
-    posts = {("POST", f"/{name}"): only_here(act, postgres.dsn) for name, act in acts.items()}
+    posts = {("POST", f"/{name}"): only_here(act) for name, act in acts.items()}
     return {**at({"/": page_for("demo"), "/status": answer_status}), **posts}
 
 
