@@ -1978,8 +1978,8 @@ NOTHING_ARRIVES: Final = (
 )
 QUEUE_USAGE_RIGHT_SQL: Final = "SELECT has_function_privilege('pg_notification_queue_usage()', 'EXECUTE')"
 CANARY_SQL: Final = (
-    "SELECT 0.0, pg_notify(%s, %s)",
-    "SELECT pg_notification_queue_usage(), pg_notify(%s, %s)",
+    "SELECT 0.0, pg_notify(%s, '')",
+    "SELECT pg_notification_queue_usage(), pg_notify(%s, '')",
 )
 
 
@@ -1992,19 +1992,19 @@ class Inbox:
     https://www.psycopg.org/docs/connection.html#connection.notifies
     """
 
-    def __init__(self, canary: str, on_canary: Callable[[str], object]) -> None:
-        self.arrived = asyncio.Event()
+    def __init__(self, canary: str) -> None:
+        # Set when something has arrived that `take` gives, and when the canary has.
+        self.arrived, self.echo = asyncio.Event(), asyncio.Event()
         self.heard = 0
         # Loop time at which the oldest of what `take` gives arrived.
         self.since = 0.0
         self._canary = canary
-        self._on_canary = on_canary
         self._items: list[psycopg2.extensions.Notify] = []
 
     def append(self, notification: psycopg2.extensions.Notify) -> None:
         self.heard += 1
         if notification.channel == self._canary:
-            self._on_canary(notification.payload)
+            self.echo.set()
         else:
             if not self._items:
                 self.since = asyncio.get_running_loop().time()
@@ -2051,11 +2051,9 @@ class Listener:
         # The same, pinned to the server that was found.
         self._pinned_dsn = dsn
         self._canary = f"{RESERVED_CHANNEL_PREFIX}_canary_{secrets.token_hex(8)}"
-        self._canaries = itertools.count(1)
-        self._echo: tuple[str, asyncio.Future[None]] | None = None
         # Whether this role may ask how full the queue is, which hardened servers forbid.
         self._sees_usage = True
-        self._inbox = Inbox(self._canary, self._hear_canary)
+        self._inbox = Inbox(self._canary)
         self._listening: aiopg.Connection | None = None
         self._querying: aiopg.Connection | None = None
         self._query_lock = asyncio.Lock()
@@ -2151,7 +2149,7 @@ class Listener:
     async def _session(self) -> None:
         dsn = await in_thread(functools.partial(check_server, self._dsn, self.source.check))
         self._pinned_dsn = dsn
-        self._inbox = Inbox(self._canary, self._hear_canary)
+        self._inbox = Inbox(self._canary)
         self._listening = listening = await open_connection(dsn, self.source.session_sql)
         listening.raw.notifies = self._inbox
         self._querying = querying = await open_connection(dsn, self.source.session_sql)
@@ -2229,35 +2227,30 @@ class Listener:
             await self._send_canary(first=False)
 
     async def _send_canary(self, first: bool) -> None:
-        loop = asyncio.get_running_loop()
+        loop, inbox = asyncio.get_running_loop(), self._inbox
         started = loop.time()
-        token = str(next(self._canaries))
-        echo: asyncio.Future[None] = loop.create_future()
-        self._echo = token, echo
-        ((self.queue_usage, _),) = await self.query(
-            CANARY_SQL[self._sees_usage], (self._canary, token), timeout=CANARY_TIMEOUT
-        )
-        heard = self._inbox.heard
-        while not (await asyncio.wait([echo], timeout=CANARY_TIMEOUT))[0]:
+        inbox.echo.clear()
+        canary = CANARY_SQL[self._sees_usage], (self._canary,)
+        ((self.queue_usage, _),) = await self.query(*canary, timeout=CANARY_TIMEOUT)
+        heard = -1
+        while not inbox.echo.is_set():
             # Others that arrive meanwhile show that it is on its way behind them.
-            if self._inbox.heard == heard:
+            if inbox.heard == heard:
                 await self._explain_silence(first)
-            heard = self._inbox.heard
+            heard = inbox.heard
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CANARY_TIMEOUT):
+                    await inbox.echo.wait()
         self.round_trip = loop.time() - started
 
     async def _explain_silence(self, first: bool) -> None:
-        assert self._listening is not None
-        assert self._querying is not None
         if first:
             for connection in (self._listening, self._querying):
                 # Both answer; and what was set does not stay behind in a pooler's sessions.
+                assert connection is not None
                 await execute(connection, "RESET ALL", timeout=CANARY_TIMEOUT)
             raise UnusableDatabaseError(*NOTHING_ARRIVES)
         raise LostConnectionError(f"no notification came back within {CANARY_TIMEOUT:g} s")
-
-    def _hear_canary(self, token: str) -> None:
-        if self._echo is not None and self._echo[0] == token and not self._echo[1].done():
-            self._echo[1].set_result(None)
 
 
 # ==== Sources =================================================================

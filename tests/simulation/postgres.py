@@ -213,8 +213,8 @@ class Server:
             return known(connection, values)
         if statement.startswith(("LISTEN", "UNLISTEN")):
             return self._listen(connection, statement)
-        if "pg_notification_queue_usage()" in statement and "pg_notify(%s, %s)" in statement:
-            self.notify(connection.pid, [(values[0], values[1])])
+        if "pg_notification_queue_usage()" in statement and "pg_notify(%s, '')" in statement:
+            self.notify(connection.pid, [(values[0], "")])
             return [(0.0, "")]
         if "has_function_privilege(" in statement:
             return [(True,)]
