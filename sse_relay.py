@@ -4069,7 +4069,9 @@ class LogSource(Source):
                     raise
                 log.error("events of transaction %s cannot be read, and are set aside: %s", xids[0], error)
                 sweep = None
-            await self._read()
+            else:
+                sweep = bool(sweep)
+                await self._read()
 
     async def _read(self) -> None:
         """Read what follows the last id that was read, to the end, and send it out."""
