@@ -28,7 +28,7 @@ import harness
 import sse_relay
 from harness import Crowd, Database, Relay, Server, SseReader, wait_until
 from log_session import GRANTS, Session, damage
-from sse_relay import SCHEMA_VERSION, SWEEP_INTERVAL, apply_schema, find_postgres, raise_file_limit
+from sse_relay import SWEEP_INTERVAL, apply_schema, find_postgres, raise_file_limit
 
 LOG = ("--source", "log")
 # Nothing that was missed is found in memory.
@@ -767,15 +767,6 @@ def run_program(*arguments: str, input_: str = "") -> subprocess.CompletedProces
     )  # fmt: skip
 
 
-def refused(relay: Relay) -> str:
-    """The one line that says why a relay ended at once, with status 1."""
-    assert relay.wait() == 1
-    *lines, error = relay.lines
-    assert " ERROR PostgreSQL cannot be used: " in error, relay.log
-    assert not [line for line in lines if "INFO" not in line and "WARNING" not in line], relay.log
-    return error
-
-
 def test_the_printed_schema_is_what_psql_runs(database: Database) -> None:
     psql = find_postgres() / "psql"
     if not psql.exists():
@@ -788,31 +779,6 @@ def test_the_printed_schema_is_what_psql_runs(database: Database) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     publish(database, "a", "one")
-
-
-def test_a_database_without_the_log_is_named(database: Database, start_relay: RelayStarter) -> None:
-    assert "run sse_relay.py schema --apply" in refused(start_relay(*LOG, dsn=database.dsn, wait=False))
-    run = run_program("publish", *LOG, "--dsn", database.dsn, "a", "data")
-    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
-    assert "run sse_relay.py schema --apply" in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("version", "advice"),
-    [(SCHEMA_VERSION + 1, "install a newer sse-relay"), (SCHEMA_VERSION - 1, "schema --apply")],
-)
-def test_another_version_of_the_log_is_named(
-    log: Database, start_relay: RelayStarter, version: int, advice: str
-) -> None:
-    log.execute("UPDATE sse_relay.settings SET version = %s", (version,))
-    assert advice in refused(start_relay(*LOG, dsn=log.dsn, wait=False))
-    done = run_program("schema", "--apply", "--dsn", log.dsn)
-    if version > SCHEMA_VERSION:
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "newest sse_relay.py" in done.stderr
-    else:
-        assert done.returncode == 0
-        start_relay(*LOG, dsn=log.dsn)
 
 
 def test_roles_with_exactly_the_grants_of_the_docs_are_enough(
@@ -833,22 +799,6 @@ def test_roles_with_exactly_the_grants_of_the_docs_are_enough(
     log.execute("UPDATE sse_relay.events SET created = created - interval '25 hours'")
     start_relay(*LOG, dsn=as_role(log, relays))
     numbered(log, 1)
-
-
-def test_a_relay_without_its_grants_says_which(
-    log: Database, start_relay: RelayStarter, make_role: Callable[[], str]
-) -> None:
-    role = make_role()
-    kinds = ("SCHEMA", "sse_relay.", "FUNCTION")
-    for lacking in range(3):
-        for grant in GRANTS["relay"]:
-            log.execute(f"{grant} TO {role}")
-        for grant in GRANTS["relay"]:
-            if grant.partition(" ON ")[2].startswith(kinds[lacking]):
-                log.execute(f"{grant.replace('GRANT', 'REVOKE', 1)} FROM {role}")
-        advice = refused(start_relay(*LOG, dsn=as_role(log, role), wait=False)).partition(": run ")[2]
-        log.execute(advice)
-        start_relay(*LOG, dsn=as_role(log, role)).kill()
 
 
 def test_who_may_not_publish_is_told_in_one_line(log: Database, make_role: Callable[[], str]) -> None:

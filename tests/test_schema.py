@@ -57,7 +57,9 @@ from sse_relay import (
     LOG_WAITING_SQL,
     SCHEMA_SQL,
     SCHEMA_VERSION,
+    UnusableDatabaseError,
     apply_schema,
+    check_log,
 )
 
 POSITION = re.compile(r"([0-9a-f]{12})-(\d+)(?:@(\d+):(\d+):((?:\d+(?:,\d+)*)?))?")
@@ -232,6 +234,34 @@ def test_the_grants_of_the_docs_are_enough_and_none_is_superfluous(
     for left_out in GRANTS[kind]:
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             use(granted(database, kind, left_out))
+
+
+def unusable(session: Session) -> str:
+    """Why a relay refuses to work on this log, and what helps."""
+    with session.connection.cursor() as cursor, pytest.raises(UnusableDatabaseError) as caught:
+        check_log(cursor)
+    return str(caught.value)
+
+
+def test_a_log_that_a_relay_cannot_use_is_named_with_what_helps(database: Database) -> None:
+    with Session(database) as session:
+        assert unusable(session).endswith("run sse_relay.py schema --apply")
+        apply(database)
+        for newer, advice in ((1, "install a newer sse-relay"), (-1, "run sse_relay.py schema --apply")):
+            session.run("UPDATE sse_relay.settings SET version = %s", (SCHEMA_VERSION + newer,))
+            assert unusable(session).endswith(advice)
+    apply(database)
+    role = new_role(database, "relay")
+    with Session(database, role) as session, session.connection.cursor() as cursor:
+        for kind in ("SCHEMA", "sse_relay.", "FUNCTION"):
+            for grant in GRANTS["relay"]:
+                database.execute(f'{grant} TO "{role}"')
+                if grant.partition(" ON ")[2].startswith(kind):
+                    database.execute(f'{grant.replace("GRANT", "REVOKE", 1)} FROM "{role}"')
+            advice = unusable(session).partition(": run ")[2]
+            assert advice.startswith("GRANT"), advice
+            database.execute(advice)
+            check_log(cursor)
 
 
 def test_a_role_can_do_nothing_beyond_its_grants(log: Session, database: Database) -> None:
