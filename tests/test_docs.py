@@ -6,6 +6,7 @@ Run as a program with ``--write``, this brings the help texts and refusals in do
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import shlex
@@ -201,6 +202,15 @@ def test_each_test_that_is_named_exists() -> None:
     for page in pages():
         for name in re.findall(r"`(test_\w+)(?:\.py)?`", prose(page)):
             assert name in texts or any(f"def {name}(" in text for text in texts.values()), (page, name)
+
+
+def test_each_block_that_a_test_names_is_there_once() -> None:
+    """A quick look, since most of these tests are slow."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("block", "pages.block"):
+                with contextlib.suppress(ValueError):  # a name that only the run decides
+                    block(*map(ast.literal_eval, node.args))
 
 
 def test_words_are_those_of_the_style() -> None:
