@@ -2535,7 +2535,8 @@ class NotifySource(Source):
         self.epoch = secrets.token_hex(5)
         # The number that the last loss of the connection took.
         self._lost_at = 0
-        self._confirmations: dict[str, asyncio.Event] = {}
+        # Set, and replaced, with each LISTEN that is confirmed.
+        self._confirmed = asyncio.Event()
         self._warned: set[tuple[str, str]] = set()
         hub.on_watched = interest.watch
         hub.on_abandoned = self._abandon
@@ -2543,12 +2544,8 @@ class NotifySource(Source):
     # For streams.
 
     def blocked(self, channels: Iterable[str]) -> asyncio.Event | None:
-        if not self._connected.is_set():
-            return self._connected
-        for channel in channels:
-            if channel not in self.interest.confirmed:
-                return self._confirmations.setdefault(channel, asyncio.Event())
-        return None
+        listening = self.interest.confirmed.issuperset(channels)
+        return super().blocked(channels) or (None if listening else self._confirmed)
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         if cursor.last:
@@ -2571,8 +2568,8 @@ class NotifySource(Source):
             self._hub.stand(self.epoch, self.number)
         for channel in channels:
             self._memory.begin(channel, self.number)
-            if (confirmation := self._confirmations.pop(channel, None)) is not None:
-                confirmation.set()
+        self._confirmed.set()
+        self._confirmed = asyncio.Event()
 
     def retracted(self, channels: Collection[str]) -> None:
         for channel in channels:
@@ -2619,7 +2616,6 @@ class NotifySource(Source):
         self._memory.clear()
 
     def _abandon(self, channel: str) -> None:
-        self._confirmations.pop(channel, None)
         self.interest.abandon(channel, asyncio.get_running_loop().time())
 
     def _warn(self, channel: str, fields: tuple[str, ...]) -> None:
@@ -4469,13 +4465,13 @@ class Streams:
     async def _wait_listening(self, channels: Sequence[str]) -> None:
         """Wait a little until all events of these channels arrive."""
         with contextlib.suppress(TimeoutError):
-            while (event := self._source.blocked(channels)) is not None and not self.draining:
-                async with asyncio.timeout(LISTEN_WAIT) as waiting:
-                    self._opening[waiting] = None
-                    try:
+            async with asyncio.timeout(LISTEN_WAIT) as waiting:
+                self._opening[waiting] = None
+                try:
+                    while (event := self._source.blocked(channels)) is not None and not self.draining:
                         await event.wait()
-                    finally:
-                        del self._opening[waiting]
+                finally:
+                    del self._opening[waiting]
 
     def _begin(self, subscriber: Subscriber, wish: Wish, head: bytes) -> None:
         """Write the opening of a stream and all that can be had at once; leave the rest to a task."""
