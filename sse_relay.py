@@ -2255,7 +2255,8 @@ class Listener:
 
 # ==== Sources =================================================================
 #
-# What streams ask of a source, and what the listener tells it. Pure, but for events that are waited for.
+# What streams ask of a source, and what the listener tells it: all that both kinds do alike. Knows no SQL
+# and no stream.
 
 # One resume of one stream; a client that has missed more is better off reading the page anew.
 MAX_RESUME_EVENTS: Final = 10_000
@@ -2285,11 +2286,7 @@ class Cursor(NamedTuple):
         return max(self.number, self.floors.get(channel, 0))
 
     def rewound(self, before: Mapping[str, int]) -> Cursor:
-        """Return the cursor from which exactly the channels' newest events are owed.
-
-        Args:
-            before: The number just before the newest events of each channel.
-        """
+        """Return the cursor from which each channel's events are owed that come after a number."""
         return self._replace(number=min(before.values()), floors=before, last=0)
 
 

@@ -211,11 +211,11 @@ def state(subscriber: Subscriber) -> str:
 async def bring_to(stage: Stage, state_wanted: str) -> Client:
     """Return a client whose stream is in a state; of the first three, `STATES` has them in their order."""
     client = Client(stage, "a", "b")
-    client.subscriber.subject = "me"
+    client.subscriber.subject, client.subscriber.expires = "me", 1 << 40
     if state_wanted == "opening":
         stage.hub.enter(client.subscriber)
     else:
-        client.open(subject="me")
+        client.open(subject="me", expires=1 << 40)
         if state_wanted != "catching up":
             await stage.finish(client)
         if state_wanted == "ending":
@@ -292,6 +292,9 @@ async def test_a_stream_ends_in_every_state(
         await asyncio.sleep(0.005)
     if beating is not None:
         beating.cancel()
+    else:
+        assert stage.hub.channels == stage.hub.subjects == {}
+        assert stage.hub.expiring == {}
     if how == "is revoked" and name in ("catching up", "live"):
         assert wire is not None
         assert b'event: relay.refused\ndata: {"status":401,' in wire.written
