@@ -334,8 +334,9 @@ def test_each_metric_is_explained(database: Database, start_relay: Callable[...,
     admin = f"127.0.0.1:{free_port()}"
     start_relay("--admin", admin, dsn=database.dsn)
     metrics = httpx.get(f"http://{admin}/metrics").text
-    given = set(re.findall(r"^# TYPE (sse_relay_\w+)", metrics, re.MULTILINE))
-    assert given == set(re.findall(r"^\| `(sse_relay_\w+)", pages()[REFERENCE], re.MULTILINE))
+    given = set(re.findall(r"^# TYPE (sse_relay_\w+) (\w+)", metrics, re.MULTILINE))
+    explained = r"^\| `(sse_relay_\w+)` \| (\w+) \|"
+    assert given == set(re.findall(explained, pages()[REFERENCE], re.MULTILINE))
 
 
 @pytest.mark.parametrize(

@@ -104,49 +104,6 @@ def test_sockets_come_from_systemd_and_the_first_client_waits_in_their_queue(
     assert relay.stop() == 0
 
 
-def test_a_unix_socket_from_systemd_stays_when_the_relay_ends(
-    start_relay: Callable[..., Relay], database: harness.Database, tmp_path: Path
-) -> None:
-    path = tmp_path / "http.sock"
-    relay = start_relay(dsn=database.dsn, prefix=activated(str(path), names="http"), wait=False)
-    relay.wait_for_log("Listening on")
-    with RawStream(f"unix:{path}", "/events/orders") as client:
-        client.wait_for(b"id: ")
-        assert relay.stop() == 0
-        assert b"retry: " in client.wait_for_end().rpartition(b"id: ")[2]
-    assert path.is_socket()
-
-
-# What systemd does for its children, with a socket that the test keeps.
-GIVE_SOCKET = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def test_no_client_is_refused_between_two_relays(
-    start_relay: Callable[..., Relay], database: harness.Database
-) -> None:
-    with socket.create_server(("127.0.0.1", free_port()), backlog=4096) as kept:
-        address = "127.0.0.1:%d" % kept.getsockname()[1]  # noqa: UP031  # a pair of two types
-        descriptors = (kept.fileno(),)
-        prefix = (sys.executable, "-c", GIVE_SOCKET, str(kept.fileno()))
-        first = start_relay(dsn=database.dsn, prefix=prefix, pass_fds=descriptors)
-        with RawStream(address, "/events/orders") as early:
-            early.wait_for(b"id: ")
-            assert first.stop() == 0
-            early.wait_for_end()
-        with contextlib.ExitStack() as stack:
-            waiting = [stack.enter_context(RawStream(address, "/events/orders")) for _ in range(50)]
-            start_relay(dsn=database.dsn, prefix=prefix, pass_fds=descriptors)
-            for client in waiting:
-                client.wait_for(b"id: ")
-                assert client.status == 200
-                assert client.error is None
-
-
 def test_sockets_of_another_process_are_left_alone_and_a_systemd_that_is_gone_is_no_error(
     start_relay: Callable[..., Relay], database: harness.Database, tmp_path: Path
 ) -> None:
@@ -227,18 +184,6 @@ def test_the_watchdog_of_another_process_hears_nothing(
 
 
 # ==== Log =====================================================================
-
-# Standard error is the journal's, as far as the relay can tell.
-AS_JOURNAL = ("sh", "-c", 'export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec "$@"', "sh")
-
-
-def test_the_journal_gets_severities(start_relay: Callable[..., Relay], own_server: harness.Server) -> None:
-    relay = start_relay(dsn=own_server.dsn, prefix=AS_JOURNAL)
-    assert relay.wait_for_log("ready") == "<6>ready"
-    assert relay.wait_for_log("every channel can be read").startswith("<4>")
-    own_server.stop()
-    assert relay.wait_for_log("lost PostgreSQL").startswith("<4>")
-    assert all(re.match(r"<[3467]>", line) for line in relay.lines)
 
 
 def test_a_terminal_gets_times_even_below_a_service(
