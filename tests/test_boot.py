@@ -128,7 +128,7 @@ class Machine(harness.Closing):
         spaces = ["--mount", "--pid", "--uts", "--ipc", *([] if network else ["--net"])]
         done = subprocess.run(
             ["nsenter", f"--target={self.pid}", *spaces, f"--wd={self.path(harness.ROOT)}", *command],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=240,
             # The system's own Python: one in somebody's home is out of the service's reach.
             env={**harness.clean_environment(), "PATH": SYSTEM_PATH},
         )  # fmt: skip

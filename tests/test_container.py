@@ -22,7 +22,8 @@ from harness import Database, Nginx, RawStream, free_port, wait_until
 from pages import block
 from sse_relay import read_key, sign_token
 
-pytestmark = pytest.mark.slow
+# One installs packages.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -48,7 +49,7 @@ class Image:
         install = self.steps["RUN"]
         assert install.startswith("pip install ")
         env = {**harness.clean_environment(), **self.path}
-        subprocess.run(["sh", "-c", install], check=True, capture_output=True, timeout=100, env=env)
+        subprocess.run(["sh", "-c", install], check=True, capture_output=True, timeout=240, env=env)
         assert self.steps["COPY"] == "sse_relay.py /"
         self.add("sse_relay.py", harness.PROGRAM.read_text())
         user = self.steps["USER"]
