@@ -2429,10 +2429,9 @@ class Source:
         if cursor.epoch != self.epoch:
             return self.tell_all(channels, "restart")
         if cursor.last:
-            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
-            if any(kept < cursor.last for _, kept in newest.values()):
+            cursor, kept = self._rewound(cursor, channels)
+            if not kept:
                 return None
-            cursor = cursor.rewound({name: before for name, (before, _) in newest.items()})
         since = {name: cursor.after(name) for name in channels}
         if not all(self._memory.covers(*item) for item in since.items()):
             return None
@@ -2461,6 +2460,12 @@ class Source:
     def tell_all(self, channels: Collection[str], reason: str) -> Page:
         """Return a gap for every channel of a stream, which goes on from the present position."""
         return self.tell(Cursor(self.epoch, self.number), channels, dict.fromkeys(channels, reason))
+
+    def _rewound(self, cursor: Cursor, channels: Sequence[str]) -> tuple[Cursor, bool]:
+        """Return where the newest events begin in memory, and whether it holds as many as are owed."""
+        newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
+        kept = min(count for _, count in newest.values())
+        return cursor.rewound({name: before for name, (before, _) in newest.items()}), kept >= cursor.last
 
     def _unsettled(self, position: Position) -> asyncio.Event | None:
         """Return what must happen before a position of this history can be judged, None if it can be."""
@@ -2546,8 +2551,7 @@ class NotifySource(Source):
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         if cursor.last:
-            newest = {name: self._memory.before_newest(name, cursor.last, cursor.number) for name in channels}
-            return Page(cursor.rewound({name: before for name, (before, _) in newest.items()}))
+            return Page(self._rewound(cursor, channels)[0])
         since = {name: cursor.after(name) for name in channels}
         gaps = {
             name: "outage" if number < self._lost_at else "evicted"
@@ -4338,13 +4342,7 @@ class Streams:
         max_age: float | None,
         max_per_subject: int | None = None,
     ) -> None:
-        """Args:
-        path: Where the stream routes begin: ``/events``, or ``/``.
-        retry: The least ``retry:`` in milliseconds.
-        max_clients: Streams open at once.
-        max_per_subject: Those of them whose tokens name the same subject; None: any number.
-        max_age: Seconds after which a stream ends, more or less a tenth; None: never.
-        """
+        """Take what the options of the same names say."""
         # The relay is stopping: every request is told to come back.
         self.draining = False
         self.refusals = Refusals(hub, path, retry)
@@ -4416,11 +4414,7 @@ class Streams:
             waiting.reschedule(0.0)
 
     def revoke(self, subject: str, stamp: float) -> None:
-        """End a subject's streams, and refuse its tokens, that were issued at this time or before.
-
-        Args:
-            stamp: Seconds since 1970.
-        """
+        """End a subject's streams, and refuse its tokens, of this time, in seconds since 1970, or before."""
         self._access.revoke(subject, stamp)
         self._hub.revoke(subject, stamp, encode_refused(401, REVOKED))
 
