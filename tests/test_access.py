@@ -902,75 +902,62 @@ def test_a_password_in_the_wrong_place_is_not_repeated(tmp_path: Path) -> None:
         assert PASSWORD not in relay.log, dsn
 
 
+def requests_with(token: str) -> list[str]:
+    """Return requests that hold a token where it belongs, and where it does not."""
+    return [
+        f"GET /events/orders?access_token={token} HTTP/1.1",
+        f"GET /events/orders?access_token={token}&lastEventId={token} HTTP/1.1",
+        f"GET /events/{token}?channel={token} HTTP/1.1",
+        f"GET /nothing/{token} HTTP/1.1",
+        f"GET /events/orders HTTP/1.1\r\nCookie: s se={token}; \x7f{token}; sse={token}",
+        f"GET /events/orders HTTP/1.1\r\nCookie: {token}\x7f=1; sse\x7f={token}",
+        f"GET /events/orders HTTP/1.1\r\nAuthorization: Bearer {token}",
+        f"GET /events/orders HTTP/1.1\r\nAuthorization Bearer {token}",
+        f"{token} / HTTP/1.1",
+        f"POST /events/orders?access_token={token} HTTP/9.9\r\nContent-Length: x",
+    ]
+
+
 def test_nothing_secret_is_written_whatever_happens(
     start_relay: StartRelay, database: Database, secret_file: Path
 ) -> None:
-    parts = psycopg2.extensions.parse_dsn(database.dsn)
-    database.execute(f"CREATE ROLE secretive LOGIN PASSWORD '{PASSWORD}'")
-    dsn = psycopg2.extensions.make_dsn(database.dsn, user="secretive", password=PASSWORD)
-    admin = f"127.0.0.1:{harness.free_port()}"
     token, expired = token_for("orders"), token_for("orders", seconds=-1)
-    try:
-        with harness.FreezableProxy((parts["host"], int(parts["port"]))) as proxy:
-            dsn = psycopg2.extensions.make_dsn(dsn, host="127.0.0.1", port=proxy.port)
-            relay = start_relay(
-                "--admin", admin, "--jwt-key-file", str(secret_file), "--jwt-cookie", "sse",
-                "--log-level", "debug", "--linger", "0", env={"SSE_RELAY_DSN": dsn},
-            )  # fmt: skip
-            answers: list[str] = []
+    admin = f"127.0.0.1:{harness.free_port()}"
+    answers: list[str] = []
 
-            def look() -> None:
-                paths = ("/", "/live", "/ready", "/metrics", "/channels", f"/ready?access_token={token}")
-                answers.extend(HTTP.get(f"http://{admin}{path}").text for path in paths)
+    def look() -> None:
+        paths = ("/", "/live", "/ready", "/metrics", "/channels", f"/ready?access_token={token}")
+        answers.extend(HTTP.get(f"http://{admin}{path}").text for path in paths)
 
-            for each in (
-                token,
-                expired,
-                token + "\x01",
-                f"{token}%00",
-                f"{token}\udcff".encode("utf-8", "replace"),
-            ):
-                text = each if isinstance(each, str) else each.decode()
-                for line in (
-                    f"GET /events/orders?access_token={text} HTTP/1.1",
-                    f"GET /events/orders?access_token={text}&lastEventId={text} HTTP/1.1",
-                    f"GET /events/{text}?channel={text} HTTP/1.1",
-                    f"GET /nothing/{text} HTTP/1.1",
-                    f"GET /events/orders HTTP/1.1\r\nCookie: s se={text}; \x7f{text}; sse={text}",
-                    f"GET /events/orders HTTP/1.1\r\nCookie: {text}\x7f=1; sse\x7f={text}",
-                    f"GET /events/orders HTTP/1.1\r\nAuthorization: Bearer {text}",
-                    f"GET /events/orders HTTP/1.1\r\nAuthorization Bearer {text}",
-                    f"{text} / HTTP/1.1",
-                    f"POST /events/orders?access_token={text} HTTP/9.9\r\nContent-Length: x",
-                ):
-                    request = f"{line}\r\nHost: relay\r\n\r\n".encode()
-                    with RawStream(relay.bind, request=request) as stream:
-                        harness.wait_until(lambda stream=stream: stream.raw or stream.ended, what=line)  # type: ignore[misc]
+    database.execute(f"CREATE ROLE secretive LOGIN PASSWORD '{PASSWORD}'")
+    with harness.FreezableProxy.before(database) as proxy, contextlib.ExitStack() as stack:
+        stack.callback(database.execute, "DROP ROLE secretive")
+        dsn = psycopg2.extensions.make_dsn(proxy.dsn(database), user="secretive", password=PASSWORD)
+        relay = start_relay(
+            "--admin", admin, "--jwt-key-file", str(secret_file), "--jwt-cookie", "sse",
+            "--log-level", "debug", "--linger", "0", env={"SSE_RELAY_DSN": dsn},
+        )  # fmt: skip
+        for text in (token, expired, f"{token}\x01", f"{token}%00", f"{token}\xff"):
+            for request in requests_with(text):
+                with RawStream(relay.bind, request=f"{request}\r\nHost: relay\r\n\r\n".encode()) as stream:
+                    harness.wait_until(lambda stream=stream: stream.raw or stream.ended, what=request)  # type: ignore[misc]
+        look()
+        with SseReader(relay.url("orders", access_token=token)) as reader:
+            reader.wait_for_id()
+            for outage in (proxy.drop, database.terminate_backends):
+                gaps = len(reader.events)
+                outage()
+                harness.wait_until(lambda gaps=gaps: len(reader.events) > gaps, 20, "a gap")  # type: ignore[misc]
+            lines = len(relay.lines)
+            proxy.refuse()
+            proxy.drop()
+            relay.wait_for_log("PostgreSQL", after=lines)
             look()
-            with SseReader(relay.url("orders", access_token=token)) as reader:
-                reader.wait_for_id()
-                for outage in (proxy.drop, database.terminate_backends):
-                    gaps = len(reader.events)
-                    outage()
-                    harness.wait_until(lambda gaps=gaps: len(reader.events) > gaps, 20, "a gap")  # type: ignore[misc]
-                lines = len(relay.lines)
-                proxy.refuse()
-                proxy.drop()
-                relay.wait_for_log("PostgreSQL", after=lines)
-                look()
-                database.execute("ALTER ROLE secretive PASSWORD 'another'")
-                proxy.accept()
-                harness.wait_until(
-                    lambda: relay.process.poll() is not None or "authentication failed" in relay.log,
-                    20,
-                    "the refusal",
-                )
-                if relay.process.poll() is None:
-                    look()
-            if relay.process.poll() is None:
-                relay.stop()
-    finally:
-        database.execute("DROP ROLE secretive")
+            database.execute("ALTER ROLE secretive PASSWORD 'another'")
+            proxy.accept()
+            relay.wait_for_log("authentication failed", 20)
+            look()
+        relay.stop()
     written = relay.log + "\n".join(answers)
     assert "refused with" in written
     assert "sse_relay_clients" in written
