@@ -3206,9 +3206,9 @@ BEGIN
     END IF;
 END $$;
 
--- Sets aside what cannot be read of these transactions, and begins a new epoch if that is anything: a
--- client may be anywhere, and nothing else reaches all of them. Who repairs a row and gives it any other
--- sender has it numbered by the next relay that connects.
+-- Sets aside the events of these transactions whose data cannot be read. If there are any, a new epoch
+-- tells every client, wherever it stands. A row that is repaired, and given any other sender, is numbered
+-- by the next relay that connects.
 CREATE OR REPLACE FUNCTION sse_relay.set_aside(xids xid8[])
 RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -3356,7 +3356,7 @@ DECLARE
     known oid[] := string_to_array(current_setting('sse_relay.known'), ',');
     made record;
 BEGIN
-    -- Even an index or a trigger that exists would be waited for, behind transactions that publish.
+    -- Only then: to make what exists already would wait, too, behind transactions that publish.
     IF (SELECT version FROM sse_relay.settings) IS DISTINCT FROM 2 THEN
         CREATE INDEX IF NOT EXISTS events_channel_id ON sse_relay.events (channel, id);
         -- A backlog of millions is looked through in windows of seq. An expression, so that no other query
@@ -3525,8 +3525,8 @@ SELECT snapshot::text, xids::text[], pids, upto, events FROM sse_relay.waiting(%
 """
 
 # (xids list[str], pids list[int], sweep bool | None) -> (moved int, more bool): repeat while `more`.
-# A statement of its own, in autocommit. A list should have no more than 1,000 transactions. None: to set
-# aside first what cannot be read, after a call that failed for one transaction.
+# A statement of its own, in autocommit. A list should have no more than 1,000 transactions. With None in
+# place of `sweep`, after a call that failed for one transaction, it first sets aside what cannot be read.
 LOG_ADVANCE_SQL: Final = """
 SELECT moved, more FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], %s)
 """
