@@ -2110,17 +2110,16 @@ class Listener:
                 cannot help. Later such an error is logged, and tried again.
         """
         failures = 0
-        first = True
         # Each trouble is logged once until the connection stands again: the last is the
         # one to fix.
         told: set[str] = set()
         loop = asyncio.get_running_loop()
-        while True:
+        for attempt in itertools.count():
             started = loop.time()
             try:
                 await self._session()
             except UnusableDatabaseError as error:
-                if first:
+                if attempt == 0:
                     raise
                 self.trouble = str(error)
             except (psycopg2.Error, OSError, LostConnectionError) as error:
@@ -2133,7 +2132,6 @@ class Listener:
                 self.reconnects += was_ready
                 self.ready.clear()
                 self._disconnect()
-            first = False
             if was_ready and loop.time() - started > MAX_BACKOFF:
                 failures = 0
             failures += 1

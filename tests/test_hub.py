@@ -764,14 +764,14 @@ async def test_the_longest_turn_of_a_burst_does_not_grow_with_the_streams(
             subscriber = Subscriber(hub, tuple(channels), 0)
             subscriber.transport, subscriber.live_from = Sink(), LIVE
             hub.enter(subscriber)
-        turn = hub.broadcast(make_frames(*pool * 10), "e").__await__()
+        turn = hub.broadcast(make_frames(*pool * 4), "e").__await__()
         counts: list[int] = []
         yielded: list[object] = []
         while yielded[-1:] != ["end"]:
             counts.append(count_operations(lambda: yielded.append(next(turn, "end"))))
-        assert hub.counts.deliveries == streams * 200
+        assert hub.counts.deliveries == streams * 80
         return counts
 
-    few, many = turns(100), turns(400)
+    few, many = turns(60), turns(240)
     assert len(many) > len(few)
     assert max(many) < 1.5 * max(few)
