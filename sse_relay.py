@@ -138,10 +138,7 @@ class RelayError(Exception):
     """Base of what this program raises on purpose."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        """Args:
-        what: What is wrong, in one line for the person who reads it; never holds a secret.
-        remedy: What fixes it, if more can be said.
-        """
+        """Tell what is wrong, in one line that never holds a secret, and what fixes it if that is known."""
         super().__init__(what, remedy)
         self.what = what
         self.remedy = remedy
@@ -983,9 +980,7 @@ class Memory:
     """
 
     def __init__(self, limit: int) -> None:
-        """Args:
-        limit: Bytes, Python's own overhead included.
-        """
+        # In bytes, Python's own overhead included.
         self.limit = limit
         self.size = 0
         self._shelves: dict[str, _Shelf] = {}
