@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import harness
 import sse_relay
 from harness import count_operations, run_without_waiting
 from sse_relay import (
@@ -640,6 +641,31 @@ async def test_nothing_is_added_where_bytes_wait_already(
     await until(lambda: not stuck.transport.get_write_buffer_size())
     await advance(7.0)
     assert stuck.writes[1:] == [b":\n"]
+
+
+async def test_a_burst_of_the_log_reaches_all_though_its_connection_is_lost(
+    open_stream: OpenStream, log_database: harness.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next connection reads on behind it: who had not got it yet would miss it in silence."""
+    monkeypatch.setattr(sse_relay, "WRITES_PER_TURN", 1)
+    hub = Hub(1 << 20, FOREVER)
+    source = sse_relay.LogSource(hub, sse_relay.Memory(1 << 20))
+    listener = sse_relay.Listener(log_database.dsn, source)
+    running = asyncio.create_task(listener.run())
+    try:
+        async with asyncio.timeout(20):
+            await listener.ready.wait()
+            streams = [await open_stream(hub, "a") for _ in range(100)]
+            reading = [asyncio.create_task(stream.read(1)) for stream in streams]
+            log_database.execute("SELECT sse_relay.publish('a', 'x')")
+            await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            assert not all(stream.writes for stream in streams)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*reading)
+    assert {block for stream in streams for block in stream.writes} == {streams[0].writes[0]}
 
 
 async def test_a_session_of_the_log_begins_when_everybody_has_what_the_last_one_read(
