@@ -5020,8 +5020,17 @@ class Connection(web.RequestHandler):
 
     __slots__ = ("door", "unfinished")
 
-    def __init__(self, door: Door, **options: Any) -> None:
-        super().__init__(door, loop=asyncio.get_running_loop(), **options)
+    def __init__(self, door: Door) -> None:
+        super().__init__(
+            door,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]  # as aiohttp itself takes it: no log
+            logger=log.getChild("http"),
+            keepalive_timeout=KEEPALIVE_TIMEOUT,
+            max_field_size=MAX_FIELD_BYTES,
+            max_line_size=MAX_FIELD_BYTES,
+            tcp_keepalive=False,  # heartbeats find a client that is gone
+        )
         self.door = door
         # Bytes that have come since the last whole request.
         self.unfinished = 0
@@ -5083,17 +5092,9 @@ class Door(web.Server):
         self._waiting: dict[Connection, float] = {}
         # What they and all others have sent of requests that are not whole.
         self._unfinished = 0
-        self._options = {
-            "access_log": None,
-            "keepalive_timeout": KEEPALIVE_TIMEOUT,
-            "logger": log.getChild("http"),
-            "max_field_size": MAX_FIELD_BYTES,
-            "max_line_size": MAX_FIELD_BYTES,
-            "tcp_keepalive": False,  # heartbeats find a client that is gone
-        }
 
     def __call__(self) -> Connection:
-        return Connection(self, **self._options)
+        return Connection(self)
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
