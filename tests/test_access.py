@@ -50,14 +50,8 @@ StartRelay = Callable[..., Relay]
 EVENT_STREAM = {"Accept": "text/event-stream"}
 
 
-# Making one takes longer than a request.
+# Making one takes longer than a request. It ends with the process: tests of several files may take turns.
 HTTP = httpx.Client(timeout=10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close_client() -> Iterator[None]:
-    yield
-    HTTP.close()
 
 
 def token_for(*channels: str, seconds: float = 60, secret: bytes = SECRET) -> str:
