@@ -5,6 +5,7 @@ A history is a list of records that JSON can hold, each with ``t``, seconds, and
     run      source, relays: what was run
     commit   n, pid, events [[tag, channel, seen, name]…], size: a transaction; each event saw the first
              `seen` commits, and the largest has so many bytes; xid; after: tags that they saw
+    revoked  client: the log has revoked its tokens
     number   epoch, first, tags: the log has given these events numbers from `first` on; null: no event
     undone   tags: a crash or failover has lost these
     unnumbered  epoch, first, count: it has lost these numbers, and the events come again
@@ -12,7 +13,7 @@ A history is a list of records that JSON can hold, each with ``t``, seconds, and
     pruned   epoch, upto: the log has dropped the events up to this number
     fault    on: a relay's name or "server", kind
     open     client, stream, relay, channels, since, last, prompt: it reads at once; seen: its page shows
-             the first so many commits; or shows: a snapshot
+             the first so many commits; or shows: a snapshot; issued, expires: its token
     got      client, stream, items: what it read, each with the time at which it was sent last
                  ["event", tag, position, sent, name]
                  ["gap", channels, reason, since, position, sent]
@@ -44,6 +45,10 @@ PROMPT_DELAY = 3.0
 SESSIONS = 4
 MIB = 1 << 20
 RESERVED = ("error", "open")
+# From a token's end, or that of a stream's age, to the last byte: a relay may be suspended meanwhile.
+AFTER_END = 8.0
+# From a revocation: PostgreSQL may be away.
+AFTER_REVOCATION = 15.0
 # asyncio's own, above which it tells a protocol to pause.
 HIGH_WATER = 64 * 1024
 
@@ -87,6 +92,9 @@ class _Watch:
     relay: str = ""
     last: int = 0
     opened: float = 0.0
+    issued: float = 0.0
+    until: float = float("inf")
+    revoked: float = -1.0
     prompt: bool = False
     moved: bool = False
     tags: dict[str, float] = field(default_factory=dict)
@@ -248,6 +256,9 @@ class Checker:
         watch.last = record["last"]
         watch.opened = record["t"]
         watch.prompt = record["prompt"]
+        watch.issued = record.get("issued", 0.0)
+        age = self._plan["settings"].get("max_age") or float("inf")
+        watch.until = min(record.get("expires", float("inf")), record["t"] + 1.1 * age)
         if not watch.channels:
             watch.channels = tuple(record["channels"])
             if watch.channels not in self._due:
@@ -260,8 +271,15 @@ class Checker:
             watch.born = split_position(record["since"])[0]
             watch.began = -1.0
 
+    def _on_revoked(self, record: Record) -> None:
+        self._watches.setdefault(record["client"], _Watch()).revoked = record["t"]
+
     def _on_got(self, record: Record) -> None:
         watch = self._watches[record["client"]]
+        sent = record["items"][-1][3 if record["items"][-1][0] == "event" else -1]
+        revoked = watch.issued < watch.revoked and watch.prompt and not self._renewed
+        if sent > watch.until + AFTER_END or (revoked and sent > watch.revoked + AFTER_REVOCATION):
+            self._blame("outlived", record["t"], f"{record['client']} at {watch.relay}: its stream goes on")
         for item in record["items"]:
             kind = item[0]
             if kind == "event":
@@ -287,7 +305,7 @@ class Checker:
                 self._on_mark(record, watch, item[1], item[2])
             elif kind == "relay.heartbeat" and item[2]:
                 self._on_mark(record, watch, item[2], item[3])
-            elif kind == "relay.refused":
+            elif kind == "relay.refused" and watch.issued > watch.revoked and item[3] < watch.until:
                 self._blame("refused", record["t"], f"{record['client']}: {item}")
 
     def _on_event(

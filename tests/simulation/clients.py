@@ -125,9 +125,10 @@ def request_of(channels: Sequence[str], position: str, start: str, **options: An
     Args:
         position: Sent as ``Last-Event-ID``, if there is one.
         start: Sent as ``?lastEventId=``, if there is one.
-        options: ``host``, ``http`` (0 or 1), and further fields of the query.
+        options: ``host``, ``http`` (0 or 1), ``token``, and further fields of the query.
     """
     http, host = options.pop("http", 1), options.pop("host", "127.0.0.1:8001")
+    token = options.pop("token", "")
     fields = [("lastEventId", start)] if start else []
     fields += [(name, str(value)) for name, value in options.items() if value]
     path = "/events"
@@ -137,6 +138,8 @@ def request_of(channels: Sequence[str], position: str, start: str, **options: An
         fields = [("channel", channel) for channel in channels] + fields
     query = f"?{urlencode(fields)}" if fields else ""
     lines = [f"GET {path}{query} HTTP/1.{http}", f"Host: {host}", "Accept: text/event-stream"]
+    if token:
+        lines.append(f"Authorization: Bearer {token}")
     if position:
         lines.append(f"Last-Event-ID: {position}")
     return "\r\n".join([*lines, "", ""]).encode()
@@ -173,6 +176,7 @@ class Client:
         doors: Sequence[str],
         connect: Door,
         born: Callable[[], tuple[str, int]] | None = None,
+        sign: Callable[[str, list[str], float], tuple[str, float]] | None = None,
     ) -> None:
         self.timeline = timeline
         self.name = name
@@ -187,6 +191,8 @@ class Client:
         self._connect = connect
         self._chance = timeline.chance(f"client {name} {plan['seed']}")
         self._born = born
+        self._sign = sign
+        self._token, self._issued, self._expires = "", 0.0, 0.0
         self._start: tuple[str, int] | None = None
         self._door = self._chance.choice(doors)
         self._stream = 0
@@ -208,7 +214,6 @@ class Client:
         link = Link(self.timeline, self._plan["room"], lambda: self._notice(link))
         self._reader = Reader()
         self._heard = self.timeline.now
-        self.live = False
         if not self._connect(self._door, link):
             if self._chance.random() < 0.5:
                 self._door = self._chance.choice(self._doors)
@@ -216,6 +221,12 @@ class Client:
             return
         self._link = link
         start, seen = self._start or ("", 0)
+        facts: dict[str, float] = {"seen": seen} if start else {}
+        if self._sign is not None:
+            if not self._token or self._expires <= self.timeline.now:
+                self._issued = self.timeline.now
+                self._token, self._expires = self._sign(self.name, self.channels, self._plan["lasts"])
+            facts |= {"issued": self._issued, "expires": self._expires}
         self.timeline.note(
             "open",
             client=self.name,
@@ -225,7 +236,7 @@ class Client:
             since=self.position or start,
             last=self._plan["last"],
             prompt=self._plan["kind"] == "steady",
-            **({"seen": seen} if start else {}),
+            **facts,
         )
         link.send(self._request(start))
         if not self.calm:
@@ -238,8 +249,9 @@ class Client:
         plan = self._plan
         beats = "event" if plan["beats"] else ""
         return request_of(
-            self.channels, self.position, start, http=plan["http"], heartbeat=beats, last=plan["last"]
-        )
+            self.channels, self.position, start,
+            http=plan["http"], token=self._token, heartbeat=beats, last=plan["last"],
+        )  # fmt: skip
 
     def _notice(self, link: Link) -> None:
         if link is self._link and not self._reading:
@@ -267,7 +279,12 @@ class Client:
         if items:
             self.timeline.note("got", client=self.name, stream=self._stream, items=items)
         if self._link is link:
-            if link.pieces:
+            if items and items[-1][0] == "relay.refused":
+                # Where no stream was open, the connection is kept for another request.
+                self._token = ""
+                link.leave("closed")
+                self._close("relay")
+            elif link.pieces:
                 self._notice(link)
             elif link.ended:
                 self._close("relay")
@@ -299,7 +316,8 @@ class Client:
             status=self._reader.status, retry=self._reader.retry if self._reader.blocks else 0,
         )  # fmt: skip
         self._link = None
-        self.live = False
+        # In calm only a token's or a stream's age ends it, which comes back then.
+        self.live = self.live and self.calm and by == "relay"
         if not self.gone:
             retry = min(self._reader.retry or 100, 1000) / 1000
             away = 0.0 if self.calm else self._plan["away"]

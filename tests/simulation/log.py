@@ -105,6 +105,9 @@ class Log:
         # How to take back what a crash, or the promotion of a standby that lags behind, would lose.
         self._unflushed: list[Callable[[], None]] = []
         self._unsent: list[Callable[[], None]] = []
+        # What has changed since a copy was made, and the copy's next id and transaction.
+        self._uncopied: list[Callable[[], None]] | None = None
+        self._copy = 0, 0
 
     def statements(self) -> dict[str, Callable[[Connection, Any], list[Row]]]:
         """Return what answers the module's statements, by their names there."""
@@ -221,9 +224,13 @@ class Log:
         tags = [tag_of(row) for row in taken]
         epoch = self.epoch
         self.server.timeline.note("number", epoch=epoch, first=first, tags=tags)
+        for logged in moved:
+            if logged.channel == REVOKED:
+                self.server.timeline.note("revoked", client=logged.data)
 
         def undo() -> None:
             self.events = [row for row in self.events if row not in moved]
+            self.revocations = [row for row in self.revocations if row[0] < first]
             self.damaged.difference_update(row.id for row in moved)
             self.pending = sorted([*self.pending, *taken], key=attrgetter("seq"))
             self.server.timeline.note("unnumbered", epoch=epoch, first=first, count=len(tags))
@@ -328,12 +335,10 @@ class Log:
     def _changed(self, undo: Callable[[], None], *, durable: bool) -> None:
         self._unsent.append(undo)
         self._unflushed.append(undo)
+        if self._uncopied is not None:
+            self._uncopied.append(undo)
         if durable:
             self._unflushed.clear()
-
-    def sent(self) -> None:
-        """The standby has come as far as this."""
-        self._unsent.clear()
 
     def crash(self) -> None:
         """Lose what was not flushed."""
@@ -346,9 +351,23 @@ class Log:
         self.timeline += 1
         self._next_id = self._newest() + 1
 
+    def copy(self) -> None:
+        """Make a copy of the volume."""
+        self._uncopied, self._copy = [], (self._next_id, self.server.next_xid)
+
+    def put_back(self) -> None:
+        """Put the copy in the volume's place, as the docs say: with another epoch."""
+        self._take_back(self._uncopied or ())
+        self._next_id, self.server.next_xid = self._copy
+        self._uncopied = None
+        self.renew_epoch()
+
     def _take_back(self, undos: Sequence[Callable[[], None]]) -> None:
         for undo in reversed(undos):
             undo()
+        if self._uncopied is not None:
+            done = set(undos)
+            self._uncopied = [undo for undo in self._uncopied if undo not in done]
         self._unflushed.clear()
         self._unsent.clear()
 

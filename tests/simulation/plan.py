@@ -32,7 +32,7 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "MAX_WOKEN": (3, 50_000),
 }
 
-FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery", "damage")
+FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery", "damage", "restore")
 
 
 def draw(seed: int, source: str | None = None) -> Plan:
@@ -42,10 +42,15 @@ def draw(seed: int, source: str | None = None) -> Plan:
     source = source or drawn
     relays = [f"r{number}" for number in range(chance.choice((1, 1, 2, 3)))]
     channels = ["c0", "a:b%c", "open", "c3", "ö", "c5"][: chance.choice((1, 3, 6))]
-    faults = [kind for kind in FAULTS if chance.random() < 0.5]
+    faults = [kind for kind in FAULTS if chance.random() < (0.2 if kind == "restore" else 0.5)]
+    # Tokens and streams end by the clock.
+    ageing = "clock" not in faults
+    tokens = ageing and chance.random() < 0.5
     steps: list[Step] = []
     steps += [_client(chance, number, channels) for number in range(chance.randint(*CLIENTS))]
     steps += _transactions(chance, source, channels, chance.choice((20, 60, 150)))
+    if tokens:
+        steps += [_revocation(chance, steps) for _ in range(chance.randint(0, 3))]
     for kind in faults:
         for _ in range(chance.randint(1, 4)):
             steps.append(_FAULTS[kind](chance, relays))
@@ -68,7 +73,9 @@ def draw(seed: int, source: str | None = None) -> Plan:
             "linger": chance.choice((0.1, 2.0, 60.0)),
             "heartbeat": chance.choice((1.0, 5.0, 15.0)),
             "retry": chance.choice((0, 100, 500)),
+            "max_age": chance.choice((None, 4.0)) if ageing else None,
         },
+        "tokens": tokens,
         "knobs": knobs,
         "delay": delay,
         "retention": chance.choice((4.0, 86_400.0, 86_400.0)),
@@ -98,6 +105,8 @@ def _client(chance: random.Random, number: int, channels: list[str]) -> Step:
         "away": chance.choice((0.0, 0.0, 5.0)),
         "beats": chance.random() < 0.2,
         "last": chance.choice((0, 0, 0, 3)),
+        # Seconds that a token lasts, where tokens are asked for.
+        "lasts": chance.choice((2.0, 6.0, 3_600.0)),
         # Seconds that a stream is kept; 0: until it ends.
         "stays": {"restless": [0.05, 0.3, 2.0], "slow": [0, 5.0], "stalled": [0, 8.0]}.get(kind, [0]),
         "pauses": {"slow": [0.001, 0.1, 0.5], "stalled": [0.001, 0.001, 4.0]}.get(kind, [0.001]),
@@ -124,6 +133,11 @@ def _transactions(chance: random.Random, source: str, channels: list[str], count
             "durable": chance.random() < 0.8,
         })  # fmt: skip
     return steps
+
+
+def _revocation(chance: random.Random, steps: list[Step]) -> Step:
+    client = chance.choice([step["name"] for step in steps if step["do"] == "client"])
+    return {"at": 1.0 + BUSY * chance.random(), "do": "revoke", "client": client}
 
 
 def _session_fault(chance: random.Random, relays: list[str]) -> Step:
@@ -188,7 +202,18 @@ def _damage(chance: random.Random, relays: list[str]) -> Step:
     return {"at": 1.0 + BUSY * chance.random(), "do": "damage", "seed": _seed(chance)}
 
 
+def _restore(chance: random.Random, relays: list[str]) -> Step:
+    """A copy of the log's volume, and when it is put back in its place."""
+    return {
+        "at": 1.0 + BUSY * 0.7 * chance.random(),
+        "do": "copy",
+        "back": chance.choice((0.1, 1.0, 3.0)),
+        "for": chance.choice((0.2, 1.0)),
+    }
+
+
 _FAULTS = {
+    "restore": _restore,
     "damage": _damage,
     "wakeups": _wakeup_fault,
     "forgery": _forgery,

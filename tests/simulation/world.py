@@ -29,6 +29,7 @@ from simulation.log import Log
 from simulation.plan import BUSY, Plan, Step
 from simulation.postgres import Server, look_at, stat_file
 
+KEY = b"a secret of thirty-two bytes, no less"
 DSN = "postgresql://app:secret@db.example:5432/app"
 # When the world begins, in seconds since 1970.
 BEGINNING = 1_800_000_000.0
@@ -104,6 +105,7 @@ def surroundings(module: ModuleType, world: World) -> Iterator[None]:
         (resource, "getrlimit", lambda kind: (1_000_000, 1_000_000)),
         (resource, "setrlimit", lambda kind, limits: None),
         (module, "threading", threads),
+        (module, "load_key", lambda file: module.Key("HS256", KEY)),
         (module, "Subscriber", Numbered),
         *((module, name, value) for name, value in world.plan["knobs"].items() if hasattr(module, name)),
     ]
@@ -145,7 +147,11 @@ class Process:
         machine.blocking = lambda: world.visit_time(machine)
         machine.loop.set_exception_handler(lambda loop, context: world.note_exception(machine, context))
         settings = world.module.Settings(
-            dsn=DSN, source=world.plan["source"], bind=(f"127.0.0.1:{self.port}",), **world.plan["settings"]
+            dsn=DSN,
+            source=world.plan["source"],
+            bind=(f"127.0.0.1:{self.port}",),
+            jwt_key_file=("key",) * world.plan.get("tokens", False),
+            **world.plan["settings"],
         )
         world.timeline.note("relay", relay=self.name, state="started")
         with machine.running():
@@ -252,6 +258,7 @@ class World:
             self.plan["relays"],
             lambda door, link: self.processes[door].take(link),
             self._load_page if step["born"] and self.server.log is not None else None,
+            self._sign if self.plan.get("tokens") else None,
         )
         self.clients.append(client)
         client.open()
@@ -260,6 +267,19 @@ class World:
         """Return position() as a page has it, and how many commits the page shows."""
         assert self.server.log is not None
         return self.server.log.position(), len(self.server.commits)
+
+    def _sign(self, client: str, channels: list[str], lasts: float) -> tuple[str, float]:
+        """Return a client's token, and when it ends."""
+        now = BEGINNING + self.timeline.now
+        ends = int(now + lasts)
+        token = self.module.sign_token(self.module.Key("HS256", KEY), channels, ends, now, client)
+        return token, ends - BEGINNING
+
+    def _do_revoke(self, step: Step) -> None:
+        if self.server.log is not None and self.server.up:
+            transaction = self.server.begin()
+            self.server.log.revoke(transaction, step["client"])
+            transaction.commit()
 
     def _do_transact(self, step: Step) -> None:
         if not self.server.up:
@@ -331,6 +351,18 @@ class World:
             if self.server.log is not None:
                 log = self.server.log
                 (log.crash if step["how"] == "crash" else log.fail_over)()
+        self.timeline.after(step["for"], self.server.start)
+
+    def _do_copy(self, step: Step) -> None:
+        if self.server.log is not None:
+            self.server.log.copy()
+            self.timeline.after(step["back"], self._put_back, step)
+
+    def _put_back(self, step: Step) -> None:
+        assert self.server.log is not None
+        self.timeline.note("fault", on="server", kind="put back")
+        self.server.stop("terminating connection due to administrator command")
+        self.server.log.put_back()
         self.timeline.after(step["for"], self.server.start)
 
     def _do_relay(self, step: Step) -> None:
