@@ -47,8 +47,8 @@ MIB = 1 << 20
 RESERVED = ("error", "open")
 # From a token's end, or that of a stream's age, to the last byte: a relay may be suspended meanwhile.
 AFTER_END = 8.0
-# From a revocation: PostgreSQL may be away.
-AFTER_REVOCATION = 15.0
+# From a revocation, or a loss of PostgreSQL's, until the relays know: it may be away meanwhile.
+AFTER_AWAY = 15.0
 # asyncio's own, above which it tells a protocol to pause.
 HIGH_WATER = 64 * 1024
 
@@ -99,6 +99,8 @@ class _Watch:
     moved: bool = False
     tags: dict[str, float] = field(default_factory=dict)
     snapshot: tuple[int, frozenset[int]] | None = None
+    # The newest events that it asked for by ?last=, whatever gap was told; None at a stream's beginning.
+    owed: set[int] | None = None
 
     def shows(self, event: Truth) -> bool:
         """Return whether the client's page shows this event."""
@@ -145,10 +147,12 @@ class Checker:
         self.excused = 0
         self.gaps: Counter[str] = Counter()
         self._truth: list[Truth] = []
+        # When each was numbered.
+        self._since: list[float] = []
         self._index: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self._undone: set[str] = set()
-        self._gone: set[int] = set()
+        self._gone: dict[int, float] = {}
         # By epoch: the event of each number, and the number of each event.
         self._numbers: dict[str, dict[int, int]] = {}
         self._places: dict[str, dict[int, int]] = {}
@@ -159,7 +163,7 @@ class Checker:
         self._log = False
         self._plan: Record = {}
         self._renewed = any(record["do"] == "epoch" for record in history)
-        self._pruned = False
+        self._pruned = 0
         self._lost_wakeups = any(record.get("kind") == "wake-ups lost" for record in history)
         self._disturbed = any(record["do"] == "fault" for record in history)
         self._largest = 0
@@ -195,12 +199,12 @@ class Checker:
                     )  # fmt: skip
                     self._seen[tag] = seen
                     if not self._log:
-                        self._append(events[tag])
+                        self._append(events[tag], record["t"])
             elif record["do"] == "number":
                 for tag in filter(None, record["tags"]):
                     if tag in self._index:
                         self._blame("numbered twice", record["t"], tag)
-                    self._append(events[tag])
+                    self._append(events[tag], record["t"])
                 for number, tag in enumerate(record["tags"], record["first"]):
                     if tag is not None:
                         self._learn(record["t"], record["epoch"], number, tag)
@@ -211,7 +215,7 @@ class Checker:
                 for number in range(record["first"], record["first"] + record["count"]):
                     if number not in numbers:
                         continue
-                    self._gone.add(numbers[number])
+                    self._gone[numbers[number]] = record["t"]
                     self._index.pop(self._truth[numbers[number]].tag, None)
             elif record["do"] == "got":
                 for item in record["items"]:
@@ -232,8 +236,9 @@ class Checker:
             other = self._truth[known].tag
             self._blame("two orders", t, f"{tag} is {epoch}-{number}, which was {other}, or {epoch}-{place}")
 
-    def _append(self, event: Truth) -> None:
+    def _append(self, event: Truth, t: float) -> None:
         self._index[event.tag] = len(self._truth)
+        self._since.append(t)
         self._truth.append(event)
 
     # What happened, in order.
@@ -256,6 +261,7 @@ class Checker:
         watch.last = record["last"]
         watch.opened = record["t"]
         watch.prompt = record["prompt"]
+        watch.owed = None
         watch.issued = record.get("issued", 0.0)
         age = self._plan["settings"].get("max_age") or float("inf")
         watch.until = min(record.get("expires", float("inf")), record["t"] + 1.1 * age)
@@ -278,10 +284,12 @@ class Checker:
         watch = self._watches[record["client"]]
         sent = record["items"][-1][3 if record["items"][-1][0] == "event" else -1]
         revoked = watch.issued < watch.revoked and watch.prompt and not self._renewed
-        if sent > watch.until + AFTER_END or (revoked and sent > watch.revoked + AFTER_REVOCATION):
+        if sent > watch.until + AFTER_END or (revoked and sent > watch.revoked + AFTER_AWAY):
             self._blame("outlived", record["t"], f"{record['client']} at {watch.relay}: its stream goes on")
         for item in record["items"]:
             kind = item[0]
+            if kind != "gap" and watch.owed is None:
+                watch.owed = set()
             if kind == "event":
                 self._on_event(record, watch, *item[1:])
             elif kind == "gap":
@@ -297,6 +305,9 @@ class Checker:
                     watch.moved = True
                     watch.position = None
                     watch.born = ""
+                    self._owe_newest(watch, sent)
+                elif watch.owed:
+                    watch.owed = {i for i in watch.owed if self._truth[i].channel not in channels}
                 if reason == "start" and watch.began is None:
                     watch.began = sent
                 if mark:
@@ -351,7 +362,8 @@ class Checker:
         for index in watch.due[watch.settled : place]:
             event = self._truth[index]
             self.excused += 1
-            if event.committed <= max(watch.told.get(event.channel, -1.0), watch.began or -1.0):
+            told = max(watch.told.get(event.channel, -1.0), watch.began or -1.0)
+            if event.committed <= told and index not in (watch.owed or ()):
                 continue
             if watch.shows(event) or event.tag in self._undone or index in self._gone:
                 continue
@@ -362,6 +374,22 @@ class Checker:
                 f" committed at {event.committed:.6f}, before {before}, and no gap told",
             )
         watch.settled = max(watch.settled, place)
+
+    def _owe_newest(self, watch: _Watch, sent: float) -> None:
+        """Owe a client the newest events of each channel that the log held when a gap was told."""
+        asked, watch.owed = watch.owed is None and self._log, set()
+        # A relay may not know yet that PostgreSQL has lost numbers.
+        if not asked or any(t <= sent < t + AFTER_AWAY for t in self._gone.values()):
+            return
+        there = [i for i in watch.due if self._since[i] <= sent < self._gone.get(i, sent + 1)]
+        for channel in watch.channels:
+            newest = [i for i in there if self._truth[i].channel == channel and not self._is_pruned(i)]
+            watch.owed.update(newest[-watch.last :])
+        watch.settled = min([watch.settled, *(watch.place[i] for i in watch.owed)])
+
+    def _is_pruned(self, index: int) -> bool:
+        # An event keeps its number in the epochs that follow.
+        return any(places.get(index, self._pruned + 1) <= self._pruned for places in self._places.values())
 
     def _last(self, watch: _Watch) -> str:
         return self._truth[watch.due[watch.settled - 1]].tag if watch.settled else "nothing"
@@ -396,7 +424,7 @@ class Checker:
             "restart": self._renewed if log else bool(since) and split_position(mark or "-0")[0] != epoch,
             "outage": disturbed,
             "evicted": not log and (plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10),
-            "pruned": log and self._pruned,
+            "pruned": self._pruned > 0,
             "failed": disturbed,
             "ahead": log and "server" in self._faults,
             "too-many": plan["knobs"]["MAX_RESUME_EVENTS"] < 1_000,
@@ -405,7 +433,7 @@ class Checker:
             self._blame("needless gap", record["t"], f"{record['client']} at {watch.relay}: {list(gap)}")
 
     def _on_pruned(self, record: Record) -> None:
-        self._pruned = True
+        self._pruned = max(self._pruned, record["upto"])
 
     def _on_visits(self, record: Record) -> None:
         if not self._faults and record["count"] > SESSIONS:
@@ -463,7 +491,7 @@ class Checker:
             table.append(most)
         for index, event in enumerate(self._truth):
             seen = self._seen[event.tag]
-            if seen < len(table) and table[seen] > index and not {index, table[seen]} & self._gone:
+            if seen < len(table) and table[seen] > index and not {index, table[seen]} & self._gone.keys():
                 self._blame(
                     "order", event.committed, f"{event.tag} comes before {self._truth[table[seen]].tag}"
                 )

@@ -105,8 +105,8 @@ class Log:
         # How to take back what a crash, or the promotion of a standby that lags behind, would lose.
         self._unflushed: list[Callable[[], None]] = []
         self._unsent: list[Callable[[], None]] = []
-        # What has changed since a copy was made, and the copy's next id and transaction.
-        self._uncopied: list[Callable[[], None]] | None = None
+        # What has changed since a copy was made, None if there is none; its next id and transaction.
+        self.uncopied: list[Callable[[], None]] | None = None
         self._copy = 0, 0
 
     def statements(self) -> dict[str, Callable[[Connection, Any], list[Row]]]:
@@ -335,8 +335,8 @@ class Log:
     def _changed(self, undo: Callable[[], None], *, durable: bool) -> None:
         self._unsent.append(undo)
         self._unflushed.append(undo)
-        if self._uncopied is not None:
-            self._uncopied.append(undo)
+        if self.uncopied is not None:
+            self.uncopied.append(undo)
         if durable:
             self._unflushed.clear()
 
@@ -353,21 +353,21 @@ class Log:
 
     def copy(self) -> None:
         """Make a copy of the volume."""
-        self._uncopied, self._copy = [], (self._next_id, self.server.next_xid)
+        self.uncopied, self._copy = [], (self._next_id, self.server.next_xid)
 
     def put_back(self) -> None:
         """Put the copy in the volume's place, as the docs say: with another epoch."""
-        self._take_back(self._uncopied or ())
+        self._take_back(self.uncopied or ())
         self._next_id, self.server.next_xid = self._copy
-        self._uncopied = None
+        self.uncopied = None
         self.renew_epoch()
 
     def _take_back(self, undos: Sequence[Callable[[], None]]) -> None:
         for undo in reversed(undos):
             undo()
-        if self._uncopied is not None:
+        if self.uncopied is not None:
             done = set(undos)
-            self._uncopied = [undo for undo in self._uncopied if undo not in done]
+            self.uncopied = [undo for undo in self.uncopied if undo not in done]
         self._unflushed.clear()
         self._unsent.clear()
 

@@ -354,7 +354,7 @@ class World:
         self.timeline.after(step["for"], self.server.start)
 
     def _do_copy(self, step: Step) -> None:
-        if self.server.log is not None:
+        if self.server.log is not None and self.server.log.uncopied is None:
             self.server.log.copy()
             self.timeline.after(step["back"], self._put_back, step)
 
