@@ -335,7 +335,7 @@ class Checker:
         if index is None or place is None:
             self._blame("strange event", record["t"], f"{who} got {tag}")
             return
-        watch.tags[tag] = record["t"]
+        watch.tags.setdefault(tag, record["t"])
         event = self._truth[index]
         if name != wire_name(event, several=len(watch.channels) > 1):
             self._blame("wrong name", record["t"], f"{who} got {tag} of {event.channel} as {name}")

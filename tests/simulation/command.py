@@ -51,7 +51,7 @@ def _count_up(first: int, count: int | None, end: float) -> Iterator[int]:
 @click.option("--trace", is_flag=True, help="With --seed: print the history.")
 @click.option("--shrink", is_flag=True, help="With --seed: take steps away while it fails in the same way.")
 @click.option("--corpus", is_flag=True, help="Play the plans that once failed.")
-@click.option("--planted", is_flag=True, help="Find each planted fault, within --seeds (2,000).")
+@click.option("--planted", is_flag=True, help="Find each planted fault: by its seed, or from --first on.")
 @click.option(
     "--soak", type=int, metavar="EVENTS", help="Publish so many events on a real PostgreSQL instead."
 )
@@ -87,7 +87,7 @@ def command(
     if soak is not None:
         sys.exit(run_soak(soak, clients, random.randrange(1_000_000) if first is None else first))
     if planted:
-        sys.exit(find_planted(seeds or 2_000, first or 0, jobs))
+        sys.exit(find_planted(seeds or 2_000, first, jobs))
     if corpus:
         sys.exit(play_corpus())
     first = random.randrange(1_000_000_000) if first is None else first
@@ -153,14 +153,21 @@ def _find(job: tuple[int, int, int]) -> tuple[int, int | None, str]:
     outcome = run.find(FAULTS[number], range(first, first + count))
     if outcome is None:
         return number, None, ""
-    return number, outcome.plan["seed"] - first + 1, str(outcome.violations[0])
+    return number, 0 if "why" in outcome.plan else outcome.plan["seed"], str(outcome.violations[0])
 
 
-def find_planted(count: int, first: int, jobs: int) -> int:
-    """Look for each planted fault; print in how many seeds it was found. Return the exit status."""
+def find_planted(count: int, first: int | None, jobs: int) -> int:
+    """Look for each planted fault, from a seed on or from where it stands; print which seed shows it.
+
+    Returns:
+        The exit status.
+    """
     found = 0
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        todo = [(number, first, count) for number in range(len(FAULTS))]
+        todo = [
+            (number, fault.seed if first is None else first, count if first or fault.seed else 0)
+            for number, fault in enumerate(FAULTS)
+        ]
         for number, seeds, text in pool.imap_unordered(_find, todo, 1):
             found += seeds is not None
             click.echo(f"{FAULTS[number].name}: {'NOT FOUND' if seeds is None else f'seed {seeds}: {text}'}")

@@ -32,7 +32,26 @@ KNOBS: dict[str, tuple[int, ...]] = {
     "MAX_WOKEN": (3, 50_000),
 }
 
-FAULTS = ("session", "server", "relay", "clock", "wakeups", "forgery", "damage", "restore")
+# Kinds of faults, by what the world does, with how likely a plan has some, and what each is drawn from.
+FAULTS: dict[str, tuple[float, dict[str, tuple[object, ...]]]] = {
+    "session": (
+        0.5,
+        {
+            "how": (
+                "lost now", "lost before", "lost after", "cancelled", "refused", "frozen", "dead",
+                "late 1", "late 12", "late 12",
+            ),
+            "for": (0.5, 3.0, 8.0),
+        },
+    ),
+    "server": (0.5, {"how": ("stop", "crash", "crash", "fail over", "freeze"), "for": (0.2, 1.0, 4.0)}),
+    "relay": (0.5, {"how": ("kill", "terminate", "suspend"), "for": (0.1, 1.0, 5.0)}),
+    "clock": (0.5, {"by": (-3600.0, -5.0, 5.0, 3600.0)}),
+    "wakeups": (0.5, {"for": (0.5, 5.0)}),
+    "forge": (0.5, {}),
+    "damage": (0.5, {}),
+    "copy": (0.2, {"back": (0.1, 1.0, 3.0), "for": (0.2, 1.0)}),
+}  # fmt: skip
 
 
 def draw(seed: int, source: str | None = None) -> Plan:
@@ -42,7 +61,7 @@ def draw(seed: int, source: str | None = None) -> Plan:
     source = source or drawn
     relays = [f"r{number}" for number in range(chance.choice((1, 1, 2, 3)))]
     channels = ["c0", "a:b%c", "open", "c3", "ö", "c5"][: chance.choice((1, 3, 6))]
-    faults = [kind for kind in FAULTS if chance.random() < (0.2 if kind == "restore" else 0.5)]
+    faults = [kind for kind, (likely, _) in FAULTS.items() if chance.random() < likely]
     # Tokens and streams end by the clock.
     ageing = "clock" not in faults
     tokens = ageing and chance.random() < 0.5
@@ -52,8 +71,7 @@ def draw(seed: int, source: str | None = None) -> Plan:
     if tokens:
         steps += [_revocation(chance, steps) for _ in range(chance.randint(0, 3))]
     for kind in faults:
-        for _ in range(chance.randint(1, 4)):
-            steps.append(_FAULTS[kind](chance, relays))
+        steps += [_fault(chance, kind, relays) for _ in range(chance.randint(1, 4))]
     steps.sort(key=lambda step: float(step["at"]))
     knobs = {name: chance.choice(values) for name, values in KNOBS.items()}
     delay = chance.choice((0.0002, 0.001, 0.02))
@@ -140,85 +158,8 @@ def _revocation(chance: random.Random, steps: list[Step]) -> Step:
     return {"at": 1.0 + BUSY * chance.random(), "do": "revoke", "client": client}
 
 
-def _session_fault(chance: random.Random, relays: list[str]) -> Step:
-    how = (
-        "lost now",
-        "lost before",
-        "lost after",
-        "cancelled",
-        "refused",
-        "frozen",
-        "dead",
-        "late 1",
-        "late 12",
-    )
-    return {
-        "at": 1.0 + BUSY * chance.random(),
-        "do": "session",
-        "relay": chance.choice(relays),
-        "seed": _seed(chance),
-        "how": chance.choice((*how, "late 12")),
-        "for": chance.choice((0.5, 3.0, 8.0)),
-    }
-
-
-def _server_fault(chance: random.Random, relays: list[str]) -> Step:
-    return {
-        "at": 1.0 + BUSY * chance.random(),
-        "do": "server",
-        "how": chance.choice(("stop", "crash", "crash", "fail over", "freeze")),
-        "for": chance.choice((0.2, 1.0, 4.0)),
-    }
-
-
-def _relay_fault(chance: random.Random, relays: list[str]) -> Step:
-    return {
-        "at": 1.0 + BUSY * chance.random(),
-        "do": "relay",
-        "relay": chance.choice(relays),
-        "how": chance.choice(("kill", "terminate", "suspend")),
-        "for": chance.choice((0.1, 1.0, 5.0)),
-    }
-
-
-def _clock_fault(chance: random.Random, relays: list[str]) -> Step:
-    return {
-        "at": 1.0 + BUSY * chance.random(),
-        "do": "clock",
-        "relay": chance.choice(relays),
-        "by": chance.choice((-3600.0, -5.0, 5.0, 3600.0)),
-    }
-
-
-def _wakeup_fault(chance: random.Random, relays: list[str]) -> Step:
-    return {"at": 1.0 + BUSY * chance.random(), "do": "wakeups", "for": chance.choice((0.5, 5.0))}
-
-
-def _forgery(chance: random.Random, relays: list[str]) -> Step:
-    return {"at": 1.0 + BUSY * chance.random(), "do": "forge", "seed": _seed(chance)}
-
-
-def _damage(chance: random.Random, relays: list[str]) -> Step:
-    return {"at": 1.0 + BUSY * chance.random(), "do": "damage", "seed": _seed(chance)}
-
-
-def _restore(chance: random.Random, relays: list[str]) -> Step:
-    """A copy of the log's volume, and when it is put back in its place."""
-    return {
-        "at": 1.0 + BUSY * 0.7 * chance.random(),
-        "do": "copy",
-        "back": chance.choice((0.1, 1.0, 3.0)),
-        "for": chance.choice((0.2, 1.0)),
-    }
-
-
-_FAULTS = {
-    "restore": _restore,
-    "damage": _damage,
-    "wakeups": _wakeup_fault,
-    "forgery": _forgery,
-    "session": _session_fault,
-    "server": _server_fault,
-    "relay": _relay_fault,
-    "clock": _clock_fault,
-}
+def _fault(chance: random.Random, kind: str, relays: list[str]) -> Step:
+    step = {"at": 1.0 + BUSY * chance.random(), "do": kind, "seed": _seed(chance)}
+    if kind in ("session", "relay", "clock"):
+        step["relay"] = chance.choice(relays)
+    return step | {name: chance.choice(values) for name, values in FAULTS[kind][1].items()}

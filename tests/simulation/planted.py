@@ -12,9 +12,14 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """A patch: its name, the source that shows it (None: both), and what is replaced by what."""
+    """A patch: its name, the source that shows it (None: both), and what is replaced by what.
+
+    Attributes:
+        seed: The first that shows it, counted from 1; 0: only what once failed does.
+    """
 
     name: str
+    seed: int
     source: str | None
     changes: tuple[tuple[str, str], ...]
 
@@ -35,13 +40,13 @@ def _read(text: str) -> tuple[Fault, ...]:
     faults = []
     for part in re.split(r"\n\n(?=fault )", text)[1:]:
         title, _, body = part.partition("\n")
-        source, name = re.fullmatch(r"fault (?:\[(\w+)\] )?(.*)", title).groups()  # type: ignore[union-attr]
+        seed, source, name = re.fullmatch(r"fault (\d+) (?:\[(\w+)\] )?(.*)", title).groups()  # type: ignore[union-attr]
         changes = []
         for change in body.strip("\n").split("\nand\n"):
             lines = change.split("\n")
             old, new = ("\n".join(line[1:] for line in lines if line[:1] == sign) for sign in "-+")
             changes.append((old, new))
-        faults.append(Fault(name, source, tuple(changes)))
+        faults.append(Fault(name, int(seed), source, tuple(changes)))
     return tuple(faults)
 
 

@@ -111,15 +111,12 @@ def play_all(seeds: Iterable[int], source: str | None, module: ModuleType | None
 
 
 def find(fault: Fault, seeds: Iterable[int]) -> Outcome | None:
-    """Plant a fault, and play what once failed and seeds until one shows it; None if none does."""
+    """Plant a fault, and play seeds and what once failed until one shows it; None if none does."""
     module = load(fault.plant(PROGRAM.read_text()))
-    for plan in read_corpus():
-        if (outcome := play(plan, module)).violations:
-            return outcome
-    for outcome in play_all(seeds, fault.source, module):
-        if outcome.violations:
-            return outcome
-    return None
+    found = itertools.chain(
+        play_all(seeds, fault.source, module), (play(plan, module) for plan in read_corpus())
+    )
+    return next((outcome for outcome in found if outcome.violations), None)
 
 
 def read_corpus() -> list[Plan]:
