@@ -7092,7 +7092,7 @@ dd, li p { margin: 0; }
 </style></head>
 <body class="[place]">
 <header><h1>sse-relay [place]</h1>
-  <p>Events go through PostgreSQL's <code>NOTIFY</code> and come out as Server-Sent Events.</p></header>
+  <p>Events come from PostgreSQL and go out as Server-Sent Events.</p></header>
 <main spellcheck="false">
   <section class="card wide" aria-labelledby="figures-title">
     <h2 id="figures-title">The last five minutes</h2>

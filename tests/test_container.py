@@ -50,7 +50,7 @@ class Image:
         assert install.startswith("pip install ")
         env = {**harness.clean_environment(), **self.path}
         subprocess.run(["sh", "-c", install], check=True, capture_output=True, timeout=240, env=env)
-        assert self.steps["COPY"] == "sse_relay.py /"
+        assert self.steps["COPY"] == "--chmod=644 sse_relay.py /"
         self.add("sse_relay.py", harness.PROGRAM.read_text())
         user = self.steps["USER"]
         as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs"]

@@ -101,7 +101,7 @@ HAPROXY = Kind(
     "haproxy",
     {
         "haproxy.cfg": ("haproxy", "# /etc/haproxy/haproxy.cfg"),
-        "sse-retry.http": ("http", "HTTP/1.0 200 OK"),
+        "sse-retry.http": ("http", "HTTP/1.1 200 OK"),
     },
     ("-db", "-f", "{folder}/haproxy.cfg"),
     changes=(
@@ -117,7 +117,11 @@ APACHE = Kind(
         "sse-retry.asis": ("http", "Status: 200 OK"),
     },
     ("-D", "FOREGROUND", "-f", "{folder}/apache.conf"),
-    changes=(("*:443", "127.0.0.1:{port}"), ("/etc/apache2/sse-retry.asis", "{folder}/sse-retry.asis")),
+    changes=(
+        ("*:443", "127.0.0.1:{port}"),
+        ("/etc/apache2/sse-retry.asis", "{folder}/sse-retry.asis"),
+        ("/var/log/apache2/", "{folder}/"),
+    ),
     streams=6,
 )
 KINDS = {kind.program: kind for kind in (NGINX, CADDY, HAPROXY, APACHE)}
