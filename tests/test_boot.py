@@ -510,9 +510,9 @@ def test_public_keys_are_changed_by_a_reload(site: Site) -> None:
     make += "openssl pkey -in {0}.key -pubout -out {0}.pem"
     for name in ("app", "app-2027"):
         site.machine.run("bash", "-ec", make.format(name))
-    site.machine.run("bash", "-ec", "cd /etc/sse-relay; cp app.pem next.pem; chmod 644 *.pem")
+    site.machine.run("bash", "-ec", "chmod 644 /etc/sse-relay/*.pem")
     site.set_options(*pages.block("ini", "# In /etc/sse-relay/options").splitlines()[1:])
-    site.machine.run("systemctl", "restart", "sse-relay")
+    site.machine.run("bash", "-ec", pages.block("sh", "# Two files with the same public key"))
     old, new = (site.token("closed", key=f"/etc/sse-relay/{name}.key") for name in ("app", "app-2027"))
     assert site.opens(old)
     assert not site.opens(new)
@@ -523,6 +523,10 @@ def test_public_keys_are_changed_by_a_reload(site: Site) -> None:
         site.machine.run("bash", "-ec", f"cd /etc/sse-relay; {change}")
         wait_until(lambda: site.opens(new), 10, "the new key")
         assert site.opens(old)
+        change = pages.block("sh", "# The second public key alone")
+        site.machine.run("bash", "-ec", f"cd /etc/sse-relay; {change}")
+        wait_until(lambda: not site.opens(old), 10, "the end of the old key")
+        assert site.opens(new)
         assert not client.ended
     assert site.machine.show("MainPID") == before
     assert "1 of 2 keys are new" in site.machine.journal()

@@ -69,7 +69,7 @@ namespace {
     (new App\\Http\\Controllers\\PayController)(7);
 }
 """
-PHP_CONNECTION = "new PDO('pgsql:dbname=app', 'app')"
+PHP_CONNECTION = "new PDO('pgsql:host=localhost;dbname=app', 'app', 'password')"
 PHP_OWN = """(function () {
     $parts = json_decode(getenv('CONNECTION'), true);
     $dsn = "pgsql:host={$parts['host']};port={$parts['port']};dbname={$parts['dbname']}";
