@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -137,14 +137,12 @@ class Checker:
 
     Attributes:
         deliveries: Events that clients got.
-        excused: Those that they did not get, and were told of or could not expect.
     """
 
     def __init__(self, history: Sequence[Record]) -> None:
         self.history = history
         self.violations: list[Violation] = []
         self.deliveries = 0
-        self.excused = 0
         self.gaps: Counter[str] = Counter()
         self._truth: list[Truth] = []
         # When each was numbered.
@@ -361,7 +359,6 @@ class Checker:
         """Let the client have got all that is due before a place, or blame the relay."""
         for index in watch.due[watch.settled : place]:
             event = self._truth[index]
-            self.excused += 1
             told = max(watch.told.get(event.channel, -1.0), watch.began or -1.0)
             if event.committed <= told and index not in (watch.owed or ()):
                 continue
@@ -504,8 +501,3 @@ class Checker:
                 if numbers[number] < last:
                     self._blame("two orders", 0.0, f"{epoch}-{number} is older than the number before")
                 last = numbers[number]
-
-
-def count_by_kind(violations: Iterable[Violation]) -> dict[str, int]:
-    """Return how often each kind occurs."""
-    return dict(Counter(violation.kind for violation in violations))

@@ -200,7 +200,6 @@ class Client:
         self._reader = Reader()
         self._reading = False
         self._heard = 0.0
-        self._items: list[list[Any]] | None = None
 
     def open(self) -> None:
         """Connect, to the same relay or another."""

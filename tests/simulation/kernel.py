@@ -44,7 +44,6 @@ class Timeline:
         self.seed = seed
         self.now = 0.0
         self.history: list[dict[str, Any]] = []
-        self.machine: Machine | None = None
         self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._count = itertools.count()
         self._until = 0.0

@@ -240,7 +240,6 @@ class Connection:
         armed: What happens to its next statement, see `_serve`.
         over: The session is no more at the server.
         frozen_until: Nothing passes before.
-        blamed: A fault of the run has touched it.
     """
 
     def __init__(self, server: Server, machine: Machine, pid: int, dsn: str, asynchronous: bool) -> None:
@@ -258,7 +257,6 @@ class Connection:
         self.armed = ""
         self.over = False
         self.frozen_until = 0.0
-        self.blamed = False
         parts = parse_dsn(dsn)
         self.info = SimpleNamespace(
             host=parts.get("host", ""),
