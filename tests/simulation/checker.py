@@ -298,12 +298,13 @@ class Checker:
                 if not set(channels) <= set(watch.channels):
                     self._blame("strange gap", record["t"], f"{record['client']}: {item}")
                 self._check_reason(record, watch, item)
-                if watch.last and set(channels) == set(watch.channels):
-                    # The newest events follow, which may be older than what was got.
-                    watch.moved = True
-                    watch.position = None
-                    watch.born = ""
-                    self._owe_newest(watch, sent)
+                if set(channels) == set(watch.channels):
+                    watch.born = ""  # the page is fetched anew
+                    if watch.last:
+                        # The newest events follow, which may be older than what was got.
+                        watch.moved = True
+                        watch.position = None
+                        self._owe_newest(watch, sent)
                 elif watch.owed:
                     watch.owed = {i for i in watch.owed if self._truth[i].channel not in channels}
                 if reason == "start" and watch.began is None:
@@ -360,7 +361,7 @@ class Checker:
         for index in watch.due[watch.settled : place]:
             event = self._truth[index]
             told = max(watch.told.get(event.channel, -1.0), watch.began or -1.0)
-            if event.committed <= told and index not in (watch.owed or ()):
+            if event.committed <= told and (index not in (watch.owed or ()) or self._is_pruned(index)):
                 continue
             if watch.shows(event) or event.tag in self._undone or index in self._gone:
                 continue
@@ -420,7 +421,9 @@ class Checker:
             "start": not since,
             "restart": self._renewed if log else bool(since) and split_position(mark or "-0")[0] != epoch,
             "outage": disturbed,
-            "evicted": not log and (plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10),
+            # Who was cut among the newest events stands before the LISTEN of a channel, perhaps.
+            "evicted": not log
+            and (plan["settings"]["memory"] < MIB or plan["settings"]["linger"] < 10 or watch.last > 0),
             "pruned": self._pruned > 0,
             "failed": disturbed,
             "ahead": log and "server" in self._faults,
