@@ -24,13 +24,15 @@ pytestmark = pytest.mark.slow
 FILE_NAME = re.compile(r"(?:#|<!--) ([\w./]+\.\w+)(, at its end)?(?: -->)?\n")
 # Servers, packages and folders are the tests' own.
 LEFT_OUT = re.compile(r"su - |mkdir |python3 -m venv|\.venv/bin/pip |.* runserver$|.*sse_relay\.py --")
-OURS = (
-    ("../sse-relay", str(harness.ROOT)),
-    ("$RELAY/.venv/bin/python", sys.executable),
-    ("$RELAY", str(harness.ROOT)),
-    (".venv/bin/python", sys.executable),
-    (".venv/bin/django-admin", f"{sys.executable} -m django"),
-)
+OURS = {
+    "../sse-relay": str(harness.ROOT),
+    "$RELAY/.venv/bin/python": sys.executable,
+    "$RELAY": str(harness.ROOT),
+    ".venv/bin/python": sys.executable,
+    ".venv/bin/django-admin": f"{sys.executable} -m django",
+}
+# In one pass: what takes a place may look like what is printed elsewhere.
+PRINTED = re.compile("|".join(map(re.escape, OURS)))
 
 
 def type_in(text: str, folder: Path, database: Database, relay: str) -> None:
@@ -38,9 +40,8 @@ def type_in(text: str, folder: Path, database: Database, relay: str) -> None:
     for language, block in FENCE.findall(text):
         if language == "sh":
             lines = "\n".join(line for line in block.splitlines() if not LEFT_OUT.match(line))
-            for printed, ours in OURS:
-                lines = lines.replace(printed, ours)
-            command, env = ["bash", "-ec", lines], {**harness.clean_environment(), "PYTHONWARNINGS": "error"}
+            command = ["bash", "-ec", PRINTED.sub(lambda printed: OURS[printed[0]], lines)]
+            env = {**harness.clean_environment(), "PYTHONWARNINGS": "error"}
             subprocess.run(command, cwd=folder, env=env, check=True, timeout=90)
         elif name := FILE_NAME.match(block):
             target = folder / name[1]

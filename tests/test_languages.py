@@ -12,7 +12,7 @@ import psycopg2.extensions
 import pytest
 
 import harness
-from harness import Database, require
+from harness import Database, require, wait_until
 from pages import block
 
 DJANGO = """
@@ -111,6 +111,6 @@ def test_the_example_publishes(source: str, language: str, log_database: Databas
         if source == "log":
             found = log_database.execute("SELECT channel, data FROM sse_relay.pending")
         else:
-            listener.poll()
+            wait_until(lambda: listener.poll() or listener.notifies, 10, "the notification")
             found = [(notify.channel, notify.payload) for notify in listener.notifies]
     assert [(channel, json.loads(data)) for channel, data in found] == [("orders", {"id": 7})]
