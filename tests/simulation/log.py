@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -199,8 +200,14 @@ class Log:
 
     def _advance(self, connection: Connection, values: Any) -> list[Row]:
         xids, pids, sweep = values
-        wanted = dict.fromkeys(zip(map(int, xids), pids, strict=True))
-        rows = [row for sender in wanted for row in self._of(sender)][: self.batch]
+        wanted: dict[tuple[int, int], list[Pending]] = {}
+        for xid, pid in zip(map(int, xids), pids, strict=True):
+            wanted[xid, pid] = []
+        for row in self.pending:
+            if (row.xid, row.pid) in wanted:
+                wanted[row.xid, row.pid].append(row)
+        of_each = (sorted(rows, key=attrgetter("seq")) for rows in wanted.values())
+        rows = [*itertools.chain.from_iterable(of_each)][: self.batch]
         size, taken = 0, []
         for row in rows:
             if size >= PAGE_BYTES:
@@ -239,9 +246,6 @@ class Log:
         if sweep:
             self.server.notify(connection.pid, [(self.server.module.LOG_CHANNEL, "")])
         return [(len(moved), len(taken) == self.batch or size >= PAGE_BYTES)]
-
-    def _of(self, sender: tuple[int, int]) -> list[Pending]:
-        return sorted((row for row in self.pending if (row.xid, row.pid) == sender), key=attrgetter("seq"))
 
     def _read(self, connection: Connection, values: Any) -> list[Row]:
         since, limit = values["id"], values["limit"]
