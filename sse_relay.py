@@ -1845,7 +1845,7 @@ FROM (VALUES
     ('tcp_user_timeout', '60000', version() LIKE '%linux%'),
     ('client_connection_check_interval', '2s', version() LIKE '%linux%')
 ) AS setting (name, value, possible)
-WHERE possible AND name IN (SELECT known.name FROM pg_settings AS known)
+WHERE possible AND current_setting(name, true) IS NOT NULL
 """
 
 
@@ -2343,7 +2343,7 @@ class Interest:
         taken = len(self._watched) + len(self._lingering)
         excess = taken + len(fresh) - self._max_channels
         spare = len(self._lingering) - (len(channels) - len(fresh))
-        if excess > spare or (len(fresh) > 1 and taken * 2 > self._max_channels):
+        if excess > spare or (len(fresh) > 1 and len(self._watched) * 2 > self._max_channels):
             raise RefusedError(503, "too many channels are watched at present")
         for channel in channels:
             self._lingering.pop(channel, None)
@@ -3210,7 +3210,7 @@ DECLARE
 BEGIN
     FOR place IN SELECT ctid FROM sse_relay.pending WHERE xid = ANY (xids) AND pid <> 0 LOOP
         BEGIN
-            PERFORM md5(concat(event, data)) FROM sse_relay.pending WHERE ctid = place;
+            PERFORM octet_length(concat(event, data)) FROM sse_relay.pending WHERE ctid = place;
         EXCEPTION WHEN internal_error OR data_corrupted OR index_corrupted OR data_exception
                 OR system_error OR io_error OR undefined_file OR program_limit_exceeded THEN
             UPDATE sse_relay.pending SET pid = 0 WHERE ctid = place;
@@ -3715,6 +3715,11 @@ def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
     return frames
 
 
+def owed_until(since: Mapping[str, int], until: int) -> dict[str, int]:
+    """Leave out channels that are owed nothing here: what is damaged there is not to be met again."""
+    return {name: number for name, number in since.items() if number < until}
+
+
 class Replays:
     """Reads back events for streams; what several ask for, once."""
 
@@ -3739,7 +3744,7 @@ class Replays:
             read = await self._read(cursor, channels, until, limit)
         except DAMAGE:
             gaps = await self._find_damaged(cursor, channels, until, limit)
-            return self._source.tell(cursor, channels, gaps)
+            return self._source.tell(cursor._replace(last=0), channels, gaps)
         if read.epoch != cursor.epoch:
             return None
         gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
@@ -3755,14 +3760,15 @@ class Replays:
 
     async def _counts_too_many(self, cursor: Cursor, channels: Sequence[str], until: int) -> bool:
         since = {name: cursor.after(name) for name in channels}
-        values = {"channels": tuple(since), "since": tuple(since.values()), "until": until}
+        owed = owed_until(since, until)
+        values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until}
         ((events, size),) = await self._share(LOG_REPLAY_SIZE_SQL, values, tuple)
         kept = [self._memory.missed(name, max(until, number)) for name, number in since.items()]
         return too_many([(events, size), *kept])
 
     async def _read(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
-        since = tuple(cursor.after(name) for name in channels)
-        values = {"channels": tuple(channels), "since": since, "until": until, "bytes": limit}
+        owed = owed_until({name: cursor.after(name) for name in channels}, until)
+        values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until, "bytes": limit}
 
         def cut(rows: list[tuple[Any, ...]]) -> LogPage:
             epoch, pruned = rows[0][:2]
@@ -4404,7 +4410,8 @@ class Streams:
         """Tell every request to come back, those included that wait for LISTEN: the relay is stopping."""
         self.draining = True
         for waiting in self._opening:
-            waiting.reschedule(0.0)
+            with contextlib.suppress(RuntimeError):  # of one that expires in this very turn
+                waiting.reschedule(0.0)
 
     def revoke(self, subject: str, stamp: float) -> None:
         """End a subject's streams, and refuse its tokens, of this time, in seconds since 1970, or before."""
@@ -5944,6 +5951,8 @@ def examine_database(dsn: str, source: str | None) -> Iterator[Finding]:
 # Seconds.
 DOCTOR_ANSWER_WAIT: Final = 5.0
 DOCTOR_EVENT_WAIT: Final = 10.0
+# One exchange, whatever trickles in.
+DOCTOR_LONGEST: Final = 120.0
 # Twice the default --heartbeat, and some.
 DOCTOR_HEARTBEAT_WAIT: Final = 40.0
 # Nobody notices less. Proxies that hold small writes back do so for 200 ms.
@@ -5974,7 +5983,9 @@ class Exchange:
         deadline = time.monotonic() + limit
         while text not in self.body[after:] and not (self.ended or self._late):
             try:
-                self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
+                self._socket.settimeout(left)
                 data = self.answer.read1()
                 self.body += self._decode(data)
                 self.ended = not data
@@ -5999,7 +6010,15 @@ def ask(url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) ->
     if parts.scheme == "https":
         trust.set_alpn_protocols(["http/1.1"])
         connection = http.client.HTTPSConnection(host, port, timeout=limit, context=trust)
-    with contextlib.closing(connection):
+    with contextlib.closing(connection), contextlib.ExitStack() as stack:
+        connection.connect()
+        # http.client's limit begins anew with each byte.
+        peer = socket.socket(fileno=os.dup(connection.sock.fileno()))
+        end = threading.Timer(DOCTOR_LONGEST, peer.shutdown, (socket.SHUT_RDWR,))
+        stack.callback(peer.close)
+        stack.callback(end.cancel)
+        end.daemon = True
+        end.start()
         connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
         sock = connection.sock
         with connection.getresponse() as answer:
@@ -6163,10 +6182,12 @@ def observe(url: str, trust: ssl.SSLContext, publish: Callable[[str], object] | 
             seen.ended = time.monotonic() - started if stream.ended else None
         if seen.live:
             seen.readable = readable_without_token(url, trust)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         # A proxy that buffers answers HEAD at once, and holds the headers of a stream back.
         if not (isinstance(error, TimeoutError) and seen.head):
-            seen.error = error
+            # This one quotes the answer, which may repeat the token.
+            quotes = isinstance(error, http.client.BadStatusLine) and not isinstance(error, ConnectionError)
+            seen.error = OSError("what answers does not speak HTTP") if quotes else error
     return seen
 
 
@@ -6694,7 +6715,7 @@ def apply_schema(dsn: str) -> list[str]:
             try:
                 cursor.execute(f"BEGIN READ WRITE;{SCHEMA_SQL};COMMIT")
                 break
-            except (psycopg2.errors.LockNotAvailable, psycopg2.errors.UniqueViolation):
+            except tuple(map(psycopg2.errors.lookup, ("55P03", "23505", "42P06"))):
                 # It gives way to relays and publishers, or to another first installation, and tries again.
                 cursor.execute("ROLLBACK")
                 if time.monotonic() > deadline:
@@ -6879,7 +6900,8 @@ def demo(source: str, bind: str) -> None:
     if not is_local(bind):
         what = "the demo lets everybody publish, so it listens on this machine only"
         raise click.UsageError(f"--bind {bind}: {what}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the relay runs: end, and clean up
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until the relay runs: end, and clean up
+        signal.signal(number, signal.default_int_handler)
     with EmbeddedPostgres() as postgres:
         if source == "log":
             apply_schema(postgres.dsn)

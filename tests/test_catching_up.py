@@ -6,6 +6,7 @@ What happens to many of them, with every fault there may be, is the simulation's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -392,3 +393,21 @@ async def test_ten_thousand_missed_events_are_replayed_and_one_more_is_a_gap(
     await stage.finish(client)
     assert client.told == told
     assert client.seen == ([] if told else list(range(missed)))
+
+
+async def test_a_stop_in_the_turn_in_which_a_wait_for_listen_ends_reaches_everybody() -> None:
+    stage = Stage()
+    stopped = []
+
+    def stop() -> None:
+        stage.streams.drain()
+        stopped.append(True)
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0) as waiting:
+            stage.streams._opening[waiting] = None
+            # It runs after what ends the wait, and before the waiter knows.
+            asyncio.get_running_loop().call_soon(stop)
+            await asyncio.sleep(10)
+    assert stopped
+    assert stage.streams.draining

@@ -394,6 +394,7 @@ def starting(folder: Path, bind: str) -> Iterator[subprocess.Popen[str]]:
     [
         ("sse-relay-*", signal.SIGINT),
         ("sse-relay-*/data/base", signal.SIGTERM),
+        ("sse-relay-*/data/base", signal.SIGHUP),
         ("sse-relay-*/data/postmaster.pid", signal.SIGINT),
     ],
 )

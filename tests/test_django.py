@@ -220,8 +220,8 @@ def shown(page: Page, order: int) -> str | None:
     return None if text is None else str(text)
 
 
-def wait_shown(page: Page, order: int, text: str | None) -> None:
-    wait_until(lambda: shown(page, order) == text, 20, f"order {order} as {text}")
+def wait_shown(page: Page, order: int, text: str | None, timeout: float = 20) -> None:
+    wait_until(lambda: shown(page, order) == text, timeout, f"order {order} as {text}")
 
 
 def add_order(site: Site, tenant: int, item: str) -> int:
@@ -364,7 +364,8 @@ def test_a_token_that_expires_costs_no_event_though_the_cookie_s_view_fails(
         browser.run(page.playwright.route("**/stream-cookie", fail_twice))
         wait_until(lambda: refusals(site) > before, 20, "the refusal")
         change(site, order, "while refused")
-        wait_shown(page, order, "tea: while refused")
+        # The module waits for 2 to 3 s, 4 to 6, 8 to 12.
+        wait_shown(page, order, "tea: while refused", 45)
         wait_live(page)
         assert page.evaluate("window.same") is True
         assert asked == 3

@@ -376,6 +376,36 @@ def test_a_channel_that_cannot_be_read_from_the_table_is_told_and_costs_no_sessi
     assert harness.metric(admin, "reconnects_total") == 0
 
 
+def test_a_damaged_index_is_told_once_and_hides_no_other_channel(
+    own_server: Server, own_log: Database, start_relay: RelayStarter
+) -> None:
+    bad, good = "a" * 10, "b" * 10
+    for part in range(4):
+        publish(own_log, bad, *words("bad", 500))
+        publish(own_log, good, *words(f"good {part}", 500))
+    with Session(own_log) as other:
+        other.sweep()
+    ((path, epoch),) = own_log.execute(
+        "REINDEX TABLE sse_relay.events; CHECKPOINT;"
+        " SELECT pg_relation_filepath('sse_relay.events_channel_id'), (SELECT epoch FROM sse_relay.epoch)"
+    )
+    own_server.stop()
+    index = own_server._data / path
+    pages = bytearray(index.read_bytes())
+    for start in range(8_192, len(pages), 8_192):
+        page = pages[start : start + 8_192]
+        # The flags at the end of a page of a B-tree: 1 is a leaf.
+        if page[-4] & 1 and bad.encode() in page:
+            pages[start : start + 8_192] = bytes(8_192)
+    index.write_bytes(pages)
+    own_server.start()
+    relay = start_relay(*TABLE, dsn=own_log.dsn)
+    with SseReader(relay.url(bad, good), last_event_id=f"{epoch}-2000") as reader:
+        reader.wait_for_data("good 3 499")
+        assert [gap["reason"] for gap in reader.gaps] == ["failed"]
+        assert reader.data == words("good 2", 500) + words("good 3", 500)
+
+
 def test_pruning_that_fails_ends_no_session(log: Database, start_relay: RelayStarter) -> None:
     log.execute(
         "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"
