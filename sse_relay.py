@@ -1221,10 +1221,12 @@ class Subscriber(asyncio.Protocol):
             self.sent += len(data)
             self.hub.counts.sent_bytes += len(data)
 
-    def end(self, final: bytes) -> None:
-        """Send a last block and close, without HTTP's final chunk.
+    def end(self, final: bytes, *, complete: bool = False) -> None:
+        """Send a last block and close.
 
-        After a clean end some clients do not come back at all.
+        Args:
+            complete: With HTTP's final chunk, after which some clients do not come back at all. Without
+                it browsers may drop the last block.
         """
         self.live_from = NOT_LIVE
         if self.task is not None:
@@ -1233,6 +1235,8 @@ class Subscriber(asyncio.Protocol):
             self.hub.leave(self)  # which the request finds out that is still opening it
         else:
             self.write(final)
+            if complete and self.chunked:
+                self.transport.write(as_chunk(b""))
             self.transport.close()
 
     def abort(self) -> None:
@@ -1603,7 +1607,7 @@ class Hub:
         """End a subject's streams whose tokens were issued at this time, in seconds since 1970, or before."""
         for subscriber in tuple(self.subjects.get(subject, ())):
             if subscriber.issued <= stamp:
-                subscriber.end(final)
+                subscriber.end(final, complete=True)
 
     async def beat(self) -> None:
         """Write to idle streams and cut stalled ones, from one timer. Never returns."""
