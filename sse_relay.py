@@ -5717,7 +5717,11 @@ class EmbeddedPostgres:
     def close(self) -> None:
         """Stop the server and remove its files."""
         self.stop()
-        shutil.rmtree(self._home, ignore_errors=True)
+        # What an initdb that was ended had started may write for a moment still.
+        end = time.monotonic() + EMBEDDED_STOP_SECONDS
+        while self._home.exists() and time.monotonic() < end:
+            shutil.rmtree(self._home, ignore_errors=True)
+            time.sleep(0.05)
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folder, binaries, cluster, port."""
