@@ -138,7 +138,10 @@ class RelayError(Exception):
     """Base of what this program raises on purpose."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        """Tell what is wrong, in one line that never holds a secret, and what fixes it if that is known."""
+        """Args:
+        what: What is wrong, in one line that never holds a secret.
+        remedy: What fixes it, if that is known.
+        """
         super().__init__(what, remedy)
         self.what = what
         self.remedy = remedy
@@ -1761,6 +1764,19 @@ PIN_PATH_SQL: Final = "SET search_path = pg_catalog, pg_temp"
 
 
 @contextlib.contextmanager
+def cut_off(descriptor: int, limit: float) -> Iterator[None]:
+    """Shut a blocking connection down if the block takes more than so many seconds."""
+    with socket.socket(fileno=os.dup(descriptor)) as peer:
+        end = threading.Timer(limit, peer.shutdown, (socket.SHUT_RDWR,))
+        end.daemon = True
+        end.start()
+        try:
+            yield
+        finally:
+            end.cancel()
+
+
+@contextlib.contextmanager
 def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extensions.connection]:
     """Open a blocking session in autocommit and close it at the end; after ``limit`` seconds it is cut off.
 
@@ -1779,10 +1795,7 @@ def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extension
         if hopeless:
             raise UnusableDatabaseError(text, remedy) from None
         raise
-    with contextlib.closing(connection), socket.socket(fileno=os.dup(connection.fileno())) as peer:
-        end = threading.Timer(limit, peer.shutdown, (socket.SHUT_RDWR,))
-        end.daemon = True
-        end.start()
+    with contextlib.closing(connection), cut_off(connection.fileno(), limit):
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
@@ -1792,7 +1805,6 @@ def visit(dsn: str, limit: float = QUERY_TIMEOUT) -> Iterator[psycopg2.extension
             # A pooler may give the server's session to an application afterwards.
             with contextlib.suppress(psycopg2.Error), connection.cursor() as cursor:
                 cursor.execute("RESET search_path")
-            end.cancel()
 
 
 def connect_hint(text: str) -> tuple[bool, str]:
@@ -3728,9 +3740,12 @@ def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
     return frames
 
 
-def owed_until(since: Mapping[str, int], until: int) -> dict[str, int]:
-    """Leave out channels that are owed nothing here: what is damaged there is not to be met again."""
-    return {name: number for name, number in since.items() if number < until}
+def owed_until(cursor: Cursor, channels: Sequence[str], until: int) -> dict[str, int]:
+    """Return the numbers above which channels are owed events up to a number.
+
+    Those that are owed none are left out: what is damaged there is not to be met again.
+    """
+    return {name: number for name in channels if (number := cursor.after(name)) < until}
 
 
 class Replays:
@@ -3772,15 +3787,14 @@ class Replays:
         return Page(cursor.rewound(await self._share(LOG_LAST_SQL, values, dict)))
 
     async def _counts_too_many(self, cursor: Cursor, channels: Sequence[str], until: int) -> bool:
-        since = {name: cursor.after(name) for name in channels}
-        owed = owed_until(since, until)
+        owed = owed_until(cursor, channels, until)
         values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until}
         ((events, size),) = await self._share(LOG_REPLAY_SIZE_SQL, values, tuple)
-        kept = [self._memory.missed(name, max(until, number)) for name, number in since.items()]
+        kept = [self._memory.missed(name, max(until, cursor.after(name))) for name in channels]
         return too_many([(events, size), *kept])
 
     async def _read(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
-        owed = owed_until({name: cursor.after(name) for name in channels}, until)
+        owed = owed_until(cursor, channels, until)
         values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until, "bytes": limit}
 
         def cut(rows: list[tuple[Any, ...]]) -> LogPage:
@@ -6035,19 +6049,14 @@ def ask(url: str, trust: ssl.SSLContext, method: str = "GET", **headers: str) ->
     if parts.scheme == "https":
         trust.set_alpn_protocols(["http/1.1"])
         connection = http.client.HTTPSConnection(host, port, timeout=limit, context=trust)
-    with contextlib.closing(connection), contextlib.ExitStack() as stack:
+    with contextlib.closing(connection):
         connection.connect()
-        # http.client's limit begins anew with each byte.
-        peer = socket.socket(fileno=os.dup(connection.sock.fileno()))
-        end = threading.Timer(DOCTOR_LONGEST, peer.shutdown, (socket.SHUT_RDWR,))
-        stack.callback(peer.close)
-        stack.callback(end.cancel)
-        end.daemon = True
-        end.start()
-        connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
         sock = connection.sock
-        with connection.getresponse() as answer:
-            yield Exchange(answer, sock)
+        # http.client's limit begins anew with each byte.
+        with cut_off(sock.fileno(), DOCTOR_LONGEST):
+            connection.request(method, f"{parts.path}?{parts.query}", headers={**browser, **headers})
+            with connection.getresponse() as answer:
+                yield Exchange(answer, sock)
 
 
 @dataclass

@@ -408,6 +408,6 @@ async def test_a_stop_in_the_turn_in_which_a_wait_for_listen_ends_reaches_everyb
             stage.streams._opening[waiting] = None
             # It runs after what ends the wait, and before the waiter knows.
             asyncio.get_running_loop().call_soon(stop)
-            await asyncio.sleep(10)
+            await asyncio.Event().wait()
     assert stopped
     assert stage.streams.draining
