@@ -46,6 +46,13 @@ def database(server: harness.Server, request: pytest.FixtureRequest) -> Iterator
         yield fresh
 
 
+@pytest.fixture(scope="module")
+def standing_database(server: harness.Server) -> Iterator[harness.Database]:
+    """A database for tests of one module that leave nothing behind in it."""
+    with server.fresh_database() as fresh:
+        yield fresh
+
+
 @pytest.fixture(scope="session", params=harness.postgres_versions())
 def each_server(request: pytest.FixtureRequest) -> Iterator[harness.Server]:
     """A PostgreSQL of each version that is here, for what they do differently."""

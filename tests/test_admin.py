@@ -74,12 +74,6 @@ def admin(start_relay: StartRelay, database: Database) -> Admin:
 
 
 @pytest.fixture(scope="module")
-def standing_database(server: harness.Server) -> Iterator[Database]:
-    with server.fresh_database() as fresh:
-        yield fresh
-
-
-@pytest.fixture(scope="module")
 def standing(standing_database: Database) -> Iterator[Admin]:
     """One for all tests that count nothing, each of which leaves it without a client."""
     with contextlib.ExitStack() as stack:

@@ -310,14 +310,8 @@ def test_requests_that_do_not_come_are_closed_in_time(
 
 
 @pytest.fixture(scope="module")
-def shared_database(server: harness.Server) -> Iterator[Database]:
-    with server.fresh_database() as database:
-        yield database
-
-
-@pytest.fixture(scope="module")
-def shared_relay(shared_database: Database) -> Iterator[Relay]:
-    with Relay("--log-level", "debug", "--allow-channel", "*", dsn=shared_database.dsn) as relay:
+def shared_relay(standing_database: Database) -> Iterator[Relay]:
+    with Relay("--log-level", "debug", "--allow-channel", "*", dsn=standing_database.dsn) as relay:
         yield relay
 
 
@@ -344,7 +338,7 @@ FLOODS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("flood", FLOODS)
 def test_floods_are_bounded_and_others_are_served_meanwhile(
-    flood: str, shared_relay: Relay, shared_database: Database
+    flood: str, shared_relay: Relay, standing_database: Database
 ) -> None:
     """What is sent is 30 MB, or as much as the relay takes in a second."""
     relay, lines = shared_relay, len(shared_relay.lines)
@@ -362,7 +356,7 @@ def test_floods_are_bounded_and_others_are_served_meanwhile(
         while flowing and total < 30e6 and time.monotonic() < end:
             flowing = [client for client in flowing if send(client, more)]
             total += len(flowing) * len(more)
-        shared_database.notify("orders", "meanwhile")
+        standing_database.notify("orders", "meanwhile")
         reader.wait_for_data("meanwhile", timeout=5)
         assert memory(relay) - start < 24 * MIB
     # A line for each refusal, whose number depends on the machine: no more than some times what was sent.

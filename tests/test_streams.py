@@ -28,12 +28,6 @@ PLAIN = {"Accept": "*/*"}
 
 
 @pytest.fixture(scope="module")
-def standing_database(server: harness.Server) -> Iterator[harness.Database]:
-    with server.fresh_database() as fresh:
-        yield fresh
-
-
-@pytest.fixture(scope="module")
 def standing(standing_database: harness.Database) -> Iterator[harness.Relay]:
     """A relay with the defaults, for tests that leave nothing behind on it."""
     with harness.Relay(dsn=standing_database.dsn) as running:
