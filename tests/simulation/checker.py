@@ -209,7 +209,7 @@ class Checker:
             elif record["do"] == "undone":
                 self._undone.update(record["tags"])
             elif record["do"] == "unnumbered":
-                numbers = self._numbers[record["epoch"]]
+                numbers = self._numbers.get(record["epoch"], {})
                 for number in range(record["first"], record["first"] + record["count"]):
                     if number not in numbers:
                         continue

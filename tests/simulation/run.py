@@ -93,10 +93,15 @@ def play(plan: Plan, module: ModuleType | None = None) -> Outcome:
         world.timeline.note("error", on="the run", text=str(error))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-    history = world.timeline.history
-    checker = Checker(history)
-    violations = checker.check()
-    return Outcome(plan, history, violations, checker.deliveries)
+    outcome = Outcome(plan, world.timeline.history, [], 0)
+    checker = Checker(outcome.history)
+    try:
+        outcome.violations = checker.check()
+    except Exception as error:
+        error.add_note(outcome.command)
+        raise
+    outcome.deliveries = checker.deliveries
+    return outcome
 
 
 def play_seed(seed: int, source: str | None = None, module: ModuleType | None = None) -> Outcome:
