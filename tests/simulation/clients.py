@@ -79,23 +79,28 @@ class Reader:
         self.retry: int | None = None
         self.blocks = 0
         self._chunked = False
-        self._raw = b""
-        self._text = b""
+        # A large event comes in thousands of pieces: they are not put together before it may be whole.
+        self._raw = bytearray()
+        self._text: list[bytes] = []
 
     def feed(self, data: bytes) -> list[Block]:
         """Take bytes; return the blocks that are complete and say more than when to come back."""
         if not self.status:
             self._raw += data
-            head, end, data = self._raw.partition(b"\r\n\r\n")
+            head, end, data = bytes(self._raw).partition(b"\r\n\r\n")
             if not end:
                 return []
             self.headers = head.decode("latin-1").lower()
             self.status = int(head[9:12])
             self._chunked = "transfer-encoding: chunked" in self.headers
-            self._raw = b""
+            self._raw.clear()
         if self._chunked:
             data = self._unwrap(data)
-        *blocks, self._text = (self._text + data).split(b"\n\n")
+        self._text.append(data)
+        if b"\n\n" not in data and not data.startswith(b"\n"):
+            return []
+        *blocks, rest = b"".join(self._text).split(b"\n\n")
+        self._text = [rest]
         self.blocks += len(blocks)
         found = [read_block(block) for block in blocks]
         for block in found:
@@ -104,7 +109,8 @@ class Reader:
         return [block for block in found if block.mark or block.tag or block.told is not None]
 
     def _unwrap(self, data: bytes) -> bytes:
-        raw = self._raw + data if self._raw else data
+        raw = self._raw
+        raw += data
         parts = []
         start = 0
         while (end := raw.find(b"\r\n", start)) >= 0:
@@ -115,7 +121,7 @@ class Reader:
             parts.append(raw[end + 2 : after])
             assert raw[after : after + 2] == b"\r\n", "a chunk without its end"
             start = after + 2
-        self._raw = raw[start:]
+        del raw[:start]
         return b"".join(parts)
 
 

@@ -25,9 +25,6 @@ PROGRAM = Path(os.environ.get("SSE_RELAY_PROGRAM", Path(__file__).resolve().pare
 # Plans that once failed, made small, each with what was wrong then. Plans, not seeds: what a seed stands for
 # changes with `plan.draw`.
 CORPUS = Path(__file__).with_name("corpus.jsonl")
-# A run leaves a few MB; collecting takes 20 ms.
-RUNS_PER_COLLECTION = 20
-_runs = itertools.count(1)
 # Of the processor. Most runs take a quarter of a second.
 MAX_SECONDS = 60.0
 
@@ -81,9 +78,9 @@ class Outcome:
 
 def play(plan: Plan, module: ModuleType | None = None) -> Outcome:
     """Play a plan and judge its history."""
+    # What the run before has left is all that is young, and quickly found while it is in the caches.
     gc.disable()
-    if next(_runs) % RUNS_PER_COLLECTION == 0:
-        gc.collect()
+    gc.collect(0)
     world = World(module or the_program(), plan)
     signal.signal(signal.SIGVTALRM, _run_away)
     signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
