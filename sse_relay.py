@@ -106,7 +106,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import heappop, heappush
@@ -2309,12 +2309,14 @@ class Cursor(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What a source has next for a stream: gaps, then frames."""
+    """What a source has next for a stream: gaps, then events."""
 
     cursor: Cursor
     # Channels whose events up to their floor cannot all be had, with the reason.
     gaps: Mapping[str, str] = {}
-    frames: Sequence[Frame] = ()
+    # The events as they go out, and how many they are.
+    block: bytes = b""
+    events: int = 0
     # Whether this is all: the stream is live if this goes out in the same step of the loop.
     complete: bool = False
 
@@ -2409,6 +2411,8 @@ class Source:
         self._hub = hub
         self._memory = memory
         self._connected = asyncio.Event()
+        # The last page, and what it is of: many streams that come back stand at the same place.
+        self._made: tuple[object, Page | None] = None, None
 
     # For streams.
 
@@ -2444,6 +2448,16 @@ class Source:
         Returns:
             None if memory does not hold it; ask `fetch` then.
         """
+        # What memory keeps of these channels changes with the number only.
+        key = self.epoch, self.number, cursor, channels, limit
+        if self._made[0] != key:
+            page = self._make(cursor, channels, limit)
+            if page is None:
+                return None
+            self._made = key, page
+        return self._made[1]
+
+    def _make(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         if cursor.epoch != self.epoch:
             return self.tell_all(channels, "restart")
         if cursor.last:
@@ -2457,8 +2471,7 @@ class Source:
             return self.tell_all(channels, "too-many")
         frames, complete = self._memory.page(since, limit)
         number = self.number if complete else frames[-1].number
-        cursor = cursor._replace(number=number, counted=True)
-        return Page(cursor, {}, unseen(frames, cursor.snapshot), complete)
+        return make_page(cursor, number, channels, frames, complete)
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         """Return what comes next when memory does not hold it, or the gaps that are left instead.
@@ -2471,7 +2484,7 @@ class Source:
     def tell(self, cursor: Cursor, channels: Collection[str], gaps: Mapping[str, str]) -> Page:
         """Return these gaps, told at the present number. With one for every channel nothing else is owed."""
         if len(gaps) == len(channels):
-            return Page(Cursor(self.epoch, self.number, counted=True), gaps, (), True)
+            return Page(Cursor(self.epoch, self.number, counted=True), gaps, complete=True)
         floors = {**cursor.floors, **dict.fromkeys(gaps, self.number)}
         return Page(cursor._replace(floors=floors), gaps)
 
@@ -2527,11 +2540,15 @@ def too_many(missed: Iterable[tuple[int, int]]) -> bool:
     return events > MAX_RESUME_EVENTS or size > MAX_RESUME_BYTES
 
 
-def unseen(frames: Sequence[Frame], snapshot: Snapshot | None) -> Sequence[Frame]:
-    """Return the frames without those that a snapshot showed already."""
-    if snapshot is None:
-        return frames
-    return [frame for frame in frames if not (frame.xid and snapshot.shows(frame.xid))]
+def make_page(
+    cursor: Cursor, number: int, channels: Sequence[str], frames: Sequence[Frame], complete: bool = False
+) -> Page:
+    """Return a page of frames up to a number, without those that the client's own page showed already."""
+    seen = cursor.snapshot
+    if seen is not None:
+        frames = [frame for frame in frames if not (frame.xid and seen.shows(frame.xid))]
+    block = join_blocks(frames, several=len(channels) > 1)
+    return Page(cursor._replace(number=number, counted=True), {}, block, len(frames), complete)
 
 
 # ==== Source notify ===========================================================
@@ -3552,22 +3569,26 @@ SELECT moved, more FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], %s)
 # (id int, limit int) as named -> rows (epoch text | None, pruned bigint, id bigint, xid bigint, channel
 # text, event text | None, data text, created float seconds since 1970, newest id bigint, xid bigint | None
 # of the row at this id, hidden bool), ids ascending, at most so many and about 4 MiB.
-# At least one row: after the newest event, id and what follows it are None. Epoch and mark are of the
-# same snapshot: another epoch, or None, means attach again; pruned > id means that events are missing.
-# `hidden`: row-level security leaves rows out, and nothing here is to be believed.
+# At least one row: after the newest event, id and what follows it up to `created` are None. What holds for
+# the whole page is in its first row alone: one value more in each costs a tenth of reading it. Epoch and
+# mark are of the same snapshot: another epoch, or None, means attach again; pruned > id means that events
+# are missing. `hidden`: row-level security leaves rows out, and nothing here is to be believed.
 LOG_READ_SQL: Final = """
-SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END, s.pruned,
-    e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8,
-    (SELECT coalesce(max(id), 0) FROM sse_relay.events),
-    (SELECT xid::text::bigint FROM sse_relay.events WHERE id = %(id)s), one.hidden
-FROM (
-    SELECT row_security_active('sse_relay.settings') OR row_security_active('sse_relay.epoch')
-        OR row_security_active('sse_relay.events') OR row_security_active('sse_relay.revocations') AS hidden
-) AS one
-LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true LEFT JOIN (
-    SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
+SELECT h.epoch, h.pruned, e.id, e.xid::text::bigint, e.channel, e.event, e.data,
+    extract(epoch FROM e.created)::float8, h.newest, h.here, h.hidden
+FROM (SELECT) AS one LEFT JOIN (
+    SELECT p.*, row_number() OVER w = 1 AS first,
+        sum(octet_length(data)) OVER w - octet_length(data) AS before
     FROM (SELECT * FROM sse_relay.events WHERE id > %(id)s ORDER BY id LIMIT %(limit)s) AS p
-) AS e ON e.before < 4194304
+    WINDOW w AS (ORDER BY id)
+) AS e ON e.before < 4194304 LEFT JOIN (
+    SELECT CASE WHEN h.xmin = h.xid::xid THEN h.epoch END AS epoch, s.pruned,
+        (SELECT coalesce(max(id), 0) FROM sse_relay.events) AS newest,
+        (SELECT xid::text::bigint FROM sse_relay.events WHERE id = %(id)s) AS here,
+        row_security_active('sse_relay.settings') OR row_security_active('sse_relay.epoch')
+        OR row_security_active('sse_relay.events') OR row_security_active('sse_relay.revocations') AS hidden
+    FROM (SELECT) AS one LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true
+) AS h ON e.first IS NOT FALSE
 ORDER BY e.id
 """
 
@@ -3594,24 +3615,27 @@ SELECT count(*), coalesce(sum(size), 0)::bigint FROM (
 ) AS sizes
 """
 
-# (channels, since, until, bytes int) as named -> rows as of LOG_READ_SQL, of these channels, since < id <=
-# until: at most 1,000 rows, the last the one that reaches so many bytes of data.
+# (channels, since, until, bytes int) as named -> rows as of LOG_READ_SQL, up to `data`, of these channels,
+# since < id <= until: at most 1,000 rows, the last the one that reaches so many bytes of data.
 # The comparison of pairs is for the index (channel, id): whatever the planner believes of a channel,
 # no other index gives this order, and each channel's range is all that is read.
 LOG_REPLAY_SQL: Final = """
-SELECT CASE WHEN h.xmin = h.xid::xid AND NOT row_security_active('sse_relay.events') THEN h.epoch END,
-    s.pruned, e.id, e.xid::text::bigint, e.channel, e.event, e.data, extract(epoch FROM e.created)::float8
-FROM (SELECT) AS one
-LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true LEFT JOIN (
-    SELECT p.*, sum(octet_length(data)) OVER (ORDER BY id) - octet_length(data) AS before
+SELECT h.epoch, h.pruned, e.id, e.xid::text::bigint, e.channel, e.event, e.data
+FROM (SELECT) AS one LEFT JOIN (
+    SELECT p.*, row_number() OVER w = 1 AS first,
+        sum(octet_length(data)) OVER w - octet_length(data) AS before
     FROM (
         SELECT m.* FROM unnest(%(channels)s::text[], %(since)s::bigint[]) AS c (channel, since), LATERAL (
             SELECT * FROM sse_relay.events AS e
             WHERE (e.channel, e.id) > (c.channel, c.since) AND (e.channel, e.id) <= (c.channel, %(until)s)
             ORDER BY e.channel, e.id LIMIT 1000
         ) AS m ORDER BY m.id LIMIT 1000
-    ) AS p
-) AS e ON e.before < %(bytes)s
+    ) AS p WINDOW w AS (ORDER BY id)
+) AS e ON e.before < %(bytes)s LEFT JOIN (
+    SELECT CASE WHEN h.xmin = h.xid::xid AND NOT row_security_active('sse_relay.events') THEN h.epoch END
+        AS epoch, s.pruned
+    FROM (SELECT) AS one LEFT JOIN sse_relay.settings AS s ON true LEFT JOIN sse_relay.epoch AS h ON true
+) AS h ON e.first IS NOT FALSE
 ORDER BY e.id
 """
 
@@ -3716,149 +3740,154 @@ def check_log(cursor: psycopg2.extensions.cursor) -> None:
         )
 
 
-class LogPage(NamedTuple):
-    """A page of the log."""
-
-    # As of the page's snapshot; None if the history has no name yet.
-    epoch: str | None
-    # Events up to this id are gone.
-    pruned: int
-    frames: list[Frame]
-    # Whether more may follow.
-    full: bool
-
-
 def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
     """Encode the events of a page as of LOG_READ_SQL or LOG_REPLAY_SQL."""
     epoch = (rows[0][0] or "").encode()
     frames = []
-    for _, _, number, xid, channel, event, data, *_ in rows:
+    for row in rows:
+        number, xid, channel, event, data = row[2:7]
         if number is not None and channel != REVOCATION_CHANNEL:
-            name = sendable_name(event)
+            name = None if event is None else sendable_name(event)
             block = encode_event(Event(data, name), b"%b-%d" % (epoch, number))
             frames.append(Frame(number, channel, block, name is not None, xid))
     return frames
 
 
-def owed_until(cursor: Cursor, channels: Sequence[str], until: int) -> dict[str, int]:
-    """Return the numbers above which channels are owed events up to a number.
+class Found(NamedTuple):
+    """What the table holds for streams that stand at one place, at whatever number the relay is."""
 
-    Those that are owed none are left out: what is damaged there is not to be met again.
-    """
-    return {name: number for name in channels if (number := cursor.after(name)) < until}
+    # As of the statement's snapshot; None if the history has no name yet.
+    epoch: str | None
+    # Channels whose events cannot be had, with the reason.
+    gaps: Mapping[str, str] = {}
+    # The numbers just before the newest events of each channel, if `Cursor.last` asked for them.
+    before: Mapping[str, int] = {}
+    # All events up to the number.
+    frames: Sequence[Frame] = ()
+    number: int = 0
 
 
 class Replays:
-    """Reads back events for streams; what several ask for, once."""
+    """Reads back events for streams; for those that stand at the same place, once within `SHARE_TIME`."""
 
     def __init__(self, source: Source, memory: Memory) -> None:
         self._source = source
         self._memory = memory
-        # What is being read, or was just read, by statement and values.
-        self._shared: dict[tuple[object, ...], asyncio.Task[Any]] = {}
-        # How many streams wait for it.
+        # What is being read, or was just read, and how many streams wait for it, by the place.
+        self._shared: dict[tuple[object, ...], asyncio.Task[Found]] = {}
         self._waiting: Counter[tuple[object, ...]] = Counter()
+
+    def recall(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
+        """Return what `page` would, if it was just read for another stream."""
+        task = self._shared.get(self._place(cursor, channels, limit))
+        if task is None or not task.done() or task.cancelled() or task.exception():
+            return None
+        return self._page_of(task.result(), cursor, channels)
 
     async def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         """Return what `Source.fetch` does, but None if the log has another history than the cursor."""
-        # Up to where memory begins, and no further: so streams that stand at the same place
-        # ask for the same.
-        until = max(self._memory.floor(name) or 0 for name in channels)
-        try:
-            if cursor.last:
-                return await self._find_newest(cursor, channels)
-            if not cursor.counted and await self._counts_too_many(cursor, channels, until):
-                return self._source.tell_all(channels, "too-many")
-            read = await self._read(cursor, channels, until, limit)
-        except DAMAGE:
-            gaps = await self._find_damaged(cursor, channels, until, limit)
-            return self._source.tell(cursor._replace(last=0), channels, gaps)
-        if read.epoch != cursor.epoch:
-            return None
-        gaps = {name: "pruned" for name in channels if cursor.after(name) < read.pruned}
-        if gaps:
-            return self._source.tell(cursor, channels, gaps)
-        number = read.frames[-1].number if read.full and read.frames else max(until, cursor.number)
-        return Page(cursor._replace(number=number, counted=True), {}, unseen(read.frames, cursor.snapshot))
-
-    async def _find_newest(self, cursor: Cursor, channels: Sequence[str]) -> Page:
-        """Find where the newest events of each channel begin that `?last=` asks for."""
-        values = {"channels": tuple(channels), "until": cursor.number, "most": cursor.last}
-        return Page(cursor.rewound(await self._share(LOG_LAST_SQL, values, dict)))
-
-    async def _counts_too_many(self, cursor: Cursor, channels: Sequence[str], until: int) -> bool:
-        owed = owed_until(cursor, channels, until)
-        values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until}
-        ((events, size),) = await self._share(LOG_REPLAY_SIZE_SQL, values, tuple)
-        kept = [self._memory.missed(name, max(until, cursor.after(name))) for name in channels]
-        return too_many([(events, size), *kept])
-
-    async def _read(self, cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> LogPage:
-        owed = owed_until(cursor, channels, until)
-        values = {"channels": tuple(owed), "since": tuple(owed.values()), "until": until, "bytes": limit}
-
-        def cut(rows: list[tuple[Any, ...]]) -> LogPage:
-            epoch, pruned = rows[0][:2]
-            frames = encode_rows(rows)
-            size = 0
-            for count, frame in enumerate(frames, 1):
-                # On the wire, where a line end takes seven bytes.
-                size += len(frame.block)
-                if size >= limit:
-                    return LogPage(epoch, pruned, frames[:count], True)
-            return LogPage(epoch, pruned, frames, len(rows) >= LOG_PAGE_ROWS)
-
-        page: LogPage = await self._share(LOG_REPLAY_SQL, values, cut)
-        return page
-
-    async def _find_damaged(
-        self, cursor: Cursor, channels: Sequence[str], until: int, limit: int
-    ) -> dict[str, str]:
-        """Return a gap for each channel that cannot be read by itself either; for all if there is none."""
-        gaps = {}
-        for name in channels:
-            try:
-                await self._read(cursor, [name], until, limit)
-            except DAMAGE as error:
-                warn_once(f"channel {name!r} cannot be read from the log: {one_line(error, '')}")
-                gaps[name] = "failed"
-        return gaps or dict.fromkeys(channels, "failed")
-
-    async def _share(
-        self, statement: str, values: dict[str, Any], convert: Callable[[list[tuple[Any, ...]]], Any]
-    ) -> Any:
-        """Run a statement for all streams that ask for the same, once within `SHARE_TIME`."""
-        key = self._source.epoch, statement, *values.values()
-
-        async def read() -> Any:
-            arrays = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            wanted = functools.partial(self._waiting.__contains__, key)
-            return convert(await self._source.listener.client_query(statement, arrays, wanted))
-
-        def done(task: asyncio.Task[Any]) -> None:
-            if task.cancelled() or task.exception():
-                forget()
-            else:
-                asyncio.get_running_loop().call_later(SHARE_TIME, forget)
-
-        def forget() -> None:
-            if self._shared.get(key) is task:
-                del self._shared[key]
-
-        task = self._shared.get(key)
+        place = self._place(cursor, channels, limit)
+        task = self._shared.get(place)
         if task is None:
             if len(self._shared) >= MAX_SHARED:
                 del self._shared[next(iter(self._shared))]
-            task = self._shared[key] = asyncio.create_task(read())
-            task.add_done_callback(done)
-        self._waiting[key] += 1
+            task = self._shared[place] = asyncio.create_task(self._find(cursor, channels, limit, place))
+            task.add_done_callback(functools.partial(self._keep, place))
+        self._waiting[place] += 1
         try:
             # It belongs to the connection, not to the stream that asked first.
-            return await asyncio.shield(task)
+            return self._page_of(await asyncio.shield(task), cursor, channels)
         finally:
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self._waiting[place] -= 1
+            if not self._waiting[place]:
+                del self._waiting[place]
+
+    def _until(self, channels: Sequence[str]) -> int:
+        # Where memory begins, and no further: so streams that stand at the same place ask for the same.
+        return max(self._memory.floor(name) or 0 for name in channels)
+
+    def _place(self, cursor: Cursor, channels: Sequence[str], limit: int) -> tuple[object, ...]:
+        since = tuple(cursor.after(name) for name in channels)
+        how = cursor.number, cursor.counted, cursor.last, limit
+        return cursor.epoch, tuple(channels), since, self._until(channels), how
+
+    def _page_of(self, found: Found, cursor: Cursor, channels: Sequence[str]) -> Page | None:
+        if found.gaps:
+            return self._source.tell(cursor._replace(last=0), channels, found.gaps)
+        if cursor.last:
+            return Page(cursor.rewound(found.before))
+        return (
+            None if found.epoch != cursor.epoch else make_page(cursor, found.number, channels, found.frames)
+        )
+
+    def _keep(self, place: tuple[object, ...], task: asyncio.Task[Found]) -> None:
+        def forget() -> None:
+            if self._shared.get(place) is task:
+                del self._shared[place]
+
+        if task.cancelled() or task.exception():
+            forget()
+        else:
+            asyncio.get_running_loop().call_later(SHARE_TIME, forget)
+
+    async def _find(
+        self, cursor: Cursor, channels: Sequence[str], limit: int, place: tuple[object, ...]
+    ) -> Found:
+        until = self._until(channels)
+        query = functools.partial(self._source.listener.client_query, wanted=lambda: place in self._waiting)
+        try:
+            if cursor.last:
+                newest = {"channels": [*channels], "until": cursor.number, "most": cursor.last}
+                return Found(cursor.epoch, before=dict(await query(LOG_LAST_SQL, newest)))
+            if not cursor.counted:
+                ((events, size),) = await query(LOG_REPLAY_SIZE_SQL, owed(cursor, channels, until, limit))
+                kept = [self._memory.missed(name, max(until, cursor.after(name))) for name in channels]
+                if too_many([(events, size), *kept]):
+                    return Found(cursor.epoch, dict.fromkeys(channels, "too-many"))
+            return await self._read(query, cursor, channels, until, limit)
+        except DAMAGE:
+            gaps = {}
+            for name in channels:
+                try:
+                    await self._read(query, cursor, [name], until, limit)
+                except DAMAGE as error:
+                    warn_once(f"channel {name!r} cannot be read from the log: {one_line(error, '')}")
+                    gaps[name] = "failed"
+            return Found(cursor.epoch, gaps or dict.fromkeys(channels, "failed"))
+
+    async def _read(
+        self,
+        query: Callable[..., Awaitable[list[tuple[Any, ...]]]],
+        cursor: Cursor,
+        channels: Sequence[str],
+        until: int,
+        limit: int,
+    ) -> Found:
+        rows = await query(LOG_REPLAY_SQL, owed(cursor, channels, until, limit))
+        epoch, pruned = rows[0][:2]
+        if epoch != cursor.epoch:
+            return Found(epoch)
+        if gaps := {name: "pruned" for name in channels if cursor.after(name) < pruned}:
+            return Found(epoch, gaps)
+        frames, full = encode_rows(rows), len(rows) >= LOG_PAGE_ROWS
+        size = 0
+        for count, frame in enumerate(frames, 1):
+            # On the wire, where a line end takes seven bytes.
+            size += len(frame.block)
+            if size >= limit:
+                frames, full = frames[:count], True
+                break
+        number = frames[-1].number if full and frames else max(until, cursor.number)
+        return Found(epoch, frames=frames, number=number)
+
+
+def owed(cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> dict[str, object]:
+    """Return the values of LOG_REPLAY_SQL and LOG_REPLAY_SIZE_SQL for what channels are owed up to a number.
+
+    Those that are owed nothing are left out: what is damaged there is not to be met again.
+    """
+    since = {name: number for name in channels if (number := cursor.after(name)) < until}
+    return {"channels": [*since], "since": [*since.values()], "until": until, "bytes": limit}
 
 
 # ==== Source log: numbering ===================================================
@@ -3928,6 +3957,16 @@ class LogSource(Source):
         ):
             return None
         return self.sweep()
+
+    def _make(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
+        page = super()._make(cursor, channels, limit)
+        if page is None and (page := self._replays.recall(cursor, channels, limit)) is not None:
+            # In one write with what memory has, if there is room for that.
+            room = limit - len(page.block)
+            rest = super()._make(page.cursor, channels, room) if room > 0 and not page.gaps else None
+            if rest is not None and not rest.gaps:
+                page = rest._replace(block=page.block + rest.block, events=page.events + rest.events)
+        return page
 
     async def fetch(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page:
         page = await self._replays.page(cursor, channels, limit)
@@ -4581,7 +4620,7 @@ class Streams:
         cursor, complete = page.cursor, page.complete
         if wish.last and len(page.gaps) == len(channels):
             cursor, complete = cursor._replace(last=wish.last), False
-        events = join_blocks(page.frames, several=len(channels) > 1)
+        events = page.block
         # With much still waiting, it would fall behind again at the next event.
         small = transport.get_write_buffer_size() + len(events) <= self._hub.max_backlog // 2
         live = complete and (small or not events)
@@ -4597,8 +4636,8 @@ class Streams:
             subscriber.write(block, head)
         counts = self._hub.counts
         counts.gaps.update(set(page.gaps.values()))
-        counts.replayed += len(page.frames)
-        counts.deliveries += len(page.frames)
+        counts.replayed += page.events
+        counts.deliveries += page.events
         return None if live else cursor
 
     def _give_up(self, subscriber: Subscriber, bug: Exception) -> None:

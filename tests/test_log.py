@@ -572,17 +572,21 @@ async def test_a_statement_that_has_not_begun_is_not_run_for_a_stream_that_has_l
             if not wanted():
                 raise sse_relay.LostConnectionError("no longer wanted")
             run.append(values["until"])
-            return [("a", 0)]
+            return [("a", values["until"] - 1)]
 
     source.listener = Busy()  # type: ignore[assignment]  # all that it asks is `client_query`
-    share = source._replays._share
-    asking = [asyncio.create_task(share("SELECT", {"until": until}, dict)) for until in (1, 1, 2, 3, 3)]
+
+    def ask(until: int) -> asyncio.Task[sse_relay.Page]:
+        return asyncio.create_task(source.fetch(sse_relay.Cursor("", until, last=1), ["a"], 1_000))
+
+    asking = [ask(until) for until in (1, 1, 2, 3, 3)]
     await asyncio.sleep(0)
     for task in (asking[0], asking[2]):
         task.cancel()
     await asyncio.sleep(0)
     turn.set()
-    assert await asyncio.gather(asking[1], *asking[3:]) == [{"a": 0}] * 3
+    pages = await asyncio.gather(asking[1], *asking[3:])
+    assert [page.cursor.after("a") for page in pages] == [0, 2, 2]
     assert run == [1, 3]
 
 

@@ -250,9 +250,9 @@ class Log:
     def _read(self, connection: Connection, values: Any) -> list[Row]:
         since, limit = values["id"], values["limit"]
         start = self._place(since)
-        found = self._rows(self.events[start : start + limit], PAGE_BYTES)
+        first, *rest = self._rows(self.events[start : start + limit], PAGE_BYTES)
         here = self.events[start - 1].xid if start and self.events[start - 1].id == since else None
-        return [(*row, self._newest(), here, False) for row in found]
+        return [(*first, self._newest(), here, False), *((*row, None, None, None) for row in rest)]
 
     def _next(self, since: int) -> list[Row]:
         start = self._place(since)
@@ -274,7 +274,7 @@ class Log:
 
     def _replay(self, connection: Connection, values: Any) -> list[Row]:
         rows = self._between(values)[: self.server.module.LOG_PAGE_ROWS]
-        return self._rows(rows, values["bytes"])
+        return [row[:7] for row in self._rows(rows, values["bytes"])]
 
     def _last(self, connection: Connection, values: Any) -> list[Row]:
         found: list[Row] = []
@@ -331,7 +331,7 @@ class Log:
             if row.id in self.damaged:
                 raise sql_error("XX001", f"invalid page in block {row.id}")
             size += len(row.data.encode())
-            found.append((self.epoch, self.pruned, *row))
+            found.append((*((None, None) if found else (self.epoch, self.pruned)), *row))
         return found or [(self.epoch, self.pruned, *[None] * 6)]
 
     # What is lost.
