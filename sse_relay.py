@@ -105,7 +105,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -1369,9 +1369,10 @@ class Hub:
         # Where every live subscriber stands when no burst is under way.
         self._epoch, self.number = "", 0
         self._bursts = 0
-        # One burst or round of heartbeats at a time, and the writes that are left of its turn.
-        self._writing = asyncio.Lock()
-        self._left = WRITES_PER_TURN
+        # Bursts and rounds of heartbeats, one after the other: each yields when no writes are left of
+        # this turn of the loop. With each, what is done when it is out.
+        self._queue: deque[tuple[Iterator[None], asyncio.Future[None]]] = deque()
+        self._left, self._turn_begun = WRITES_PER_TURN, False
         self._cuts: dict[int, tuple[float, int]] = {}
 
     def enter(self, subscriber: Subscriber) -> None:
@@ -1414,32 +1415,30 @@ class Hub:
         known = self._epoch and not self._bursts
         return format_position(self._epoch, self.number) if known else None
 
-    def broadcast(self, frames: Sequence[Frame], epoch: str) -> Coroutine[Any, Any, None]:
+    async def broadcast(self, frames: Sequence[Frame], epoch: str) -> None:
         """Write a burst of frames, in one write to each live subscriber of their channels.
 
-        A stream that becomes live after this call has found the frames in memory, where they must
-        stand already; its `live_from` says so. Who may be cancelled shields it: the position moves
-        at once, and a burst that ended halfway would leave it beyond what the others have.
+        Begins in this very step of the loop, unless an earlier burst is under way. Whoever waits for
+        its end may be cancelled; the burst goes on. A stream that becomes live meanwhile has found
+        the frames in memory, where they must stand already; its `live_from` says so.
 
         Args:
             frames: At least one, in the order of their numbers.
             epoch: Of these numbers.
         """
         self.stand(epoch, frames[-1].number)
-        self._bursts += 1
-        return self._burst(self._share_out(frames, epoch))
+        await self._write_burst(self._share_out(frames, epoch))
 
-    def send_gaps(
+    async def send_gaps(
         self, reason: str, epoch: str, number: int, lost: Collection[str] | None = None
-    ) -> Coroutine[Any, Any, None]:
-        """Tell every live subscriber that its channels may have lost events.
+    ) -> None:
+        """Send every live subscriber a gap: its channels may have lost events.
 
         Args:
             epoch, number: The present position, from which every live subscriber goes on.
             lost: These channels alone.
         """
         self.stand(epoch, number)
-        self._bursts += 1
         by_channels: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber in self.subscribers:
             if subscriber.live_from < NOT_LIVE:
@@ -1448,30 +1447,71 @@ class Hub:
                 if channels:
                     by_channels.setdefault(channels, []).append(subscriber)
                     self.counts.gaps[reason] += 1
-        return self._burst(self._write_gaps(by_channels, reason, format_position(epoch, number)))
+        await self._write_burst(self._write_gaps(by_channels, reason, format_position(epoch, number)))
 
     async def written(self) -> None:
         """Wait until every burst that has begun is out: those of a lost connection still go on."""
-        async with self._writing:
-            pass
+        await self._write_out(iter(()))
 
-    async def _burst(self, writing: Coroutine[Any, Any, None]) -> None:
-        """Write after the bursts that were under way."""
-        try:
-            async with self._writing:
-                await writing
-        finally:
-            writing.close()
-            self._bursts -= 1
+    async def _write_burst(self, writing: Iterator[None]) -> None:
+        def burst() -> Iterator[None]:
+            try:
+                yield from writing
+            finally:
+                self._bursts -= 1
 
-    async def _write_gaps(
+        self._bursts += 1
+        await self._write_out(burst())
+
+    async def _write_out(self, writing: Iterator[None]) -> None:
+        """Write after what is under way: now what this turn of the loop allows, the rest in the next ones."""
+        done = asyncio.get_running_loop().create_future()
+        self._queue.append((writing, done))
+        if len(self._queue) == 1:
+            self._go_on()
+        await done
+
+    def _go_on(self) -> None:
+        if not self._turn_begun:
+            self._turn_begun = True
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        while self._queue and self._left > 0:
+            writing, done = self._queue[0]
+            bug: Exception | None = None
+            try:
+                next(writing)
+                continue
+            except StopIteration:
+                pass
+            except Exception as error:
+                bug = error
+            self._queue.popleft()
+            if done.done():
+                continue
+            if bug is None:
+                done.set_result(None)
+            else:
+                done.set_exception(bug)
+
+    def _end_turn(self) -> None:
+        self._left, self._turn_begun = WRITES_PER_TURN, False
+        if self._queue:
+            self._go_on()
+
+    def _spend(self, writes: int) -> Iterator[None]:
+        """Let others have a turn of the loop when the writes of this one are used up."""
+        self._left -= writes
+        if self._left <= 0:
+            yield
+
+    def _write_gaps(
         self, by_channels: Mapping[tuple[str, ...], Sequence[Subscriber]], reason: str, position: bytes
-    ) -> None:
+    ) -> Iterator[None]:
         for channels, subscribers in by_channels.items():
             block = encode_gaps(dict.fromkeys(channels, reason), None, position)
-            await self._write(block, subscribers, NOT_LIVE)
+            yield from self._write(block, subscribers, NOT_LIVE)
 
-    async def _share_out(self, frames: Sequence[Frame], epoch: str) -> None:
+    def _share_out(self, frames: Sequence[Frame], epoch: str) -> Iterator[None]:
         """Write a burst, first to streams of one channel, then to those of several."""
         by_channel: dict[str, list[Frame]] = {}
         for frame in frames:
@@ -1486,10 +1526,10 @@ class Hub:
                     alone.append(subscriber)
                 else:
                     several.setdefault(subscriber, []).append(channel)
-            await self._spend((len(watchers) - len(alone)) // EVENTS_PER_WRITE)
+            yield from self._spend((len(watchers) - len(alone)) // EVENTS_PER_WRITE)
             if alone:
                 blocks = [(frame.number, frame.block) for frame in its_frames]
-                await self._write_pieces(blocks, alone, epoch, frames[-1].number)
+                yield from self._write_pieces(blocks, alone, epoch, frames[-1].number)
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
@@ -1500,15 +1540,15 @@ class Hub:
         for hit, subscribers in together.items():
             # Sorting merges what is sorted already.
             merged = sorted(itertools.chain.from_iterable(named[channel] for channel in hit))
-            await self._spend(len(merged) // EVENTS_PER_WRITE)
-            await self._write_pieces(merged, subscribers, epoch, frames[-1].number)
+            yield from self._spend(len(merged) // EVENTS_PER_WRITE)
+            yield from self._write_pieces(merged, subscribers, epoch, frames[-1].number)
 
-    async def _write_pieces(
+    def _write_pieces(
         self, blocks: Sequence[tuple[int, bytes]], subscribers: Sequence[Subscriber], epoch: str, until: int
-    ) -> None:
+    ) -> Iterator[None]:
         for piece in self._cut(blocks):
             block = b"".join([block for _, block in piece])
-            await self._write(block, subscribers, until, len(piece), epoch, piece[0][0] - 1)
+            yield from self._write(block, subscribers, until, len(piece), epoch, piece[0][0] - 1)
 
     def _cut(self, blocks: Sequence[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
         """Cut numbered blocks into pieces of at most ``--max-backlog``, or of one block."""
@@ -1520,7 +1560,7 @@ class Hub:
             size += len(block)
         yield blocks[start:]
 
-    async def _write(
+    def _write(
         self,
         block: bytes,
         subscribers: Sequence[Subscriber],
@@ -1528,7 +1568,7 @@ class Hub:
         events: int = 0,
         epoch: str = "",
         before: int = 0,
-    ) -> None:
+    ) -> Iterator[None]:
         """Write a block to the live ones among its subscribers.
 
         Args:
@@ -1565,14 +1605,7 @@ class Hub:
                 deliveries += events
             self.counts.deliveries += deliveries
             self.counts.sent_bytes += sent
-            await self._spend(len(part))
-
-    async def _spend(self, writes: int) -> None:
-        """Let others have a turn of the loop when the writes of this one are used up."""
-        self._left -= writes
-        if self._left <= 0:
-            self._left = WRITES_PER_TURN
-            await asyncio.sleep(0)
+            yield from self._spend(len(part))
 
     def _drop(self, subscriber: Subscriber, error: Exception) -> None:
         """Abort a connection that could not be written to."""
@@ -1626,18 +1659,20 @@ class Hub:
         period = min(self.heartbeat, POSITION_INTERVAL, STALL_TIMEOUT) / 4
         while True:
             await asyncio.sleep(period)
-            async with self._writing:
-                now = asyncio.get_running_loop().time()
-                rest = iter(tuple(self.subscribers))
-                while part := tuple(itertools.islice(rest, self._left)):
-                    # Anew in each turn: meanwhile a stream may have become live at a later number.
-                    position = self.position
-                    for subscriber in part:
-                        try:
-                            subscriber.tend(now, period, position)
-                        except Exception as error:
-                            self._drop(subscriber, error)
-                    await self._spend(len(part))
+            await self._write_out(self._tend(period))
+
+    def _tend(self, period: float) -> Iterator[None]:
+        now = asyncio.get_running_loop().time()
+        rest = iter(tuple(self.subscribers))
+        while part := tuple(itertools.islice(rest, self._left)):
+            # Anew in each turn: meanwhile a stream may have become live at a later number.
+            position = self.position
+            for subscriber in part:
+                try:
+                    subscriber.tend(now, period, position)
+                except Exception as error:
+                    self._drop(subscriber, error)
+            yield from self._spend(len(part))
 
 
 def _discard(groups: dict[Any, set[Subscriber]], key: int | str | None, subscriber: Subscriber) -> bool:
@@ -2213,6 +2248,8 @@ class Listener:
             since = self._inbox.since
             notifications = self._inbox.take()
             for start in range(0, len(notifications), BURST_EVENTS):
+                if start:
+                    await asyncio.sleep(0)
                 await self.source.deliver(notifications[start : start + BURST_EVENTS], since)
 
     async def _follow_interest(self, listening: aiopg.Connection) -> None:
@@ -2614,7 +2651,7 @@ class NotifySource(Source):
     async def connected(self) -> None:
         await self._hub.written()
         # Before any event of this session: a position above the hole would hide it.
-        await asyncio.shield(self._hub.send_gaps("outage", self.epoch, self.number))
+        await self._hub.send_gaps("outage", self.epoch, self.number)
         self._connected.set()
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
@@ -2633,9 +2670,7 @@ class NotifySource(Source):
             self._memory.append(frame)
             frames.append(frame)
         if frames:
-            # To all, though the connection is lost meanwhile: until that is told, the position is
-            # the last event's.
-            await asyncio.shield(self._hub.broadcast(frames, self.epoch))
+            await self._hub.broadcast(frames, self.epoch)
         self._hub.counts.observe(asyncio.get_running_loop().time() - since, len(frames))
 
     async def serve(self) -> None:
@@ -4058,7 +4093,7 @@ class LogSource(Source):
         self._memory.clear()
         self._memory.begin_all(self.number)
         if started:
-            await asyncio.shield(self._hub.send_gaps(reason, self.epoch, self.number))
+            await self._hub.send_gaps(reason, self.epoch, self.number)
 
     async def _find_recent(self, newest: int) -> int:
         """Return where to begin, so that clients that come back after a restart are served from memory."""
@@ -4164,9 +4199,7 @@ class LogSource(Source):
             if not frames:
                 self._hub.stand(self.epoch, self.number)
                 continue
-            # To all, though the connection is lost meanwhile: the next one reads on behind
-            # these events.
-            await asyncio.shield(self._hub.broadcast(frames, self.epoch))
+            await self._hub.broadcast(frames, self.epoch)
             if first > self._counted_from:
                 self._hub.counts.observe(time.time() - created, len(frames))
 
@@ -4213,7 +4246,7 @@ class LogSource(Source):
         else:
             self._memory.begin(channel, number)
         lost = None if channel is None else [channel]
-        await asyncio.shield(self._hub.send_gaps("failed", self.epoch, self.number, lost))
+        await self._hub.send_gaps("failed", self.epoch, self.number, lost)
 
     async def _prune(self) -> None:
         while True:
