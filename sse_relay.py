@@ -1368,10 +1368,9 @@ class Hub:
         self.max_backlog = max_backlog
         # Where every live subscriber stands when no burst is under way.
         self._epoch, self.number = "", 0
-        self._bursts = 0
         # Bursts and rounds of heartbeats, one after the other: each yields when no writes are left of
-        # this turn of the loop. With each, what is done when it is out.
-        self._queue: deque[tuple[Iterator[None], asyncio.Future[None]]] = deque()
+        # this turn of the loop. With each, what is done when it is out, and whether it is a burst.
+        self._queue: deque[tuple[Iterator[None], asyncio.Future[None], bool]] = deque()
         self._left, self._turn_begun = WRITES_PER_TURN, False
         self._cuts: dict[int, tuple[float, int]] = {}
 
@@ -1412,7 +1411,7 @@ class Hub:
     @property
     def position(self) -> bytes | None:
         """Where every live stream stands; None while some do not have all events yet."""
-        known = self._epoch and not self._bursts
+        known = self._epoch and not any(is_burst for *_, is_burst in self._queue)
         return format_position(self._epoch, self.number) if known else None
 
     async def broadcast(self, frames: Sequence[Frame], epoch: str) -> None:
@@ -1427,7 +1426,7 @@ class Hub:
             epoch: Of these numbers.
         """
         self.stand(epoch, frames[-1].number)
-        await self._write_burst(self._share_out(frames, epoch))
+        await self._write_out(self._share_out(frames, epoch))
 
     async def send_gaps(
         self, reason: str, epoch: str, number: int, lost: Collection[str] | None = None
@@ -1447,26 +1446,16 @@ class Hub:
                 if channels:
                     by_channels.setdefault(channels, []).append(subscriber)
                     self.counts.gaps[reason] += 1
-        await self._write_burst(self._write_gaps(by_channels, reason, format_position(epoch, number)))
+        await self._write_out(self._write_gaps(by_channels, reason, format_position(epoch, number)))
 
     async def written(self) -> None:
         """Wait until every burst that has begun is out: those of a lost connection still go on."""
         await self._write_out(iter(()))
 
-    async def _write_burst(self, writing: Iterator[None]) -> None:
-        def burst() -> Iterator[None]:
-            try:
-                yield from writing
-            finally:
-                self._bursts -= 1
-
-        self._bursts += 1
-        await self._write_out(burst())
-
-    async def _write_out(self, writing: Iterator[None]) -> None:
+    async def _write_out(self, writing: Iterator[None], *, is_burst: bool = True) -> None:
         """Write after what is under way: now what this turn of the loop allows, the rest in the next ones."""
         done = asyncio.get_running_loop().create_future()
-        self._queue.append((writing, done))
+        self._queue.append((writing, done, is_burst))
         if len(self._queue) == 1:
             self._go_on()
         await done
@@ -1476,22 +1465,17 @@ class Hub:
             self._turn_begun = True
             asyncio.get_running_loop().call_soon(self._end_turn)
         while self._queue and self._left > 0:
-            writing, done = self._queue[0]
-            bug: Exception | None = None
+            writing, done, _ = self._queue[0]
             try:
                 next(writing)
                 continue
             except StopIteration:
-                pass
+                bug = None
             except Exception as error:
                 bug = error
             self._queue.popleft()
-            if done.done():
-                continue
-            if bug is None:
-                done.set_result(None)
-            else:
-                done.set_exception(bug)
+            if not done.done():
+                done.set_exception(bug) if bug else done.set_result(None)
 
     def _end_turn(self) -> None:
         self._left, self._turn_begun = WRITES_PER_TURN, False
@@ -1659,7 +1643,7 @@ class Hub:
         period = min(self.heartbeat, POSITION_INTERVAL, STALL_TIMEOUT) / 4
         while True:
             await asyncio.sleep(period)
-            await self._write_out(self._tend(period))
+            await self._write_out(self._tend(period), is_burst=False)
 
     def _tend(self, period: float) -> Iterator[None]:
         now = asyncio.get_running_loop().time()
