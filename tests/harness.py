@@ -113,20 +113,26 @@ class Closing:
 class Daemon(Closing):
     """A program that serves at a port of 127.0.0.1; ``*.log`` in its folder is what it says."""
 
-    def __init__(self, command: Sequence[str], port: int, folder: Path) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], port: int, folder: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         self.port = port
         self.folder = folder
         self.address = f"127.0.0.1:{port}"
-        env = {**clean_environment(), "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+        env = {**clean_environment(), "HOME": str(folder), "XDG_DATA_HOME": str(folder), **(env or {})}
         with (folder / "output.log").open("w") as output:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         try:
-            wait_until(self._listens, 20, command[0])
+            wait_until(self._listens, 30, str(command[0]))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def _listens(self) -> bool:
         assert self._process.poll() is None, self.log()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import playwright.async_api
 import psycopg2.extensions
 
@@ -19,9 +17,7 @@ from harness import (
     Nginx,
     Page,
     Relay,
-    clean_environment,
     nginx_recipe,
-    wait_until,
 )
 
 # How often a page is loaded with an event between its rendering and its stream's opening.
@@ -42,32 +38,6 @@ document.addEventListener("htmx:sseClose", () => window.told = true);
 </script>
 """
 FILES = "types { text/javascript js; text/html html; }"
-
-
-@contextlib.contextmanager
-def serving(
-    command: Sequence[str], url: str, folder: Path, env: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Run a web server in a folder, from its first answer at an address on."""
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env or clean_environment(), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=output,
-        )  # fmt: skip
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(url).status_code == 200
-        return False
-
-    try:
-        wait_until(answers, 30, " ".join(command))
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def beside(folder: Path, address: str, streams: str, more: str = "") -> Nginx:

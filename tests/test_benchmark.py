@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,13 @@ from benchmark import report, servers
 from benchmark.measure import PAYLOAD_BYTES, Load, Meter, compile_c, deliver, payloads
 from benchmark.works import CPU, CUT, LOST, WORKS
 
-COMMAND = (sys.executable, "tests/benchmark")
+COMMAND = (sys.executable, "tests/benchmark", "--only", "transactions")
 
 
 @pytest.fixture(scope="module")
 def sseload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     harness.require("cc", "gcc", "clang")
     return compile_c("sseload", tmp_path_factory.mktemp("sseload"))
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[servers.Bench]:
-    harness.require("cc", "gcc", "clang")
-    with servers.Bench(tmp_path, tiny=True) as running:
-        yield running
 
 
 def port_of(relay: harness.Relay) -> int:
@@ -70,7 +62,7 @@ def test_load_client_counts_what_the_relay_sends(
         assert harness.wait_until(lambda: load.until(1 << 40, 0).disconnected == 10)
 
 
-def test_load_client_resumes_and_tells_gaps_from_events(
+def test_load_client_resumes_tells_gaps_from_events_and_stalls(
     sseload: Path, relay: harness.Relay, database: harness.Database
 ) -> None:
     with harness.SseReader(relay.url("ch0")) as reader:
@@ -85,11 +77,7 @@ def test_load_client_resumes_and_tells_gaps_from_events(
     with Load(sseload, port_of(relay), 3, "--last-event-id", "elsewhere-1", "--first-comment") as load:
         harness.wait_until(lambda: load.until(1 << 40, 0).controls == 3)
         assert load.until(0, 0).events == 0
-
-
-def test_stalled_clients_read_nothing(
-    sseload: Path, relay: harness.Relay, database: harness.Database
-) -> None:
+    # Those that stall read nothing.
     with Load(sseload, port_of(relay), 5, "--stalled", "2", "--first-comment") as load:
         load.reset()
         for text in payloads(10):
@@ -100,8 +88,8 @@ def test_stalled_clients_read_nothing(
 
 
 @pytest.mark.slow
-def test_limit_in_c_loses_nothing(bench: servers.Bench) -> None:
-    with bench.start("C limit") as server, bench.load(server, 20) as load:
+def test_limit_in_c_loses_nothing() -> None:
+    with servers.Bench(tiny=True) as bench, bench.start("C limit") as server, bench.load(server, 20) as load:
         done = deliver(load, server.pids, server.send, 500, batch=50)
         assert (done.lost, done.report.least, done.report.most) == (0, 500, 500)
         assert done.report.bytes > 500 * 20 * PAYLOAD_BYTES
@@ -144,21 +132,11 @@ def test_a_bar_that_is_missed_is_told() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [COMMAND, (sys.executable, "-m", "tests.benchmark")])
-def test_help_names_every_work(command: tuple[str, ...]) -> None:
-    done = subprocess.run([*command, "--help"], cwd=harness.ROOT, check=True, capture_output=True, text=True)
-    assert all(name in done.stdout for name in ("--quick", "--full", *WORKS))
-
-
-@pytest.mark.slow
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     names = ("transactions", "catch-up")
-    only = [part for name in names for part in ("--only", name)]
-    done = subprocess.run(
-        [*COMMAND, "--tiny", "--rounds", "1", *only, "--json", file, "--cache", tmp_path],
-        cwd=harness.ROOT, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [*COMMAND, "--only", "catch-up", "--tiny", "--json", str(file)]
+    done = subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True, text=True)
     found = json.loads(file.read_text())
     assert set(found["samples"]) == set(names)
     for name in names:
@@ -171,16 +149,15 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_terminated_it_leaves_nothing_behind(open_folder: Path, tmp_path: Path) -> None:
+def test_terminated_it_leaves_nothing_behind(open_folder: Path) -> None:
     open_folder.chmod(0o755)  # PostgreSQL's user goes through it
     running = subprocess.Popen(
-        [*COMMAND, "--tiny", "--rounds", "9", "--only", "transactions", "--cache", tmp_path],
-        cwd=harness.ROOT, env={**os.environ, "TMPDIR": str(open_folder)}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
+        COMMAND, cwd=harness.ROOT, env={**os.environ, "TMPDIR": str(open_folder)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert running.stderr is not None
     try:
-        assert "transactions 1/9" in running.stderr.readline()
+        assert "transactions 1/5" in running.stderr.readline()
         assert list(open_folder.iterdir())
         running.terminate()
         # Its children hold this pipe too, so none of them is left when it ends.

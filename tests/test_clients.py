@@ -24,7 +24,7 @@ import pytest
 import harness
 from harness import Browser, Database, FreezableProxy, Nginx, Page, Relay, wait_until
 from pages import block, pages
-from sites import AROUND, django_databases, is_live, line_to, open_recipe, serving
+from sites import AROUND, django_databases, is_live, line_to, open_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -103,9 +103,8 @@ def vite(node_modules: Path, relay: Relay, tmp_path_factory: pytest.TempPathFact
         (folder / "src" / "events.js").write_bytes(httpx.get(f"http://{relay.bind}/events.js").content)
         (folder / "node_modules").symlink_to(node_modules / "node_modules")
         command = [harness.require("node"), "node_modules/vite/bin/vite.js", "--host", "127.0.0.1"]
-        url = f"http://127.0.0.1:{port}"
-        with serving([*command, "--port", str(port), "--strictPort"], f"{url}/", folder):
-            yield Vite(url, proxy)
+        with harness.Daemon([*command, "--port", str(port), "--strictPort"], port, folder):
+            yield Vite(f"http://127.0.0.1:{port}", proxy)
 
 
 # ==== The table of clients ====================================================

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,6 @@ from sse_relay import STREAM_TABLE, Finding, Seen, apply_schema, cli, examine_ma
 StartRelay = Callable[..., Relay]
 
 SLOW_PROXY = """\
-global
-    stats socket {folder}/admin.sock
 defaults
     mode http
     timeout connect 2s
@@ -496,22 +493,17 @@ def test_it_sees_that_haproxy_holds_small_writes_back(
 ) -> None:
     relay = start_relay("--heartbeat", "0.5", "--allow-channel", "*", dsn=database.dsn)
     port = harness.free_port()
-    text = SLOW_PROXY.format(folder=tmp_path, port=port, relay=relay.bind, options=options)
+    text = SLOW_PROXY.format(port=port, relay=relay.bind, options=options)
     (tmp_path / "haproxy.cfg").write_text(text)
     command = [harness.require("haproxy"), "-q", "-db", "-f", str(tmp_path / "haproxy.cfg")]
 
     def look(url: str) -> Finding:
         return diagnose(database.dsn, "--url", url)["delay"]
 
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    try:
-        harness.wait_until((tmp_path / "admin.sock").exists, what="HAProxy")
+    with harness.Daemon(command, port, tmp_path):
         # The commit of a busy machine may take so long itself that the delay behind it does not show.
         url = f"http://127.0.0.1:{port}/events/orders"
         found = harness.wait_until(lambda: [each for each in [look(url)] if each.level == level], 60)
-    finally:
-        process.terminate()
-        process.wait(10)
     assert ("option http-no-delay" in found[0].fix) is (level == "warning")
 
 

@@ -17,7 +17,7 @@ import harness
 from django_example.serve import sign_in, state_of
 from harness import Browser, Database, Page, Relay, wait_until
 from pages import FENCE, blocks, pages
-from sites import django_databases, serving
+from sites import django_databases
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +60,8 @@ def project(tmp_path: Path, relay: Relay, database: Database) -> Path:
 
 
 @contextlib.contextmanager
-def runserver(project: Path, path: str, port: int) -> Iterator[str]:
-    command = [sys.executable, "manage.py", "runserver", "--noreload", str(port)]
-    with serving(command, f"http://localhost:{port}{path}", project):
+def runserver(project: Path, port: int) -> Iterator[str]:
+    with harness.Daemon([sys.executable, "manage.py", "runserver", "--noreload", str(port)], port, project):
         yield f"http://localhost:{port}"
 
 
@@ -74,7 +73,7 @@ def test_the_first_page_does_what_the_readme_says(
     project: Path, relay: Relay, database: Database, browser: Browser, start_relay: Callable[..., Relay]
 ) -> None:
     with (
-        runserver(project, "/states", harness.free_port()) as site,
+        runserver(project, harness.free_port()) as site,
         browser.open(url=f"{site}/live") as one,
         browser.open(url=f"{site}/live") as other,
     ):
@@ -108,7 +107,7 @@ def test_the_tutorial_goes_on_from_there(
     options = shlex.split(line.replace("../shop-site", str(project)).replace(":8000", f":{port}"))[2:]
     at = options.index("--dsn")
     start_relay(*options[:at], *options[at + 2 :], dsn=database.dsn, bind=relay.bind)
-    with runserver(project, "/accounts/login/", port) as site, browser.open(url=f"{site}/") as page:
+    with runserver(project, port) as site, browser.open(url=f"{site}/") as page:
         sign_in(page, "ann", "ann")
         wait_until(lambda: state_of(page) == "live", 20, "the stream")
         wait_shown(page, "tea: new")

@@ -16,7 +16,7 @@ import pytest
 import harness
 from harness import Browser, Database, Nginx, Page, Relay, wait_until
 from pages import block, pages
-from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, open_recipe, serving, stale_loads
+from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, open_recipe, stale_loads
 
 pytestmark = pytest.mark.slow
 
@@ -85,10 +85,9 @@ def serve(
     server = harness.nginx_recipe("server { }")
     server += f"location = /turbo.js {{ {FILES} root {site}; }} location / {{ proxy_pass {own_url}; }}"
     command = [word.replace("PORT", str(port)) for word in command]
-    env = {**harness.clean_environment(), "CONNECTION": connection}
     with (
         Nginx(folder, socket, server=server) as nginx,
-        serving([harness.require(command[0]), *command[1:]], f"{own_url}/orders", site, env),
+        harness.Daemon([harness.require(command[0]), *command[1:]], port, site, {"CONNECTION": connection}),
     ):
         yield Application(
             nginx.url, own_url,

@@ -1,6 +1,6 @@
 """Measure the relay beside its peers, in one run on one machine, and print the tables.
 
-    python tests/benchmark --quick
+    python tests/benchmark --full
 
 It needs Linux, a C compiler, and for the peers nginx with nchan and the package index: the packages of the
 naive relay and of sse-relay-server go into a virtual environment in the cache. A quiet machine of two cores
@@ -26,8 +26,6 @@ from benchmark.measure import LOAD_CORE, BenchmarkError
 from benchmark.servers import RELAY, Bench
 from benchmark.works import WORKS, Work
 from sse_relay import raise_file_limit
-
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sse-relay-benchmark"
 
 
 def say(text: str) -> None:
@@ -57,51 +55,34 @@ def run(bench: Bench, name: str, work: Work, rounds: int) -> dict[str, list[dict
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--quick",
-    "length",
-    flag_value="quick",
-    default=True,
-    help="The bars alone; under two minutes.  [default]",
+    "--full", is_flag=True, help="All works, several rounds: some fifteen minutes; else the bars alone."
 )
-@click.option("--full", "length", flag_value="full", help="All works, several rounds: some fifteen minutes.")
-@click.option(
-    "--tiny", "length", flag_value="tiny", help="A few clients and moments: shows that it runs, no more."
-)
+@click.option("--tiny", is_flag=True, help="A few clients and moments: shows that it runs, no more.")
 @click.option("--only", "names", multiple=True, type=click.Choice(list(WORKS)), help="This work. Repeatable.")
-@click.option("--rounds", type=click.IntRange(1), help="As many rounds of each work.")
 @click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False),
     help="Write every round's figures here.",
-)
-@click.option(
-    "--cache", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_CACHE,
-    help="Where the peers' packages are kept.  [default: below ~/.cache]",
 )  # fmt: skip
-def main(
-    length: str, names: tuple[str, ...], rounds: int | None, json_file: Path | None, cache: Path
-) -> None:
+def main(full: bool, tiny: bool, names: tuple[str, ...], json_file: Path | None) -> None:
     raise_file_limit()
     # Whatever we started ends with us, and temporary files go.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.sched_setaffinity(0, {LOAD_CORE})
     started = time.monotonic()
-    loads = [os.getloadavg()[0]]
+    load = os.getloadavg()[0]
     samples: report.Samples = {}
-    with Bench(cache, full=length == "full", tiny=length == "tiny") as bench:
-        for name, work in WORKS.items():
-            many = rounds or (work.full if length == "full" or names else work.quick)
-            if many and (name in names or not names):
-                samples[name] = run(bench, name, work, many)
+    with Bench(full=full, tiny=tiny) as bench:
+        for name in names or WORKS:
+            rounds = WORKS[name].full if full or names else WORKS[name].quick
+            if rounds:
+                samples[name] = run(bench, name, WORKS[name], 1 if tiny else rounds)
         about = report.machine(bench, samples)
-        loads.append(os.getloadavg()[0])
-        if loads[0] > 0.5:
-            bench.note(f"the machine was not quiet: its load was {loads[0]:.1f} at the start")
+        if load > 0.5:
+            bench.note(f"the machine was not quiet: its load was {load:.1f} at the start")
         minutes = (time.monotonic() - started) / 60
         click.echo(
-            f"`python tests/benchmark --{length}` on {time.strftime('%d %B %Y')}, {minutes:.1f} minutes,"
-            f" medians. {about}\n"
+            f"`python tests/benchmark{' --full' * full}` on {time.strftime('%d %B %Y')},"
+            f" {minutes:.1f} minutes, medians. {about}\n"
         )
         click.echo(report.table_of_bars(samples))
         for name, found in samples.items():

@@ -22,8 +22,6 @@ SERVER_CORE = min(os.sched_getaffinity(0))
 LOAD_CORE = max(os.sched_getaffinity(0))
 ALL_CORES = os.sched_getaffinity(0)
 ON_SERVER_CORE = ("taskset", "-c", str(SERVER_CORE))
-# Descriptors that are no clients: libraries, the listening socket, epoll, PostgreSQL.
-SPARE_DESCRIPTORS = 200
 
 
 class BenchmarkError(Exception):

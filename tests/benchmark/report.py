@@ -48,7 +48,6 @@ BARS: dict[tuple[str, str], tuple[Bar, ...]] = {
     ("many", CPU): (Bar(0.95, "nchan"), Bar(0.25, "naive")),
     ("many", P99): (Bar(0.9, "nchan"),),
     ("many", "KiB per idle connection"): (Bar(4), Bar(0.4, "nchan")),
-    ("many", "s until all are connected"): (Bar(1),),
     ("many", "connects/s"): (Bar(12_000, at_least=True),),
     ("burst", DELIVERIES): (Bar(20, "nchan", at_least=True), Bar(100, "naive", at_least=True)),
     ("torrent", P99): (Bar(25),),

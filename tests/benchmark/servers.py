@@ -14,13 +14,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg2
+import pytest
 
 import harness
 from benchmark.measure import (
@@ -110,16 +110,14 @@ class Bench:
     """What the works share: programs, databases, sizes, and notes for the reader.
 
     Args:
-        cache: Where the peers' virtual environment is kept.
         full: Measure long; else short.
         tiny: A few clients and moments, to see that it runs.
     """
 
-    def __init__(self, cache: Path, *, full: bool = False, tiny: bool = False) -> None:
+    def __init__(self, *, full: bool = False, tiny: bool = False) -> None:
         self.full = full
         self.tiny = tiny
         self.notes: list[str] = []
-        self._cache = cache
         self._stack = contextlib.ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sse-benchmark-")))
         # nginx's workers are another user.
@@ -189,9 +187,10 @@ class Bench:
 
     @functools.cached_property
     def peers(self) -> Path:
-        """The folder of programs of a virtual environment with the peers' packages."""
+        """The folder of programs of a virtual environment with the peers' packages, kept for the next run."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sse-relay-benchmark"
         wanted = [platform.python_version(), *PEER_PACKAGES]
-        venv = self._cache / "-".join(re.sub(r"[^a-z0-9.]+", "_", each) for each in wanted)
+        venv = cache / "-".join(re.sub(r"[^a-z0-9.]+", "_", each) for each in wanted)
         done = venv / "complete"
         if not done.exists():
             venv.mkdir(parents=True, exist_ok=True)
@@ -292,33 +291,15 @@ class HttpPublisher:
 @contextlib.contextmanager
 def process(
     bench: Bench, *command: str | Path, port: int, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[harness.Daemon]:
     """Run a server on the server's core; it is there when its port is."""
-    with tempfile.TemporaryFile(dir=bench.folder) as output:
-        running = subprocess.Popen(
-            [*ON_SERVER_CORE, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**harness.clean_environment(), **(env or {})},
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=bench.folder) as name:
         try:
-            deadline = time.monotonic() + START_SECONDS
-            while True:
-                with contextlib.suppress(ConnectionRefusedError):
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    break
-                if running.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    raise BenchmarkError(
-                        f"did not start: {output.read().decode(errors='replace').strip()[-200:]}"
-                    )
-                time.sleep(0.01)
+            running = harness.Daemon([*ON_SERVER_CORE, *command], port, Path(name), env)
+        except (AssertionError, pytest.fail.Exception) as error:
+            raise BenchmarkError(f"did not start: {str(error).strip()[-200:]}") from error
+        with running:
             yield running
-        finally:
-            running.terminate()
-            try:
-                running.wait(5)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
-from sites import serving
 
 EXAMPLE = Path(__file__).resolve().parent
 PEOPLE = """
@@ -111,7 +110,8 @@ def serve() -> Iterator[Site]:
         schema = subprocess.run([sys.executable, harness.PROGRAM, "schema"], capture_output=True, check=True)
         (example / "shop/migrations/sse_relay.sql").write_bytes(schema.stdout)
 
-        django, port = (f"127.0.0.1:{harness.free_port()}" for _ in range(2))
+        django_port = harness.free_port()
+        django, port = f"127.0.0.1:{django_port}", f"127.0.0.1:{harness.free_port()}"
         environment = {
             **harness.clean_environment(),
             "DJANGO_SETTINGS_MODULE": "settings",
@@ -135,7 +135,7 @@ def serve() -> Iterator[Site]:
         site.manage("migrate", "-v", "0")
         site.manage("shell", "-c", f"PASSWORD = {password!r}\n{PEOPLE}")
         command = [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", django]
-        stack.enter_context(serving(command, f"http://{django}/accounts/login/", example, environment))
+        stack.enter_context(harness.Daemon(command, django_port, example, environment))
         site.relays.extend(start_relay(f"unix:{folder}/{number}.sock") for number in (1, 2))
         yield site
 
