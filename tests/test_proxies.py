@@ -6,24 +6,20 @@ One table of stories, and an adapter for each proxy. What is nginx's alone stand
 from __future__ import annotations
 
 import contextlib
-import re
 import ssl
 import statistics
-import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 import harness
 import pages
-from harness import Browser, Database, Nginx, RawStream, Relay, SseReader, nginx_recipe, wait_until
+from harness import Browser, Database, Nginx, Relay, SseReader, nginx_recipe, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -426,75 +422,6 @@ def test_one_address_does_not_get_all_streams(
             answer = client.get("/events/orders", headers={"Accept": "text/event-stream"})
             assert (answer.status_code, answer.text) == (200, "retry: 2000\n\n")
             assert "openStream" in client.get("/events.js").text
-
-
-def asked() -> harness.WebServer:
-    """The application that nginx asks: the docs' view, for a visitor who is not signed in."""
-    (block,) = (found for found in pages.blocks("python") if "def may_read" in found.text)
-    names: dict[str, Any] = {}
-    http = types.ModuleType("django.http")
-    http.HttpResponse = lambda status: status  # type: ignore[attr-defined]  # in Django's place
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "django.http", http)
-        exec(block.text, names)  # noqa: S102  # the docs' own
-    user = types.SimpleNamespace(is_authenticated=False)
-    return harness.WebServer(
-        lambda _, headers: (names["may_read"](types.SimpleNamespace(headers=headers, user=user)), "")
-    )
-
-
-# What nginx, the view and the relay might read differently; each leads to a closed channel if one errs.
-DISGUISES = (
-    "/events/secret", "/events/secret/../../events.js", "/events/secret/../../events.d.ts",
-    "/events/secret/..%2f..%2fevents.js", "/events/secret/%2e%2e/%2e%2e/events.js",
-    "/events/secret/../../may-read", "/events/secret/../../live", "/events/x/../secret",
-    "/events//secret", "//events/secret", "/./events/secret", "/events/./secret", "/x/../events/secret",
-    "/%65vents/secret", "/events/news/../secret", "/events/news%2f..%2fsecret",
-    "/events/news?channel=secret", "/events/news%3Fchannel=secret", "/events?channel=news&channel=secret",
-    "/events?channel=secret", "/events/?channel=secret", "/events?channel=news;channel=secret",
-    "/events.js?channel=secret", "/events.js/../events/secret", "/events/secret#/events/news",
-    "/events/news#?channel=secret", "http://elsewhere.example/events/secret",
-    "/events/secret\\..\\..\\events.js", "/events/secr\u00e9t", "/events?chann%65l=secret",
-    "/events/news/..%5c..%5c", "/events/news%00secret", "/events?channel=news&channel=%73ecret",
-    "/events;/secret", "/events/secret?channel=news", "/events?channel=news&x=%26channel=secret",
-    "/events/x/..%2f..%2fevents.js", "/events/%2e%2e/events.js", "/events.js%2f..%2fevents%2fsecret",
-    "/events/secret/", "/events/news/%2e%2e/secret", "/events.js#/../events/secret",
-    "/events/secret#/../../events.js", "/events.js/secret", "/events.js%3fchannel=secret",
-    "/events.js%00/../events/secret", "/events.js\\..\\events\\secret", "/events/s\u00e9cret",
-    "/eventssecret", "http://relay/events/secret", "http://relay/events.js/../events/secret",
-    "http://relay/events.js#/events/secret",
-)  # fmt: skip
-
-
-def test_nobody_gets_by_the_application_that_nginx_asks(
-    start_relay: StartRelay, database: Database, folder: Path
-) -> None:
-    """The view opens the channel ``news``; no other may be listened to, whatever is asked for."""
-    server = re.sub(
-        r" *error_page .*@sse_retry;\n",
-        nginx_recipe("location /events { }"),
-        nginx_recipe("server { }") + nginx_recipe("server { }, to ask the application"),
-        count=1,
-    )
-    bind, admin = (f"unix:{folder}/{name}.sock" for name in ("http", "admin"))
-    with asked() as application:
-        server = server.replace("http://127.0.0.1:8000", application.url)
-        start_relay("--allow-channel", "*", "--admin", admin, bind=bind, dsn=database.dsn)
-        transport = httpx.HTTPTransport(uds=f"{folder}/admin.sock")
-        with (
-            Nginx(folder, bind, server=server) as nginx,
-            httpx.Client(transport=transport, base_url="http://localhost") as asking,
-        ):
-
-            def channels_after(target: str) -> set[str]:
-                request = f"GET {target} HTTP/1.1\r\nHost: app.example\r\nAccept: text/event-stream\r\n\r\n"
-                with RawStream(nginx.address, request=request.encode()) as client:
-                    wait_until(lambda: b"\r\n\r\n" in client.raw or client.ended, what=f"answer to {target}")
-                    return set(asking.get("/channels").json()["channels"])
-
-            assert channels_after("/events/news") == {"news"}
-            opened = {target: channels_after(target) - {"news"} for target in DISGUISES}
-            assert {target for target, channels in opened.items() if channels} == set(), opened
 
 
 def publish(database: Database, *events: object) -> None:

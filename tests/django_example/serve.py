@@ -34,14 +34,6 @@ for number, name in enumerate(("ann", "ben"), 1):
     for item in ("tea", "coffee"):
         Order.objects.create(tenant_id=number, item=item)
 """
-# Over HTTP/1.1, to see what its six connections mean.
-PLAIN_SERVER = """
-server {{
-    listen {address} ssl;
-    ssl_certificate {folder}/certificate.pem; ssl_certificate_key {folder}/key.pem;
-    {server}
-}}
-"""
 DJANGO_LOCATION = """
 location / {{
     proxy_pass http://{django};
@@ -66,8 +58,6 @@ class Site(NamedTuple):
 
     url: str
     """By HTTP/2 and TLS."""
-    plain_url: str
-    """By HTTP/1.1 and TLS."""
     django: str
     """Django's own address, without nginx in front."""
     password: str
@@ -111,7 +101,7 @@ def serve() -> Iterator[Site]:
         (example / "shop/migrations/sse_relay.sql").write_bytes(schema.stdout)
 
         django_port = harness.free_port()
-        django, port = f"127.0.0.1:{django_port}", f"127.0.0.1:{harness.free_port()}"
+        django = f"127.0.0.1:{django_port}"
         environment = {
             **harness.clean_environment(),
             "DJANGO_SETTINGS_MODULE": "settings",
@@ -126,12 +116,8 @@ def serve() -> Iterator[Site]:
 
         server = harness.nginx_recipe("server { }") + DJANGO_LOCATION.format(django=django)
         http = harness.nginx_recipe("http { }, several relays").replace("/run/sse-relay", str(folder))
-        http += PLAIN_SERVER.format(address=port, folder=folder, server=server)
         nginx = stack.enter_context(harness.Nginx(folder, "", http=http, server=server, tls=True))
-        site = Site(
-            nginx.url, f"https://{port}", f"http://{django}", password, example, environment, database, [],
-            start_relay,
-        )  # fmt: skip
+        site = Site(nginx.url, f"http://{django}", password, example, environment, database, [], start_relay)
         site.manage("migrate", "-v", "0")
         site.manage("shell", "-c", f"PASSWORD = {password!r}\n{PEOPLE}")
         command = [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", django]
@@ -193,8 +179,7 @@ def main(changes: int | None) -> None:
         click.echo(
             f"Open {site.url}/ as ann or ben, and {site.url}/admin/ as admin, in another browser or a\n"
             f"private window. The password of all three is {site.password}. The certificate is the\n"
-            f"example's own: let the browser pass it. {site.plain_url}/ is the same over HTTP/1.1.\n\n"
-            "Ctrl-C ends it."
+            "example's own: let the browser pass it.\n\nCtrl-C ends it."
         )
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
