@@ -263,7 +263,7 @@ class Client:
         if link is self._link and not self._reading:
             self._reading = True
             pause = NEAR if self.calm else self._chance.choice(self._plan["pauses"])
-            self.timeline.after(pause * self._chance.uniform(0.5, 1.0) + NEAR, self._read, link)
+            self.timeline.after(pause * self._chance.uniform(0.5, 1.0) + 2 * NEAR, self._read, link)
 
     def _read(self, link: Link) -> None:
         self._reading = False

@@ -159,9 +159,10 @@ class Link:
             data = data[:most]
         else:
             self.pieces.popleft()
-        if self.size >= self.room:
-            self.poke()
+        full = self.size >= self.room
         self.size -= len(data)
+        if full:
+            self.poke()
         return data, when
 
     def _tell_end(self) -> None:
@@ -293,7 +294,7 @@ class Socket:
         link.pieces.append((piece, self.machine.timeline.now))
         link.size += len(piece)
         if len(link.pieces) == 1:
-            self.machine.timeline.after(NEAR, link.notify)
+            link.notify()
         return len(piece)
 
     def sendmsg(self, buffers: Any) -> int:
@@ -346,7 +347,8 @@ class _Selector(selectors._BaseSelectorImpl):
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
-        self._machine = machine
+        self._files = machine.files
+        self._rng = machine.rng
         self.hot: set[int] = set()
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -357,20 +359,25 @@ class _Selector(selectors._BaseSelectorImpl):
         self.hot.add(fileobj if isinstance(fileobj, int) else fileobj.fileno())
         return super().modify(fileobj, events, data)
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+    def look(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return who is ready for what, in order."""
         if not self.hot:
             return []
         ready = []
         keys: Mapping[int, selectors.SelectorKey] = self._fd_to_key  # type: ignore[attr-defined]
         for fd in sorted(self.hot):
-            key, found = keys.get(fd), self._machine.files.get(fd)
+            key, found = keys.get(fd), self._files.get(fd)
             mask = found.ready() & key.events if key is not None and found is not None else 0
             if key is not None and mask:
                 ready.append((key, mask))
             else:
                 self.hot.discard(fd)
+        return ready
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self.look()
         if len(ready) > 1:
-            self._machine.rng.shuffle(ready)
+            self._rng.shuffle(ready)
         return ready
 
 
@@ -458,7 +465,9 @@ class Machine:
         self.alive = True
         self.stopped = False
         self.blocking: Callable[[], float] = lambda: FAR
+        # When the next turn is, and others that are on the timeline.
         self._woken = float("inf")
+        self._turns: set[float] = set()
         self.loop = Loop(self)
 
     def running(self) -> _Running:
@@ -467,16 +476,22 @@ class Machine:
     def poke(self, fd: int) -> None:
         """Have the loop look at a descriptor."""
         self.loop._selector.hot.add(fd)
-        self.wake()
+        if self._woken > self.timeline.now and self.loop._selector.look():
+            self.wake()
 
     def wake(self, when: float | None = None) -> None:
         """Have the loop make a turn at a time, or now."""
-        when = self.timeline.now if when is None else max(when, self.timeline.now)
+        now = self.timeline.now
+        if when is None or when < now:
+            when = now
         if when < self._woken:
             self._woken = when
-            self.timeline.at(when, self._turn, when)
+            if when not in self._turns:
+                self._turns.add(when)
+                self.timeline.at(when, self._turn, when)
 
     def _turn(self, when: float) -> None:
+        self._turns.remove(when)
         if when != self._woken or self.stopped or not self.alive:
             return  # an earlier turn has taken its place
         self._woken = float("inf")
@@ -486,7 +501,7 @@ class Machine:
         again = 0.0
         try:
             loop._run_once()
-            while loop._ready or loop._selector.hot:
+            while loop._ready or loop._selector.look():
                 again = self.timeline.now + TURN + TURN * 9 * self.rng.random()
                 if self.stopped or not self.alive or not self.timeline.skip(again):
                     break
