@@ -352,7 +352,8 @@ class Checker:
         late = record["t"] - event.committed
         if late > PROMPT_DELAY and watch.prompt and watch.opened < event.committed and not self._disturbed:
             self._blame("slow", record["t"], f"{who} got {tag} {late:.3f} s after its commit")
-        self._settle(record, watch, place, f"{tag} ({mark})")
+        if place > watch.settled:
+            self._settle(record, watch, place, f"{tag} ({mark})")
         watch.settled = place + 1
         self._on_mark(record, watch, mark, sent)
 

@@ -275,8 +275,9 @@ class Client:
         while left > 0 and (taken := link.take(left)) is not None:
             data, sent = taken
             left -= len(data)
+            sent = round(sent, 6)
             for block in self._reader.feed(data):
-                take_block(block, round(sent, 6), items)
+                take_block(block, sent, items)
                 if block.mark:
                     self.position = block.mark
                     self.live = True

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -268,12 +268,12 @@ class Log:
         return [(first,)]
 
     def _replay_size(self, connection: Connection, values: Any) -> list[Row]:
-        found = self._between(values)[:10_001]
+        found = [*itertools.islice(self._between(values), 10_001)]
         count = (len(found), sum(len(row.data.encode()) for row in found))
         return [count]
 
     def _replay(self, connection: Connection, values: Any) -> list[Row]:
-        rows = self._between(values)[: self.server.module.LOG_PAGE_ROWS]
+        rows = itertools.islice(self._between(values), self.server.module.LOG_PAGE_ROWS)
         return [row[:7] for row in self._rows(rows, values["bytes"])]
 
     def _last(self, connection: Connection, values: Any) -> list[Row]:
@@ -314,13 +314,11 @@ class Log:
     def _place(self, since: int) -> int:
         return bisect_right(self.events, since, key=attrgetter("id"))
 
-    def _between(self, values: Any) -> list[Logged]:
+    def _between(self, values: Any) -> Iterator[Logged]:
         after = dict(zip(values["channels"], values["since"], strict=True))
-        if not after:
-            return []
-        last = self._place(values["until"])
-        rows = self.events[self._place(min(after.values())) : last]
-        return [row for row in rows if row.id > after.get(row.channel, row.id)]
+        first = self._place(min(after.values(), default=0))
+        rows = self.events[first : self._place(values["until"])]
+        return (row for row in rows if row.id > after.get(row.channel, row.id))
 
     def _rows(self, rows: Iterable[Logged], most: int) -> list[Row]:
         found: list[Row] = []
