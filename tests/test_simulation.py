@@ -52,7 +52,7 @@ def test_a_seed_always_plays_the_same() -> None:
 
 
 def test_a_history_depends_on_nothing_that_the_process_played_before() -> None:
-    seeds = ["12", "50043", "50076", "50186", "8343357", "70040267"]
+    seeds = ["12", "50043", "50076", "50186", "8343357"]
     env = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(SIMULATION.parent)}
     there, back = (
         subprocess.check_output([sys.executable, "-c", PLAY, *order], env=env, text=True, timeout=120)
