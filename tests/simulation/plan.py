@@ -15,7 +15,7 @@ Step = dict[str, Any]
 # Seconds: publishing and faults, then calm.
 BUSY = 12.0
 
-CLIENTS = (6, 30)
+CLIENTS = (6, 75)
 
 # Bounds of the program, made small in some runs, so that they are met. By name: a test holds that
 # the program has them.
