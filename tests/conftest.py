@@ -129,6 +129,13 @@ def browser() -> Iterator[harness.Browser]:
     running.close()
 
 
+@pytest.fixture
+def page(browser: harness.Browser) -> Iterator[harness.Page]:
+    """A page whose origin is another port than the relays'."""
+    with browser.open() as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def node_modules(request: pytest.FixtureRequest) -> Path:
     """The folder with the packages from npm, kept in pytest's cache."""

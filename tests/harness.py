@@ -1104,10 +1104,11 @@ CHROMIUM_OPTIONS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
-OPEN_EVENT_SOURCE = """([url, names]) => {
+OPEN_EVENT_SOURCE = """([url, names, withCredentials]) => {
     window.seen = [];
     window.states = [];
-    window.source = new EventSource(url);
+    window.source?.close();
+    window.source = new EventSource(url, {withCredentials});
     for (const name of names)
         source.addEventListener(name, e => seen.push({name, data: e.data, id: e.lastEventId}));
     source.addEventListener("open", () => states.push("open"));
@@ -1192,9 +1193,9 @@ class Page(Closing):
     def evaluate(self, script: str, argument: object = None) -> Any:
         return self.browser.run(self.playwright.evaluate(script, argument))
 
-    def event_source(self, url: str, *names: str) -> None:
-        """Open an EventSource that collects events without a name and those named."""
-        self.evaluate(OPEN_EVENT_SOURCE, [url, ["message", *names]])
+    def event_source(self, url: str, *names: str, credentials: bool = False) -> None:
+        """Open an EventSource, in place of another, that collects events without a name and those named."""
+        self.evaluate(OPEN_EVENT_SOURCE, [url, ["message", *names], credentials])
 
     @property
     def events(self) -> list[PageEvent]:

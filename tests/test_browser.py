@@ -34,13 +34,6 @@ def relay(database: Database) -> Iterator[Relay]:
         yield running
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page whose origin is another port than the relay's."""
-    with browser.open() as opened:
-        yield opened
-
-
 def wait_open(page: Page, times: int = 1) -> None:
     wait_until(lambda: page.states.count("open") >= times, what="the EventSource to open")
 

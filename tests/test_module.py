@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,7 +15,7 @@ import pytest
 import harness
 import pages
 import sse_relay
-from harness import Browser, Database, Page, Relay, wait_until
+from harness import Database, Page, Relay, wait_until
 from sites import line_to
 
 StartRelay = Callable[..., Relay]
@@ -203,14 +203,6 @@ OPEN_STREAM = """async ([module, url, names, options]) => {
 }"""
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page whose origin is another port than the relay's."""
-    with browser.open() as opened:
-        yield opened
-        assert opened.evaluate("window.most") == 1, "the module had two streams at once"
-
-
 def open_stream(page: Page, relay: Relay, url: str, *names: str, **options: object) -> None:
     page.evaluate(OPEN_STREAM, [f"http://{relay.bind}/events.js", url, names or ["message"], options])
 
@@ -248,6 +240,7 @@ def test_it_starts_from_a_position_and_tells_channels_and_names_apart(
     # The snapshot of the page goes along, for the relay to leave out what the page shows.
     asked = page.evaluate("made.map(source => new URL(source.url).searchParams.getAll('lastEventId'))")
     assert asked == [[position], [position, page.events[3].id]]
+    assert page.evaluate("most") == 1, "two streams at once"
 
 
 @pytest.mark.slow
@@ -277,3 +270,4 @@ def test_a_dead_connection_that_stays_open_is_replaced_and_nothing_is_lost(
         assert page.evaluate("made.length") == 4
         # The browser itself has noticed nothing.
         assert page.states == ["open"] * 4
+        assert page.evaluate("most") == 1, "two streams at once"
