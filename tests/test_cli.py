@@ -110,7 +110,7 @@ def test_help_shows_the_usage_and_an_example(command: str, option: str) -> None:
     done = invoke(*command.split(), option)
     assert done.status == 0
     assert done.output.startswith(" ".join(["Usage: sse_relay.py", *command.split(), "[OPTIONS]"]))
-    assert "Example:" in done.output
+    assert f"sse_relay.py {command}" in done.output.partition("Example:")[2]
 
 
 def test_the_version_is_the_packages() -> None:

@@ -38,15 +38,6 @@ HELP_WIDTH = 100
 GENERATED = r"(?<=<!-- {0} -->\n).*?(?=<!-- /{0} -->)"
 
 
-def marked(name: str) -> str:
-    """Return the text of the fenced block between ``<!-- name -->`` and ``<!-- /name -->``."""
-    match = re.search(
-        rf"<!-- {name} -->\n```text\n(.*?)```\n<!-- /{name} -->", pages()["README.md"], re.DOTALL
-    )
-    assert match, f"no block marked {name}"
-    return match[1]
-
-
 def help_text(*command: str) -> str:
     done = CliRunner().invoke(cli, [*command, "--help"], prog_name="sse_relay.py", terminal_width=HELP_WIDTH)
     assert done.exit_code == 0, done.output
@@ -109,11 +100,6 @@ def test_the_generated_text_is_current() -> None:
 def test_each_page_can_be_read_in_one_sitting() -> None:
     lines = {page: text.count("\n") for page, text in pages().items() if page != REFERENCE}
     assert {page: count for page, count in lines.items() if count > 250} == {}
-
-
-def test_each_command_is_explained_by_an_example() -> None:
-    for name in cli.commands:
-        assert f"sse_relay.py {name}" in help_text(name).partition("Example:")[2], name
 
 
 def test_each_option_has_a_help_text() -> None:
@@ -224,85 +210,48 @@ def test_words_are_those_of_the_style() -> None:
     assert {path: found for path, text in texts.items() if (found := stumbles.findall(text))} == {}
 
 
-def check(*command: str | Path, source: str = "") -> None:
+def check(program: str, *arguments: str | Path, source: str = "") -> None:
+    command = [require(program), *arguments]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr + source
 
 
-def check_javascript(tmp_path: Path) -> None:
-    for found in blocks("js"):
-        module = tmp_path / "block.mjs"
-        module.write_text(found.text)
-        check(require("node"), "--check", module)
-
-
-def check_shell(tmp_path: Path) -> None:
-    for found in blocks("sh"):
-        check(require("bash"), "-n", source=found.text)
-
-
-def check_python(tmp_path: Path) -> None:
-    for found in blocks("python"):
-        ast.parse(found.text)
-
-
-def check_ruby(tmp_path: Path) -> None:
-    for found in blocks("ruby"):
-        check(require("ruby"), "-wc", source=found.text)
-
-
-def check_php(tmp_path: Path) -> None:
-    for found in blocks("php"):
-        check(require("php"), "-l", source=found.text)
-
-
-def check_json(tmp_path: Path) -> None:
-    for found in blocks("json"):
-        json.loads(found.text)
-
-
-def check_yaml(tmp_path: Path) -> None:
-    for found in blocks("yaml"):
-        check(
-            require("ruby"), "-ryaml", "-e", "YAML.safe_load($stdin.read, aliases: true)", source=found.text
-        )
-
-
-def check_ini(tmp_path: Path) -> None:
+def check_ini(text: str, folder: Path) -> None:
     """Let systemd read sections as additions to a unit; other lines are options in the environment."""
-    options = {f"SSE_RELAY_{param.name}".upper() for param in cli.commands["run"].params}
-    unit = tmp_path / "relay.service"
-    unit.write_text("[Service]\nExecStart=/bin/true\n")
-    addition = tmp_path / "relay.service.d" / "docs.conf"
-    addition.parent.mkdir()
-    for found in blocks("ini"):
-        if re.search(r"^\[", found.text, re.MULTILINE):
-            addition.write_text(found.text)
-            check(require("systemd-analyze"), "verify", "--man=no", "--recursive-errors=yes", unit)
-        named = re.findall(r"^(?:Environment=)?\"?(SSE_RELAY_\w+)=", found.text, re.MULTILINE)
-        assert named or addition.exists(), found.text
-        assert set(named) <= options, found.text
+    sections = re.search(r"^\[", text, re.MULTILINE)
+    if sections:
+        unit = folder / "relay.service"
+        unit.write_text("[Service]\nExecStart=/bin/true\n")
+        addition = folder / "relay.service.d" / "docs.conf"
+        addition.parent.mkdir(exist_ok=True)
+        addition.write_text(text)
+        check("systemd-analyze", "verify", "--man=no", "--recursive-errors=yes", unit)
+    named = re.findall(r"^(?:Environment=)?\"?(SSE_RELAY_\w+)=", text, re.MULTILINE)
+    assert named or sections, text
+    assert set(named) <= {f"SSE_RELAY_{param.name}".upper() for param in cli.commands["run"].params}
 
 
-def check_html(tmp_path: Path) -> None:
-    """Let Node.js read the scripts of the pages."""
-    for found in blocks("html"):
-        for attributes, script in re.findall(r"<script([^>]*)>(.*?)</script>", found.text, re.DOTALL):
-            file = tmp_path / ("page.mjs" if "module" in attributes else "page.cjs")
-            file.write_text(script)
-            check(require("node"), "--check", file)
+def check_script(text: str, file: Path) -> None:
+    file.write_text(text)
+    check("node", "--check", file)
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {
+def check_html(text: str, folder: Path) -> None:
+    for attributes, script in re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL):
+        check_script(script, folder / ("page.mjs" if "module" in attributes else "page.cjs"))
+
+
+READ_YAML = ("ruby", "-ryaml", "-e", "YAML.safe_load($stdin.read, aliases: true)")
+CHECKS: dict[str, Callable[[str, Path], object]] = {
     "html": check_html,
     "ini": check_ini,
-    "js": check_javascript,
-    "json": check_json,
-    "php": check_php,
-    "python": check_python,
-    "ruby": check_ruby,
-    "sh": check_shell,
-    "yaml": check_yaml,
+    "js": lambda text, folder: check_script(text, folder / "block.mjs"),
+    "json": lambda text, _: json.loads(text),
+    "php": lambda text, _: check("php", "-l", source=text),
+    "python": lambda text, _: ast.parse(text),
+    "ruby": lambda text, _: check("ruby", "-wc", source=text),
+    "sh": lambda text, _: check("bash", "-n", source=text),
+    "yaml": lambda text, _: check(*READ_YAML, source=text),
 }
 # SQL is run below, output is compared with the program's, the image is built in test_container.py, what
 # proxies read is read by them in test_proxies.py, and TypeScript in test_module.py.
@@ -312,7 +261,8 @@ UNCHECKED = {"text", "sql", "dockerfile", "nginx", "caddy", "haproxy", "apache",
 @pytest.mark.slow
 @pytest.mark.parametrize("language", CHECKS)
 def test_code_is_read_by_its_own_tool(language: str, tmp_path: Path) -> None:
-    CHECKS[language](tmp_path)
+    for found in blocks(language):
+        CHECKS[language](found.text, tmp_path)
 
 
 def test_no_language_goes_unchecked() -> None:
@@ -391,48 +341,6 @@ def test_the_token_of_the_docs_opens_what_it_says(tmp_path: Path, monkeypatch: p
     grant = verify_token(names["token"], [read_key(b"k" * 32)], time.time())
     assert grant.channels.fullmatch("tenant-7-orders")
     assert not grant.channels.fullmatch("tenant-8-orders")
-
-
-def without_chance(text: str) -> str:
-    """Replace what differs from one run of the demo to the next."""
-    return re.sub(r"(?m)^id: \w+-", "id: EPOCH-", re.sub(r"retry: \d+", "retry: WAIT", text))
-
-
-@pytest.mark.slow
-def test_the_demo_shows_what_the_readme_shows() -> None:
-    bind = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, str(PROGRAM), "demo", "--bind", bind]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
-        try:
-            assert demo.stdout
-            printed = ""
-            while not printed.endswith("Ctrl-C ends it.\n"):
-                line = demo.stdout.readline()
-                assert line, printed
-                printed += line
-            (publish,) = (line for line in printed.splitlines() if " publish " in line)
-
-            # As a page that runserver serves would ask: one reads the demo's streams too.
-            origin = "Origin: http://localhost:8000"
-            stream = f"http://{bind}/events/orders"
-            curl = [require("curl"), "-sN", "--max-time", "30", "-H", origin, stream]
-            with subprocess.Popen(curl, stdout=subprocess.PIPE, text=True) as client:
-                assert client.stdout
-                received = ""
-                while not received.endswith("\n\n") or "id:" not in received:
-                    line = client.stdout.readline()
-                    assert line, received
-                    received += line
-                check("sh", "-c", publish)
-                while not received.endswith("data: hello\n\n"):
-                    line = client.stdout.readline()
-                    assert line, received
-                    received += line
-                client.terminate()
-            assert without_chance(received) == without_chance(marked("curl"))
-        finally:
-            demo.terminate()
-    assert demo.returncode == 0
 
 
 if __name__ == "__main__":
