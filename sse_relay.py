@@ -2473,8 +2473,9 @@ class Source:
         key = self.epoch, self.number, cursor, channels, limit
         if self._made[0] != key:
             page = self._make(cursor, channels, limit)
-            if page is None:
-                return None
+            if page is None or page.gaps:
+                # What could not be read may be readable for the next.
+                return page
             self._made = key, page
         return self._made[1]
 
@@ -3792,34 +3793,35 @@ class Replays:
     def __init__(self, source: Source, memory: Memory) -> None:
         self._source = source
         self._memory = memory
-        # What is being read, or was just read, and how many streams wait for it, by the place.
-        self._shared: dict[tuple[object, ...], asyncio.Task[Found]] = {}
+        # By the place: what is being read, how many streams wait for it, and what was just read.
+        self._reading: dict[tuple[object, ...], asyncio.Task[Found]] = {}
         self._waiting: Counter[tuple[object, ...]] = Counter()
+        self._found: dict[tuple[object, ...], Found] = {}
 
     def recall(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         """Return what `page` would, if it was just read for another stream."""
-        task = self._shared.get(self._place(cursor, channels, limit))
-        if task is None or not task.done() or task.cancelled() or task.exception():
-            return None
-        return self._page_of(task.result(), cursor, channels)
+        found = self._found.get(self._place(cursor, channels, limit))
+        return None if found is None else self._page_of(found, cursor, channels)
 
     async def page(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         """Return what `Source.fetch` does, but None if the log has another history than the cursor."""
         place = self._place(cursor, channels, limit)
-        task = self._shared.get(place)
-        if task is None:
-            if len(self._shared) >= MAX_SHARED:
-                del self._shared[next(iter(self._shared))]
-            task = self._shared[place] = asyncio.create_task(self._find(cursor, channels, limit, place))
-            task.add_done_callback(functools.partial(self._keep, place))
-        self._waiting[place] += 1
-        try:
-            # It belongs to the connection, not to the stream that asked first.
-            return self._page_of(await asyncio.shield(task), cursor, channels)
-        finally:
-            self._waiting[place] -= 1
-            if not self._waiting[place]:
-                del self._waiting[place]
+        found = self._found.get(place)
+        if found is None:
+            task = self._reading.get(place)
+            if task is None:
+                task = asyncio.create_task(self._find(cursor, channels, limit, place))
+                task.add_done_callback(functools.partial(self._keep, place))
+                self._reading[place] = task
+            self._waiting[place] += 1
+            try:
+                # It belongs to the connection, not to the stream that asked first.
+                found = await asyncio.shield(task)
+            finally:
+                self._waiting[place] -= 1
+                if not self._waiting[place]:
+                    del self._waiting[place]
+        return self._page_of(found, cursor, channels)
 
     def _until(self, channels: Sequence[str]) -> int:
         # Where memory begins, and no further: so streams that stand at the same place ask for the same.
@@ -3840,14 +3842,13 @@ class Replays:
         )
 
     def _keep(self, place: tuple[object, ...], task: asyncio.Task[Found]) -> None:
-        def forget() -> None:
-            if self._shared.get(place) is task:
-                del self._shared[place]
-
+        del self._reading[place]
         if task.cancelled() or task.exception():
-            forget()
-        else:
-            asyncio.get_running_loop().call_later(SHARE_TIME, forget)
+            return
+        if len(self._found) >= MAX_SHARED:
+            del self._found[next(iter(self._found))]
+        self._found[place] = task.result()
+        asyncio.get_running_loop().call_later(SHARE_TIME, self._found.pop, place, None)
 
     async def _find(
         self, cursor: Cursor, channels: Sequence[str], limit: int, place: tuple[object, ...]

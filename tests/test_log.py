@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import re
@@ -588,6 +589,65 @@ async def test_a_statement_that_has_not_begun_is_not_run_for_a_stream_that_has_l
     pages = await asyncio.gather(asking[1], *asking[3:])
     assert [page.cursor.after("a") for page in pages] == [0, 2, 2]
     assert run == [1, 3]
+
+
+class Table:
+    """A listener whose table holds one event of each channel, below what memory covers."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.broken = False
+        self.source = sse_relay.LogSource(sse_relay.Hub(1 << 20, 15.0), memory := sse_relay.Memory(1 << 20))
+        self.source.listener = self  # type: ignore[assignment]  # all that it asks is `client_query`
+        self.source.epoch, self.source.number = "e", 100
+        memory.begin_all(50)
+
+    async def client_query(self, statement: str, values: Any, wanted: Callable[[], bool]) -> list[Any]:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise psycopg2.errors.lookup("58030")("could not read block 1: Input/output error")
+        (channel,) = values["channels"]
+        self.asked.append(channel)
+        return [("e", 0, 10, 1, channel, None, "x" * 10_000)]
+
+    async def open(self, channel: str) -> sse_relay.Page:
+        """Return the first page of a stream that has seen event 5."""
+        cursor = sse_relay.Cursor("e", 5, counted=True)
+        page = self.source.page(cursor, (channel,), 1 << 18)
+        return page or await self.source.fetch(cursor, (channel,), 1 << 18)
+
+
+async def test_each_of_many_places_is_read_once_whatever_the_order_of_the_streams() -> None:
+    table = Table()
+    names = [f"c{number}" for number in range(3 * sse_relay.MAX_SHARED)]
+    pages = await asyncio.gather(*(table.open(name) for _ in range(3) for name in names))
+    assert {page.events for page in pages} == {1}
+    assert sorted(table.asked) == sorted(names)
+
+
+async def test_what_was_read_for_others_is_not_kept_beyond_its_bound() -> None:
+    table = Table()
+    for number in range(3 * sse_relay.MAX_SHARED):
+        assert (await table.open(f"c{number}")).events == 1
+    await asyncio.sleep(0)
+    gc.collect()
+    kept = [each for each in gc.get_objects() if isinstance(each, sse_relay.Found)]
+    assert len(kept) <= sse_relay.MAX_SHARED
+
+
+async def test_an_error_of_the_disk_that_has_passed_is_told_to_no_newcomer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sse_relay, "SHARE_TIME", 0.01)
+    table = Table()
+    table.broken = True
+    assert (await table.open("a")).gaps == {"a": "failed"}
+    # The next one asks while that is at hand, the one after it when it is not.
+    assert (await table.open("a")).gaps == {"a": "failed"}
+    await asyncio.sleep(0.05)
+    table.broken = False
+    page = await table.open("a")
+    assert (page.gaps, page.events) == ({}, 1)
 
 
 # ==== Positions, and much at once ==============================================
