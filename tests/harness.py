@@ -456,10 +456,10 @@ class Server(EmbeddedPostgres):
         return "log_template"
 
     @contextlib.contextmanager
-    def fresh_database(self, *, log: bool = False) -> Iterator[Database]:
-        """Make a database, empty or with the durable log, and drop it with whoever is still connected."""
+    def fresh_database(self, *, log: bool = False, template: str = "template1") -> Iterator[Database]:
+        """Make a database, as a copy or with the durable log; drop it with whoever is still connected."""
         name = f"test_{next(self._numbers)}"
-        template = self._log_template if log else "template1"
+        template = self._log_template if log else template
         self.database.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         fresh = Database(psycopg2.extensions.make_dsn(self.dsn, dbname=name))
         try:

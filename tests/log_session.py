@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 import psycopg2
@@ -15,6 +16,7 @@ from harness import Database
 from sse_relay import (
     LOG_ADVANCE_SQL,
     LOG_ATTACH_SQL,
+    LOG_PRUNE_SQL,
     LOG_PUBLISH_SQL,
     LOG_READ_SQL,
     LOG_SESSION_SQL,
@@ -23,7 +25,6 @@ from sse_relay import (
 )
 
 Row = tuple[Any, ...]
-Connection = psycopg2.extensions.connection
 
 ROLE_NUMBERS = itertools.count(1)
 
@@ -96,6 +97,24 @@ class Session:
             if upto is None:
                 return str(snapshot)
 
+    def publish(self, data: str = "x", channel: str = "orders", event: str | None = None) -> None:
+        self.run(LOG_PUBLISH_SQL, (channel, data, event))
+
+    def grow(self, count: int = 5) -> None:
+        """Publish and number so many events of the data 0, 1 …."""
+        for number in range(count):
+            self.publish(str(number))
+        self.sweep()
+
+    def pending(self) -> list[Row]:
+        return self.run("SELECT channel, event, data FROM sse_relay.pending ORDER BY seq")
+
+    def position(self) -> str:
+        return str(self.value("SELECT sse_relay.position()"))
+
+    def prune(self) -> int:
+        return int(self.value(LOG_PRUNE_SQL))
+
     def page(self, after: int = 0) -> list[Row]:
         return self.run(LOG_READ_SQL, {"id": after, "limit": 1000})
 
@@ -110,6 +129,23 @@ class Session:
             events += page
             after = page[-1][2]
 
+    def datas(self) -> list[str]:
+        return [row[6] for row in self.read()]
+
+    def refused(self, code: str, sql: str, parameters: object = None) -> str:
+        """Assert that a statement fails with an SQLSTATE, and return the message."""
+        with pytest.raises(psycopg2.Error) as caught:
+            self.run(sql, parameters)
+        assert caught.value.pgcode == code, caught.value
+        return str(caught.value)
+
+    def notifications(self) -> list[Any]:
+        """What has arrived."""
+        self.connection.poll()
+        taken = list(self.connection.notifies)
+        self.connection.notifies.clear()
+        return taken
+
 
 def apply(database: Database, role: str | None = None, script: str = SCHEMA_SQL) -> None:
     """Apply the schema as `--apply` does: in one transaction."""
@@ -123,39 +159,20 @@ def apply(database: Database, role: str | None = None, script: str = SCHEMA_SQL)
         connection.close()
 
 
-def new_role(database: Database, kind: str) -> str:
-    """Make a role; roles belong to the server, so each has a name of its own."""
+def new_role(database: Database, kind: str, grants: Iterable[str] = ()) -> str:
+    """Make a role, which belongs to the server and so has a name of its own, with these rights."""
     role = f"{kind} {next(ROLE_NUMBERS)}"
     database.execute(f'CREATE ROLE "{role}"')
+    for grant in grants:
+        database.execute(f'{grant} TO "{role}"')
     return role
 
 
-def publish(session: Session, channel: str = "orders", data: str = "x", event: str | None = None) -> None:
-    session.run(LOG_PUBLISH_SQL, (channel, data, event))
-
-
-def pending(session: Session) -> list[Row]:
-    return session.run("SELECT channel, event, data FROM sse_relay.pending ORDER BY seq")
-
-
-def datas(session: Session) -> list[str]:
-    return [row[6] for row in session.read()]
-
-
-def refused(session: Session, code: str, sql: str, parameters: object = None) -> str:
-    """Assert that a statement fails with an SQLSTATE, and return the message."""
-    with pytest.raises(psycopg2.Error) as caught:
-        session.run(sql, parameters)
-    assert caught.value.pgcode == code, caught.value
-    return str(caught.value)
-
-
-def notifications(connection: Connection) -> list[Any]:
-    """What has arrived."""
-    connection.poll()
-    taken = list(connection.notifies)
-    connection.notifies.clear()
-    return taken
+def new_login(database: Database, kind: str, attributes: str = "", grants: Iterable[str] = ()) -> Database:
+    """Make a role that logs in itself, so that no RESET leads back to a superuser."""
+    role = new_role(database, kind, grants)
+    database.execute(f"""ALTER ROLE "{role}" LOGIN PASSWORD 'secret' {attributes}""")
+    return Database(psycopg2.extensions.make_dsn(database.dsn, user=role, password="secret"))
 
 
 def damage(database: Database, table: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import itertools
 import json
@@ -21,6 +20,7 @@ import pytest
 
 import harness
 import sse_relay
+from log_session import new_login
 
 StartRelay = Callable[..., harness.Relay]
 
@@ -56,17 +56,15 @@ class Logged:
 
     @property
     def channels(self) -> set[str]:
-        """What the one listening backend listens to now, its canary apart.
+        """What the one backend that ever listened listens to now, its canary apart.
 
         pg_listening_channels() would show its own session's channels alone.
         """
-        backends: dict[int, set[str]] = collections.defaultdict(set)
-        for pid, text in self.statements:
-            for stop, name in LISTEN.findall(text):
-                change = backends[pid].discard if stop else backends[pid].add
-                change(name.replace('""', '"'))
-        (channels,) = backends.values()
-        (canary,) = [name for name in channels if CANARY.fullmatch(name)]
+        channels: set[str] = set()
+        for stop, name in LISTEN.findall("".join(text for _, text in self.statements)):
+            (channels.discard if stop else channels.add)(name.replace('""', '"'))
+        assert len({pid for pid, _ in self.statements}) == 1
+        (canary,) = filter(CANARY.fullmatch, channels)
         return channels - {canary}
 
 
@@ -132,69 +130,68 @@ def test_a_client_that_comes_back_within_the_linger_finds_its_channel_listened_t
     assert len(logged.statements) == before
 
 
+class Play:
+    """An `Interest` whose clients come and go."""
+
+    def __init__(self, max_channels: int) -> None:
+        self.watched: set[str] = set()
+        self.interest = sse_relay.Interest(self.watched, linger=60.0, max_channels=max_channels)
+
+    def come(self, channels: str) -> None:
+        self.interest.watch([channel for channel in channels if channel not in self.watched])
+        self.watched.update(channels)
+        self.interest.confirmed.update(channels)
+
+    def go(self, channels: str, now: float) -> None:
+        for channel in channels:
+            self.watched.discard(channel)
+            self.interest.abandon(channel, now)
+
+    def refuse(self, *several: str) -> None:
+        for channels in several:
+            before = self.interest.wanted()
+            with pytest.raises(sse_relay.RefusedError, match="too many channels") as refused:
+                self.come(channels)
+            assert refused.value.status == 503
+            assert self.interest.wanted() == before
+
+
 def test_which_channels_are_wanted_is_plain_reckoning() -> None:
-    watched: set[str] = set()
-    interest = sse_relay.Interest(watched, linger=60.0, max_channels=3)
-
-    def come(channel: str) -> None:
-        interest.watch([channel])
-        watched.add(channel)
-        interest.confirmed.add(channel)
-
-    def go(channel: str, now: float) -> None:
-        watched.discard(channel)
-        interest.abandon(channel, now)
-
+    play = Play(max_channels=3)
+    interest = play.interest
     for channel in "abc":
-        come(channel)
-    with pytest.raises(sse_relay.RefusedError) as refused:
-        come("d")
-    assert refused.value.status == 503
-    go("a", 10.0)
-    go("b", 20.0)
-    assert interest.wanted() == {"a", "b", "c"}
-    come("a")
+        play.come(channel)
+    play.refuse("d")
+    play.go("a", 10.0)
+    play.go("b", 20.0)
+    assert interest.wanted() == set("abc")
+    play.come("a")
     interest.changed.clear()
     interest.expire(79.9)
     assert not interest.changed.is_set()
     # What lingers gives way to what is asked for.
-    come("d")
-    assert interest.wanted() == {"a", "c", "d"}
-    go("d", 30.0)
+    play.come("d")
+    assert interest.wanted() == set("acd")
+    play.go("d", 30.0)
     interest.expire(90.0)
-    assert interest.wanted() == {"a", "c"}
+    assert interest.wanted() == set("ac")
     assert interest.changed.is_set()
     interest.confirmed.discard("c")
-    go("c", 95.0)
-    assert interest.wanted() == {"a"}
+    play.go("c", 95.0)
+    assert interest.wanted() == set("a")
 
 
 def test_from_half_of_the_channels_on_a_stream_brings_one_new_channel() -> None:
-    watched: set[str] = set()
-    interest = sse_relay.Interest(watched, linger=60.0, max_channels=10)
-
-    def come(*channels: str) -> None:
-        interest.watch([channel for channel in channels if channel not in watched])
-        watched.update(channels)
-        interest.confirmed.update(channels)
-
-    come("a", "b", "c")
-    come("c", "d", "e", "f")
-    for made_up in (("g", "h"), ("b", "g", "h")):
-        with pytest.raises(sse_relay.RefusedError, match="too many channels"):
-            come(*made_up)
-        assert interest.wanted() == set("abcdef")
+    play = Play(max_channels=10)
+    play.come("abc")
+    play.come("cdef")
+    play.refuse("gh", "bgh")
     # Channels that only linger take nobody's place.
-    for channel in "abcdef":
-        watched.discard(channel)
-        interest.abandon(channel, 0.0)
-    come("x", "y")
-    come("a", "b", "c", "d")
-    for channel in "ghij":
-        come("b", channel)
-    with pytest.raises(sse_relay.RefusedError, match="too many channels"):
-        come("k")
-    assert interest.wanted() == set("abcdxyghij")
+    play.go("abcdef", 0.0)
+    for channels in ("xy", "abcd", "bg", "bh", "bi", "bj"):
+        play.come(channels)
+    play.refuse("k")
+    assert play.interest.wanted() == set("abcdxyghij")
 
 
 # ==== Loss ====================================================================
@@ -391,54 +388,22 @@ async def test_no_default_of_a_role_reaches_a_session(database: harness.Database
 
 async def test_a_role_that_may_not_read_settings_gets_a_session(database: harness.Database) -> None:
     database.execute("REVOKE SELECT ON pg_settings FROM PUBLIC")
-    name = f"reader_of_{psycopg2.extensions.parse_dsn(database.dsn)['dbname']}"
-    database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
-    try:
-        dsn = psycopg2.extensions.make_dsn(database.dsn, user=name, password="secret")
-        connection = await sse_relay.open_connection(dsn, "SELECT")
-        ((value,),) = await sse_relay.execute(connection, "SHOW statement_timeout")
-        sse_relay.close_connection(connection)
-    finally:
-        database.execute(f"DROP ROLE {name}")
+    connection = await sse_relay.open_connection(new_login(database, "reader").dsn, "SELECT")
+    ((value,),) = await sse_relay.execute(connection, "SHOW statement_timeout")
+    sse_relay.close_connection(connection)
     assert value == "9500ms"
 
 
-def test_a_statement_cancelled_on_the_server_is_a_gap_and_no_more(
-    database: harness.Database, start_relay: StartRelay
+async def test_a_statement_that_is_cancelled_on_the_server_ends_its_session(
+    database: harness.Database,
 ) -> None:
-    relay = start_relay(dsn=database.dsn)
-    with harness.SseReader(relay.url("orders")) as reader:
-        reader.wait_for_id()
-        # NOTIFY takes a lock that is held until the commit is done, which waits for a standby that
-        # never comes: the relay's canary hangs behind it, where one can cancel it.
-        database.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        database.execute("SELECT pg_reload_conf()")
-        other = harness.Database(database.dsn)
-        waits = "SELECT pg_logical_emit_message(true, 'tests', ''), pg_notify('elsewhere', '')"
-        cancelled = threading.Event()
-
-        def publish() -> None:
-            while not cancelled.is_set():
-                other.execute(waits)
-
-        thread = threading.Thread(target=publish)
-        thread.start()
-        try:
-            waiting = (
-                "SELECT pid FROM pg_stat_activity WHERE application_name = 'sse-relay'"
-                " AND state = 'active' AND wait_event_type = 'Lock'"
-            )
-            ((pid,),) = harness.wait_until(lambda: database.execute(waiting))
-            assert database.execute("SELECT pg_cancel_backend(%s)", (pid,)) == [(True,)]
-            relay.wait_for_log("lost PostgreSQL", 2)
-        finally:
-            cancelled.set()
-            database.execute("ALTER SYSTEM RESET synchronous_standby_names")
-            database.execute("SELECT pg_reload_conf()")
-            thread.join(10)
-            other.close()
-        expect_gap_and_later_events(reader, database)
-    assert "Traceback" not in relay.log
+    connection = await sse_relay.open_connection(database.dsn, "SELECT")
+    task = asyncio.create_task(sse_relay.execute(connection, "SELECT pg_sleep(30)"))
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(30)'"
+    await asyncio.to_thread(harness.wait_until, lambda: database.execute(cancel))
+    with pytest.raises(sse_relay.LostConnectionError, match="cancelled on the server"):
+        await task
+    sse_relay.close_connection(connection)
 
 
 async def test_a_cancellation_that_comes_with_the_answer_is_not_forgotten(
@@ -471,26 +436,13 @@ def expect_end(relay: harness.Relay, words: str) -> None:
     assert "Traceback" not in relay.log
 
 
-def test_a_wrong_password_at_the_first_connection_ends_it(
-    database: harness.Database, start_relay: StartRelay
-) -> None:
-    dsn = psycopg2.extensions.make_dsn(database.dsn, password="open sesame")
-    relay = start_relay(dsn=dsn, wait=False)
-    expect_end(relay, "password authentication failed")
-    assert "open sesame" not in relay.log
-
-
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "WIN1252"])
 def test_a_database_in_another_encoding_than_utf8_ends_it_at_the_first_connection(
-    database: harness.Database, start_relay: StartRelay, encoding: str
+    server: harness.Server, start_relay: StartRelay, encoding: str
 ) -> None:
-    name = f"in_{encoding.lower()}"
-    database.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
-    try:
-        relay = start_relay(dsn=psycopg2.extensions.make_dsn(database.dsn, dbname=name), wait=False)
-        expect_end(relay, f"encoding is {encoding}")
-    finally:
-        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    template = f"template0 ENCODING '{encoding}' LOCALE 'C'"
+    with server.fresh_database(template=template) as database:
+        expect_end(start_relay(dsn=database.dsn, wait=False), f"encoding is {encoding}")
 
 
 @pytest.mark.slow

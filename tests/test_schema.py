@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +31,7 @@ from log_session import (
     Session,
     apply,
     damage,
-    datas,
     new_role,
-    notifications,
-    pending,
-    publish,
-    refused,
 )
 from sse_relay import (
     DAMAGE,
@@ -72,12 +66,6 @@ def log(log_database: Database) -> Iterator[Session]:
         yield session
 
 
-def grow(log: Session, count: int = 5) -> None:
-    for i in range(count):
-        publish(log, data=str(i))
-    log.sweep()
-
-
 # ---------------------------------------------------------------- the script
 
 
@@ -85,9 +73,9 @@ def test_applying_again_keeps_events_settings_epoch_and_grants(log: Session, dat
     app = new_role(database, "app")
     log.run(f'GRANT EXECUTE ON FUNCTION sse_relay.position() TO "{app}"')
     log.run("UPDATE sse_relay.settings SET retention = '7 days', pruned = 3")
-    publish(log, data="numbered")
+    log.publish("numbered")
     log.sweep()
-    publish(log, data="waiting")
+    log.publish("waiting")
 
     def state() -> list[list[Row]]:
         return [
@@ -110,20 +98,12 @@ def test_many_that_apply_at_once_do_not_collide(database: Database) -> None:
 
 def test_a_newer_version_is_left_alone(log: Session, database: Database) -> None:
     log.run("UPDATE sse_relay.settings SET version = version + 1")
-    with pytest.raises(psycopg2.Error, match=f"has version {SCHEMA_VERSION + 1}, this script is older"):
+    older = rf"has version {SCHEMA_VERSION + 1}, this script is older \(version {SCHEMA_VERSION}\)"
+    with pytest.raises(psycopg2.Error, match=older):
         apply(database)
     assert log.value(LOG_VERSION_SQL) == SCHEMA_VERSION + 1
-
-
-def test_the_script_knows_its_version() -> None:
-    assert f"SET version = {SCHEMA_VERSION}, cleared = pruned;" in SCHEMA_SQL
-    assert f"IS DISTINCT FROM {SCHEMA_VERSION} THEN" in SCHEMA_SQL
-    assert set(re.findall(r"\(version\) VALUES \((\d+)\)", SCHEMA_SQL)) == {str(SCHEMA_VERSION)}
     assert f"durable log of sse-relay, version {SCHEMA_VERSION}." in SCHEMA_SQL
-    assert f"IF installed > {SCHEMA_VERSION} THEN" in SCHEMA_SQL
-    assert f"this script is older (version {SCHEMA_VERSION})" in SCHEMA_SQL
-    assert f"pg_notify('{LOG_CHANNEL}'" in SCHEMA_SQL
-    assert SCHEMA_SQL.isascii()
+    assert SCHEMA_SQL.isascii()  # whatever a terminal or an editor makes of it
 
 
 def test_applying_needs_create_on_the_database_and_the_schemas_owner(database: Database) -> None:
@@ -139,22 +119,19 @@ def test_applying_needs_create_on_the_database_and_the_schemas_owner(database: D
     with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=f"belongs to {owner}"):
         apply(database, other)
     with Session(database, owner) as session:
-        publish(session)
+        session.publish()
         session.sweep()
-        assert POSITION.fullmatch(session.value("SELECT sse_relay.position()"))
-        assert datas(session) == ["x"]
+        assert POSITION.fullmatch(session.position())
+        assert session.datas() == ["x"]
 
 
 def test_a_database_in_another_encoding_is_refused(server: Server) -> None:
-    name = "log_in_latin1"
-    server.database.execute(
-        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
-    )
-    try:
-        with pytest.raises(psycopg2.errors.FeatureNotSupported, match="UTF8, this one is in LATIN1"):
-            apply(Database(psycopg2.extensions.make_dsn(server.dsn, dbname=name)))
-    finally:
-        server.database.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    latin = "template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+    with (
+        server.fresh_database(template=latin) as database,
+        pytest.raises(psycopg2.errors.FeatureNotSupported, match="UTF8, this one is in LATIN1"),
+    ):
+        apply(database)
 
 
 def test_public_has_nothing_and_every_function_pins_its_search_path(log: Session) -> None:
@@ -167,15 +144,6 @@ def test_public_has_nothing_and_every_function_pins_its_search_path(log: Session
 
 
 # ---------------------------------------------------------------- roles
-
-
-def granted(database: Database, kind: str, left_out: str = "") -> str:
-    """Make a role with the rights that the docs give it, perhaps without one."""
-    role = new_role(database, kind)
-    for grant in GRANTS[kind]:
-        if grant != left_out:
-            database.execute(f'{grant} TO "{role}"')
-    return role
 
 
 # What each role is for, in statements of its own; and the SELECT without which they would be empty.
@@ -229,11 +197,11 @@ def test_the_grants_of_the_docs_are_enough_and_none_is_superfluous(
             for statement in USES[kind]:
                 session.run(statement)
 
-    use(granted(database, kind))
+    use(new_role(database, kind, GRANTS[kind]))
     assert len(GRANTS[kind]) > 1
     for left_out in GRANTS[kind]:
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
-            use(granted(database, kind, left_out))
+            use(new_role(database, kind, [grant for grant in GRANTS[kind] if grant != left_out]))
 
 
 def unusable(session: Session) -> str:
@@ -266,7 +234,7 @@ def test_a_log_that_a_relay_cannot_use_is_named_with_what_helps(database: Databa
 
 def test_a_role_can_do_nothing_beyond_its_grants(log: Session, database: Database) -> None:
     for kind in ("nobody", *USES):
-        role = granted(database, kind) if kind in USES else new_role(database, kind)
+        role = new_role(database, kind, GRANTS.get(kind, ()))
         others = [
             each for other, uses in USES.items() if other != kind for each in uses if "sse_relay." in each
         ]
@@ -277,7 +245,7 @@ def test_a_role_can_do_nothing_beyond_its_grants(log: Session, database: Databas
                     kind in ("relay", "operator") and attack.startswith("SELECT") and "settings" in attack
                 ):
                     session.run("CREATE TABLE IF NOT EXISTS pg_temp.things (id int)")
-                    refused(session, psycopg2.errorcodes.INSUFFICIENT_PRIVILEGE, attack)
+                    session.refused(psycopg2.errorcodes.INSUFFICIENT_PRIVILEGE, attack)
 
 
 def test_nobody_without_rights_can_hold_up_the_numbering_or_an_upgrade(
@@ -288,7 +256,7 @@ def test_nobody_without_rights_can_hold_up_the_numbering_or_an_upgrade(
         applying.execute(f"BEGIN; {SCHEMA_SQL}")
         assert database.execute("SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
         applying.execute("COMMIT")
-    publish(log)
+    log.publish()
     _, xids, pids = log.waiting()
     with log.connection.cursor() as numbering:
         numbering.execute("BEGIN")
@@ -335,8 +303,8 @@ REFUSED: list[tuple[str, tuple[str | None, str | None, str | None], str]] = [
 
 def test_what_a_stream_can_carry_is_kept_as_it_is(log: Session) -> None:
     for channel, event, data in PUBLISHED:
-        publish(log, channel, data, event)
-    publish(log, "c", "no name", "")
+        log.publish(data, channel, event)
+    log.publish("no name", "c", "")
     log.sweep()
     assert [row[4:7] for row in log.read()] == [*PUBLISHED, ("c", None, "no name")]
     for channel in {channel for channel, _, _ in PUBLISHED}:
@@ -346,51 +314,30 @@ def test_what_a_stream_can_carry_is_kept_as_it_is(log: Session) -> None:
 
 def test_what_no_stream_may_ask_for_or_carry_is_refused(log: Session) -> None:
     for code, arguments, message in REFUSED:
-        assert message in refused(log, code, LOG_PUBLISH_SQL, arguments)
+        assert message in log.refused(code, LOG_PUBLISH_SQL, arguments)
     for untold in ("'c', NULL::jsonb", "NULL::text, '{}'::jsonb", "'c', NULL::json"):
-        assert "is NULL" in refused(log, "22004", f"SELECT sse_relay.publish({untold})")
-    assert pending(log) == []
+        assert "is NULL" in log.refused("22004", f"SELECT sse_relay.publish({untold})")
+    assert log.pending() == []
 
 
 def test_a_literal_without_a_type_is_text_and_json_goes_as_its_text(log: Session) -> None:
     awkward = '{"b":1.10,  "a":1e3}'
-    log.run(f"SELECT sse_relay.publish('c', '{awkward}')")
-    log.run("SELECT sse_relay.publish('c', %s)", (awkward,))
     log.run("PREPARE untyped AS SELECT sse_relay.publish($1, $2)")
-    log.run("EXECUTE untyped ('c', %s)", (awkward,))
     log.run("PREPARE untyped_with_name AS SELECT sse_relay.publish($1, $2, $3)")
-    log.run("EXECUTE untyped_with_name ('c', %s, 'n')", (awkward,))
-    log.run("SELECT sse_relay.publish(channel => 'c', data => %s, event => 'n')", (awkward,))
-    log.run("SELECT sse_relay.publish('c', %s::json, 'n')", (awkward,))
-    log.run("SELECT sse_relay.publish('c', %s::jsonb)", (awkward,))
-    log.run("SELECT sse_relay.publish('c', 'null'::jsonb, 'n')")
-    log.run("SELECT sse_relay.publish(channel => 'c', data => json_build_object('a', 1))")
-    assert [row[1:] for row in pending(log)] == [
-        *[(None, awkward)] * 3,
-        *[("n", awkward)] * 3,
-        (None, '{"a": 1000, "b": 1.10}'),
-        ("n", "null"),
-        (None, '{"a" : 1}'),
+    cases: list[tuple[str, str | None, str]] = [
+        (f"SELECT sse_relay.publish('c', '{awkward}')", None, awkward),
+        (f"EXECUTE untyped ('c', '{awkward}')", None, awkward),
+        (f"EXECUTE untyped_with_name ('c', '{awkward}', 'n')", "n", awkward),
+        (f"SELECT sse_relay.publish(channel => 'c', data => '{awkward}', event => 'n')", "n", awkward),
+        (f"SELECT sse_relay.publish('c', '{awkward}'::json, 'n')", "n", awkward),
+        (f"SELECT sse_relay.publish('c', '{awkward}'::jsonb)", None, '{"a": 1000, "b": 1.10}'),
+        ("SELECT sse_relay.publish('c', 'null'::jsonb, 'n')", "n", "null"),
+        ("SELECT sse_relay.publish(channel => 'c', data => json_build_object('a', 1))", None, '{"a" : 1}'),
     ]
+    for statement, *_ in cases:
+        log.run(statement)
+    assert log.pending() == [("c", event, data) for _, event, data in cases]
     assert log.value("SELECT pg_typeof(sse_relay.publish('orders', 'x'))::text") == "void"
-
-
-def test_a_transaction_sends_one_notification_with_its_id_and_equal_events_do_not_fold(
-    log: Session, database: Database
-) -> None:
-    with Session(database) as listener:
-        listener.run(f"LISTEN {LOG_CHANNEL}")
-        with log.connection.cursor() as cursor:
-            cursor.execute("BEGIN")
-            for _ in range(3):
-                cursor.execute(LOG_PUBLISH_SQL, ("orders", "same", None))
-            cursor.execute("SELECT pg_current_xact_id()::text, pg_backend_pid()")
-            xid, pid = cursor.fetchall()[0]
-            cursor.execute("COMMIT")
-        notes = wait_until(lambda: notifications(listener.connection))
-        assert [(note.channel, note.payload, note.pid) for note in notes] == [(LOG_CHANNEL, xid, pid)]
-    assert log.advance([xid], [pid]) == 3
-    assert datas(log) == ["same"] * 3
 
 
 def test_a_collation_of_the_caller_changes_nothing(log: Session) -> None:
@@ -399,8 +346,8 @@ def test_a_collation_of_the_caller_changes_nothing(log: Session) -> None:
         log.run("""SELECT sse_relay.publish('c' COLLATE ci, 'x' COLLATE ci, 'Relay.x' COLLATE ci)""")
         log.run("""SELECT sse_relay.publish('c', 'x' || E'\\n' COLLATE ci)""")
         log.run("""SELECT sse_relay.revoke('x' COLLATE ci)""")
-        refused(log, "22023", "SELECT sse_relay.publish('sse_relay' COLLATE ci, 'x')")
-        assert len(pending(log)) == 3
+        log.refused("22023", "SELECT sse_relay.publish('sse_relay' COLLATE ci, 'x')")
+        assert len(log.pending()) == 3
 
 
 def test_a_revocation_is_numbered_as_an_event_and_stays_in_its_table(
@@ -410,7 +357,7 @@ def test_a_revocation_is_numbered_as_an_event_and_stays_in_its_table(
         other.run("BEGIN")
         other.run("SELECT sse_relay.revoke('user-7')")
         log.run("SELECT sse_relay.revoke('user-7')")  # nobody waits
-        publish(log)
+        log.publish()
         other.run("COMMIT")
     log.sweep()
     assert [row[4:7] for row in log.read()] == [
@@ -428,24 +375,18 @@ def test_a_revocation_is_numbered_as_an_event_and_stays_in_its_table(
     log.run("SELECT sse_relay.revoke('user-8')")
     log.sweep()
     assert [row[1] for row in log.run(LOG_REVOCATIONS_SQL, (0,))] == ["user-7", "user-8"]
-    refused(log, "22004", "SELECT sse_relay.revoke(NULL)")
+    log.refused("22004", "SELECT sse_relay.revoke(NULL)")
     for subject in ("", "x" * 1025):
-        refused(log, "22023", "SELECT sse_relay.revoke(%s)", (subject,))
+        log.refused("22023", "SELECT sse_relay.revoke(%s)", (subject,))
 
 
 # ---------------------------------------------------------------- numbering
 
 
-def test_an_empty_list_and_impossible_ids_move_nothing(log: Session) -> None:
-    publish(log)
-    assert log.advance([], []) == 0
-    assert log.advance(["0", "9999999999999999999"], [1, 2]) == 0
-
-
 def test_a_call_moves_and_a_page_shows_about_four_mebibytes(log: Session) -> None:
     most = "x" * 1024 * 1024
     for i in range(9):
-        publish(log, data=most[:-1] + str(i))
+        log.publish(most[:-1] + str(i))
     _, xids, pids = log.waiting()
     calls = [log.run(LOG_ADVANCE_SQL, (xids, pids, False))[0] for _ in range(3)]
     assert calls == [(4, True), (4, True), (1, False)]
@@ -458,7 +399,7 @@ def test_a_call_moves_and_a_page_shows_about_four_mebibytes(log: Session) -> Non
 def test_numbering_refuses_a_snapshot_that_may_be_older_than_its_lock(log: Session) -> None:
     for level in ("REPEATABLE READ", "SERIALIZABLE"):
         log.run(f"BEGIN ISOLATION LEVEL {level}")
-        refused(log, "25000", LOG_ADVANCE_SQL, (["1"], [1], False))
+        log.refused("25000", LOG_ADVANCE_SQL, (["1"], [1], False))
         log.run("ROLLBACK")
 
 
@@ -468,9 +409,9 @@ def test_the_session_is_safe_from_the_defaults_of_its_role(log: Session, databas
     log.run(f"ALTER DATABASE {name} SET synchronous_commit = off")
     log.run(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     with Session(database) as session:
-        publish(session)
+        session.publish()
         session.sweep()
-        assert datas(session) == ["x"]
+        assert session.datas() == ["x"]
         assert session.value("SHOW synchronous_commit") == "on"
 
 
@@ -485,34 +426,17 @@ def test_what_cannot_be_read_is_set_aside_and_told_once(log: Session, database: 
     assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(2, False)]
     renewed = log.attach()[0]
     assert renewed != epoch
-    assert datas(log) == ["before", "behind"]
+    assert log.datas() == ["before", "behind"]
     log.sweep()
     assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(0, False)]
     assert log.attach()[0] == renewed
     # What is repaired is numbered.
     log.run("INSERT INTO sse_relay.pending (pid, channel, data) VALUES (0, 'a', 'repaired')")
     log.sweep()
-    assert datas(log) == ["before", "behind"]
+    assert log.datas() == ["before", "behind"]
     log.run("UPDATE sse_relay.pending SET pid = 1 WHERE data = 'repaired'")
     log.sweep()
-    assert datas(log) == ["before", "behind", "repaired"]
-
-
-def test_two_that_number_at_once_take_turns_and_leave_no_hole(log: Session, database: Database) -> None:
-    publish(log, data="first")
-    _, first, pid = log.waiting()
-    publish(log, data="second")
-    _, second, _ = log.waiting()
-    second.remove(first[0])
-    with Session(database) as other, ThreadPoolExecutor(1) as pool:
-        log.run("BEGIN")
-        assert log.advance(first, pid) == 1
-        waits = pool.submit(other.advance, second, pid)
-        wait_until(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
-        assert not waits.done()
-        log.run("COMMIT")
-        assert waits.result(10) == 1
-    assert [(row[2], row[6]) for row in log.read()] == [(1, "first"), (2, "second")]
+    assert log.datas() == ["before", "behind", "repaired"]
 
 
 @pytest.mark.slow
@@ -531,25 +455,20 @@ def test_a_million_dead_rows_and_a_long_transaction_slow_nothing_down(
         since = log.sweep()
         for statistics in ("", "ANALYZE sse_relay.pending", "VACUUM sse_relay.pending"):
             log.run(statistics or "SELECT 1")
-            took = {"publish": [0.0], "advance": [0.0], "read": [0.0], "sweep": [0.0]}
+            times = []
             for _ in range(40):
                 after = log.value("SELECT coalesce(max(id), 0) FROM sse_relay.events")
-                marks = [time.perf_counter()]
+                began = time.perf_counter()
                 writer.run("BEGIN")
-                publish(writer)
+                writer.publish()
                 xid, pid = writer.run("SELECT pg_current_xact_id()::text, pg_backend_pid()")[0]
                 writer.run("COMMIT")
-                marks.append(time.perf_counter())
                 assert log.advance([xid], [pid]) == 1
-                marks.append(time.perf_counter())
                 assert len(log.page(after)) == 1
-                marks.append(time.perf_counter())
                 since = log.sweep(since)
-                marks.append(time.perf_counter())
-                for name, (start, end) in zip(took, itertools.pairwise(marks), strict=True):
-                    took[name].append(end - start)
-            medians = {name: sorted(times)[len(times) // 2] for name, times in took.items()}
-            assert max(medians.values()) < 0.02, (statistics, medians)
+                times.append(time.perf_counter() - began)
+            # To look at every dead row once takes longer.
+            assert sorted(times)[20] < 0.05, statistics
 
 
 @pytest.mark.slow
@@ -571,7 +490,7 @@ def test_a_large_backlog_is_numbered_in_time_that_grows_with_its_size_only(log: 
     assert log.advance(xids, pids) == 90_000
     many = time.perf_counter() - started
     assert many < 9 * few * 3
-    assert datas(log) == [str(i) for i in range(1, 100_001)]
+    assert log.datas() == [str(i) for i in range(1, 100_001)]
 
 
 @pytest.mark.slow
@@ -579,11 +498,11 @@ def test_windows_keep_the_order_of_what_could_be_seen(log: Session, database: Da
     """A transaction counts to the window of its last row; what commits during the pass waits for the next."""
     with Session(database) as early, Session(database) as unseen:
         early.run("BEGIN")
-        publish(early, data="early")
+        early.publish("early")
         unseen.run("BEGIN")
-        publish(unseen, data="unseen")
+        unseen.publish("unseen")
         log.run("SELECT sse_relay.publish('a', i::text) FROM generate_series(1, 60000) AS i")
-        publish(early, data="early, after all")
+        early.publish("early, after all")
         early.run("COMMIT")
         first = log.run(LOG_WAITING_SQL, (None, None))[0]
         assert (first[1], first[3]) == ([], 50_001)
@@ -591,66 +510,35 @@ def test_windows_keep_the_order_of_what_could_be_seen(log: Session, database: Da
         second = log.run(LOG_WAITING_SQL, (first[0], first[3]))[0]
         assert (len(second[1]), second[3]) == (2, None)
         log.advance(*second[1:3])
-        assert datas(log)[60_000:] == ["early", "early, after all"]
+        assert log.datas()[60_000:] == ["early", "early, after all"]
         since = log.sweep(first[0])
-        assert datas(log)[-1] == "unseen"
+        assert log.datas()[-1] == "unseen"
         assert log.waiting(since)[1] == []
-
-
-def test_ids_survive_an_immediate_stop(own_server: Server) -> None:
-    """What a relay has read is still there after a crash, though the publisher did not wait for the disk."""
-    apply(own_server.database)
-    with Session(own_server.database) as session, Session(own_server.database) as publisher:
-        publisher.run("SET synchronous_commit = off")
-        for i in range(50):
-            publish(publisher, data=str(i))
-        session.sweep()
-        before = session.read()
-        epoch = session.attach()[0]
-    own_server.stop(signal.SIGQUIT)
-    own_server.start()
-    with Session(own_server.database) as session:
-        assert session.attach(epoch, before[-1][2])[0] == epoch
-        assert session.read() == before
-        assert len(before) == 50
-        publish(session, data="later")
-        session.sweep()
-        assert session.read()[50][2] > before[-1][2]
 
 
 # ---------------------------------------------------------------- reading
 
 
-def test_a_replay_of_a_rare_channel_does_not_read_the_busy_ones(log: Session) -> None:
+def test_a_rare_channel_and_the_newest_events_are_found_without_reading_the_busy_ones(log: Session) -> None:
     """Also with statistics by which the planner takes every channel for a frequent one."""
-    log.run(
-        "INSERT INTO sse_relay.events (xid, channel, data) SELECT '1', 'busy' || i % 3, 'x'"
-        " FROM generate_series(1, 60000) AS i"
-    )
-    log.run("INSERT INTO sse_relay.events (xid, channel, data) VALUES ('1', 'rare', 'x')")
+    log.run("INSERT INTO sse_relay.events (xid, channel, data)"
+            " SELECT '1', CASE WHEN i % 1000 = 0 THEN 'rare' ELSE 'busy' || i % 2 END, 'x'"
+            " FROM generate_series(1, 60000) AS i")  # fmt: skip
+    rare = {"channels": ["rare", "none"], "since": [0, 0], "until": 10**9, "bytes": 1 << 22}
+    newest = {"channels": ["busy1", "rare", "none"], "until": 15_500, "most": 3}
+    assert log.run(LOG_LAST_SQL, newest) == [("busy1", 15_494), ("rare", 12_999), ("none", 15_500)]
     for statistics in ("SELECT 1", "ANALYZE sse_relay.events"):
         log.run(statistics)
-        for sql in (LOG_REPLAY_SQL, LOG_REPLAY_SIZE_SQL):
-            replay = {"channels": ["rare", "none"], "since": [0, 0], "until": 10**9, "bytes": 1 << 22}
-            plan = log.value("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + sql, replay)[0]["Plan"]
-            assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 50, json.dumps(plan, indent=1)
-
-
-def test_the_newest_events_of_each_channel_are_found_from_the_index(log: Session) -> None:
-    log.run("INSERT INTO sse_relay.events (xid, channel, data)"
-            " SELECT '1', CASE WHEN i % 1000 = 0 THEN 'rare' ELSE 'busy' END, 'x'"
-            " FROM generate_series(1, 20000) AS i")  # fmt: skip
-    wanted = {"channels": ["busy", "rare", "none"], "until": 15_500, "most": 3}
-    assert log.run(LOG_LAST_SQL, wanted) == [("busy", 15_497), ("rare", 12_999), ("none", 15_500)]
-    plan = log.value("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + LOG_LAST_SQL, wanted)[0]["Plan"]
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 60, json.dumps(plan, indent=1)
+        for sql, asked in ((LOG_REPLAY_SQL, rare), (LOG_REPLAY_SIZE_SQL, rare), (LOG_LAST_SQL, newest)):
+            plan = log.value("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + sql, asked)[0]["Plan"]
+            assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 100, json.dumps(plan, indent=1)
 
 
 # ---------------------------------------------------------------- epoch
 
 
 def test_the_epoch_is_short_printable_and_stays(log: Session, database: Database) -> None:
-    grow(log)
+    log.grow()
     epoch, newest, pruned, retention = log.attach()
     assert re.fullmatch(r"[!-,.0-?A-~]{1,16}", epoch)
     assert (newest, pruned, retention) == (5, 0, 86400.0)
@@ -659,7 +547,7 @@ def test_the_epoch_is_short_printable_and_stays(log: Session, database: Database
     log.run("VACUUM (FREEZE) sse_relay.epoch")
     log.run("VACUUM (FULL, FREEZE) sse_relay.epoch")
     assert log.attach(epoch, 5)[0] == log.attach("another", 1000)[0] == epoch
-    assert log.value("SELECT sse_relay.position()").startswith(epoch + "-5@")
+    assert log.position().startswith(epoch + "-5@")
     # Ids that went back.
     renewed, newest, *_ = log.attach(epoch, 6)
     assert (renewed != epoch, newest) == (True, 5)
@@ -685,11 +573,12 @@ TABLES_OF_THE_LOG = ("settings", "epoch", "pending", "events", "revocations")
         # Each of the marks that the epoch is tied to.
         *((f"UPDATE sse_relay.epoch SET xid = pg_current_xact_id(), {mark} = NULL", True)
           for mark in ("system", "timeline", "database", "epoch")),
-        ("UPDATE sse_relay.epoch SET xid = NULL", True),
+        # A row that came back from a dump: another transaction wrote it.
+        ("UPDATE sse_relay.epoch SET xid = '3'", True),
     ],
 )  # fmt: skip
 def test_what_begins_an_epoch(log: Session, statement: str, *, begins: bool) -> None:
-    grow(log)
+    log.grow()
     log.run("UPDATE sse_relay.settings SET pruned = 4")
     epoch = log.attach()[0]
     log.run(statement)
@@ -697,12 +586,12 @@ def test_what_begins_an_epoch(log: Session, statement: str, *, begins: bool) -> 
     shown = log.page(5)[0][0]
     renewed, newest, pruned, _ = log.attach(epoch, 5)
     assert (renewed != epoch) == begins
-    assert shown in (renewed, None) or "RESTART WITH" in statement or "UPDATE" in statement
+    assert shown in (renewed, None) or "RESTART WITH" in statement or "pg_current" in statement
     assert log.page(5)[0][0] == renewed
     assert pruned <= newest
     assert log.value(LOG_VERSION_SQL) == SCHEMA_VERSION
-    start = int(POSITION.fullmatch(log.value("SELECT sse_relay.position()"))[2])  # type: ignore[index]
-    grow(log, 2)
+    start = int(POSITION.fullmatch(log.position())[2])  # type: ignore[index]
+    log.grow(2)
     assert [row[6] for row in log.read(start)] == ["0", "1"]
 
 
@@ -710,66 +599,22 @@ def test_a_relay_is_woken_when_the_log_is_thrown_away(log: Session, database: Da
     with Session(database) as relay:
         relay.run(f"LISTEN {LOG_CHANNEL}")
         log.run("TRUNCATE sse_relay.pending, sse_relay.events")
-        assert [note.payload for note in wait_until(lambda: notifications(relay.connection))] == [""]
-
-
-def test_rows_that_come_back_from_a_copy_begin_an_epoch(log: Session, tmp_path: Path) -> None:
-    """As a restore of the data alone does, in the same database with the same ids."""
-    grow(log)
-    epoch = log.attach()[0]
-    saved = {table: tmp_path / table for table in ("settings", "events", "epoch")}
-    with log.connection.cursor() as cursor:
-        for table, file in saved.items():
-            with file.open("w") as sink:
-                cursor.copy_expert(f"COPY sse_relay.{table} TO STDOUT", sink)
-        grow(log)
-        for table, file in saved.items():
-            cursor.execute(f"DELETE FROM sse_relay.{table}")
-            with file.open() as source:
-                cursor.copy_expert(f"COPY sse_relay.{table} FROM STDIN", source)
-    assert log.page(10)[0][0] is None
-    assert log.value("SELECT sse_relay.position()").startswith("unknown-5@")
-    assert log.attach()[0] not in (epoch, None)
+        assert [note.payload for note in wait_until(relay.notifications)] == [""]
 
 
 def test_a_copied_database_begins_an_epoch(log: Session, server: Server, database: Database) -> None:
-    grow(log)
+    log.grow()
     epoch = log.attach()[0]
-    name = database.execute("SELECT current_database()")[0][0]
+    name = log.connection.info.dbname
     log.connection.close()
     database.close()
-    server.database.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name}")
-    copy = Database(psycopg2.extensions.make_dsn(server.dsn, dbname=f"{name}_copy"))
-    try:
-        with Session(copy) as session:
-            assert session.value("SELECT sse_relay.position()").startswith("unknown-5@")
-            renewed = session.attach(epoch, 5)[0]
-            assert renewed != epoch
-            assert session.value("SELECT sse_relay.position()").startswith(renewed + "-5@")
-    finally:
-        copy.close()
-        server.database.execute(f"DROP DATABASE {name}_copy WITH (FORCE)")
-    with Session(database) as original:
-        assert original.attach(epoch, 5)[0] == epoch
-
-
-def test_a_promoted_standby_begins_an_epoch(own_server: Server) -> None:
-    database = own_server.database
-    apply(database)
-    with Session(database) as session:
-        grow(session)
-        epoch = session.attach()[0]
-    own_server.demote()
-    with contextlib.closing(own_server.database.connect()) as standby, standby.cursor() as cursor:
-        cursor.execute("SELECT sse_relay.position()")
-        assert cursor.fetchall() == [(f"{epoch}-5",)]
-        cursor.execute("SELECT pg_promote()")
-    with Session(own_server.database) as session:
-        assert session.value("SELECT sse_relay.position()").startswith("unknown-5@")
+    with server.fresh_database(template=name) as copy, Session(copy) as session:
+        assert session.position().startswith("unknown-5@")
         renewed = session.attach(epoch, 5)[0]
         assert renewed != epoch
-        session.run("CHECKPOINT")
-        assert session.attach(renewed, 5)[0] == renewed
+        assert session.position().startswith(renewed + "-5@")
+    with Session(database) as original:
+        assert original.attach(epoch, 5)[0] == epoch
 
 
 def test_relays_that_find_a_new_history_at_once_agree_on_its_name(log: Session, database: Database) -> None:
@@ -793,11 +638,11 @@ def test_a_server_that_does_not_tell_its_history_is_used_without(database: Datab
     apply(database, owner)
     with Session(database, owner) as session:
         assert len(session.run(LOG_LIMITS_SQL)) == 3
-        publish(session)
+        session.publish()
         session.sweep()
         epoch = session.attach()[0]
         assert epoch
-        assert session.value("SELECT sse_relay.position()").startswith(epoch + "-1@")
+        assert session.position().startswith(epoch + "-1@")
     for _, remedy in database.execute(LOG_LIMITS_SQL):
         database.execute(remedy)
     assert database.execute(LOG_LIMITS_SQL) == []
@@ -814,9 +659,9 @@ def test_aurora_has_no_wal_to_ask_about(log: Session, database: Database) -> Non
     )
     with Session(database) as session:
         assert session.attach(epoch, 0)[0] == epoch
-        assert session.value("SELECT sse_relay.position()").startswith(epoch + "-0@")
+        assert session.position().startswith(epoch + "-0@")
         session.run("SELECT sse_relay.renew_epoch()")
-        grow(session, 1)
+        session.grow(1)
         renewed = session.attach()[0]
         assert renewed not in (epoch, None)
         apply(database)
@@ -838,23 +683,23 @@ def parse(position: str) -> tuple[str, int, Callable[[int], bool]]:
 def test_position_is_of_the_callers_snapshot(log: Session, database: Database) -> None:
     volatility = "SELECT provolatile::text FROM pg_proc WHERE oid = 'sse_relay.position()'::regprocedure"
     assert log.value(volatility) == "s"
-    assert parse(log.value("SELECT sse_relay.position()"))[1] == 0
+    assert parse(log.position())[1] == 0
     with Session(database) as page, Session(database) as running:
         running.run("BEGIN")
         xid = int(running.value("SELECT pg_current_xact_id()::text"))
         page.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        before = page.value("SELECT sse_relay.position()")
-        grow(log)
+        before = page.position()
+        log.grow()
         running.run("COMMIT")
-        assert page.value("SELECT sse_relay.position()") == before
+        assert page.position() == before
         assert not parse(before)[2](xid)
         page.run("COMMIT")
-        _, number, shown = parse(page.value("SELECT sse_relay.position()"))
+        _, number, shown = parse(page.position())
         assert (number, shown(xid)) == (5, True)
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
-    while log.value(LOG_PRUNE_SQL):
+    while log.prune():
         pass
-    assert parse(log.value("SELECT sse_relay.position()"))[1] == 5
+    assert parse(log.position())[1] == 5
 
 
 def test_what_the_calling_transaction_publishes_afterwards_is_not_taken_for_seen(
@@ -867,45 +712,40 @@ def test_what_the_calling_transaction_publishes_afterwards_is_not_taken_for_seen
         for _ in range(3):
             log.run("SELECT pg_current_xact_id()")
         assert page.value("SELECT pg_visible_in_snapshot(pg_current_xact_id(), pg_current_snapshot())")
-        position = page.value("SELECT sse_relay.position()")
-        publish(page)
+        position = page.position()
+        page.publish()
         page.run("COMMIT")
     assert not parse(position)[2](own)
 
 
 def test_a_snapshot_that_is_too_long_is_left_out(log: Session, database: Database) -> None:
     """4,000 bytes take hundreds of transactions: the limit is lowered instead."""
-    sessions = [database.connect() for _ in range(60)]
-    try:
-        for session in sessions:
-            with session.cursor() as cursor:
-                cursor.execute("BEGIN")
-                cursor.execute("SELECT pg_current_xact_id()")
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            session = stack.enter_context(Session(database))
+            session.run("BEGIN; SELECT pg_current_xact_id()")
         log.run("SELECT pg_current_xact_id()")
-        assert POSITION.fullmatch(log.value("SELECT sse_relay.position()"))[5].count(",") >= 59  # type: ignore[index]
+        assert log.position().count(",") >= 59
         source = log.value("SELECT pg_get_functiondef('sse_relay.position()'::regprocedure)")
         assert "> 4000" in source
         log.run(source.replace("> 4000", "> 200"))
-        assert POSITION.fullmatch(log.value("SELECT sse_relay.position()"))[3] is None  # type: ignore[index]
-    finally:
-        for session in sessions:
-            session.close()
+        assert re.fullmatch(r"\w+-0", log.position())
 
 
 # ---------------------------------------------------------------- retention
 
 
 def test_pruning_takes_a_prefix_remembers_it_and_keeps_the_newest(log: Session) -> None:
-    grow(log, 10)
-    assert log.value(LOG_PRUNE_SQL) == 0
+    log.grow(10)
+    assert log.prune() == 0
     log.run("UPDATE sse_relay.events SET created = created - interval '25 hours' WHERE id <= 4 OR id = 7")
-    assert log.value(LOG_PRUNE_SQL) == 4
-    assert log.value(LOG_PRUNE_SQL) == 0
+    assert log.prune() == 4
+    assert log.prune() == 0
     assert [row[2] for row in log.read()] == [5, 6, 7, 8, 9, 10]
     assert log.page(10)[0][1] == 4
     assert log.attach()[2] == 4
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
-    assert log.value(LOG_PRUNE_SQL) == 5
+    assert log.prune() == 5
     assert [row[2] for row in log.read()] == [10]
     assert log.attach()[1:3] == (10, 9)
 
@@ -913,14 +753,14 @@ def test_pruning_takes_a_prefix_remembers_it_and_keeps_the_newest(log: Session) 
 def test_one_prunes_at_a_time_and_a_reader_sees_the_mark_with_the_rows(
     log: Session, database: Database
 ) -> None:
-    grow(log)
+    log.grow()
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
     with Session(database) as other, Session(database) as reader:
         reader.run("BEGIN ISOLATION LEVEL REPEATABLE READ")
         before = reader.page(0)
         other.run("BEGIN")
-        assert other.value(LOG_PRUNE_SQL) == 4
-        assert log.value(LOG_PRUNE_SQL) == 0
+        assert other.prune() == 4
+        assert log.prune() == 0
         assert log.page(0) == before
         other.run("COMMIT")
         assert reader.page(0) == before
@@ -932,7 +772,7 @@ def test_retention_counts_from_the_numbering(log: Session, database: Database) -
     with Session(database) as slow:
         slow.run("BEGIN")
         slow.run("SELECT pg_sleep(0.3)")
-        publish(slow)
+        slow.publish()
         slow.run("COMMIT")
     log.sweep()
     age = log.value("SELECT extract(epoch FROM clock_timestamp() - created)::float8 FROM sse_relay.events")
@@ -947,33 +787,34 @@ def test_pruning_goes_in_batches(log: Session, count: int, size: int, batches: l
             " SELECT '1', 'a', repeat('x', %s) FROM generate_series(1, %s)", (size, count))  # fmt: skip
     for endless in ("10000 years", "178000000 years", "999 years"):
         log.run("UPDATE sse_relay.settings SET retention = %s", (endless,))
-        assert log.value(LOG_PRUNE_SQL) == 0
+        assert log.prune() == 0
     for senseless in ("0", "-1 day"):
-        refused(log, "23514", "UPDATE sse_relay.settings SET retention = %s", (senseless,))
+        log.refused("23514", "UPDATE sse_relay.settings SET retention = %s", (senseless,))
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
-    assert [log.value(LOG_PRUNE_SQL) for _ in batches] == batches
+    assert [log.prune() for _ in batches] == batches
 
 
 def test_a_clock_that_was_ahead_does_not_stop_the_pruning(log: Session) -> None:
-    grow(log, 10)
+    log.grow(10)
     log.run("UPDATE sse_relay.settings SET retention = '1 hour'")
     log.run("UPDATE sse_relay.events SET created = created + interval '10 years' WHERE id <= 5")
-    assert log.value(LOG_PRUNE_SQL) == 0
+    assert log.prune() == 0
     assert log.value("SELECT count(*) FROM sse_relay.events WHERE created > now() + interval '1 minute'") == 0
     log.run("UPDATE sse_relay.events SET created = created + interval '10 years' WHERE id IN (2, 4)")
     log.run("UPDATE sse_relay.events SET created = created - interval '2 hours' WHERE id IN (1, 3, 5)")
-    assert log.value(LOG_PRUNE_SQL) == 5
+    assert log.prune() == 5
 
 
 def test_deleted_events_are_told_to_clients_that_have_not_come_as_far(log: Session) -> None:
-    grow(log, 10)
+    log.grow(10)
     epoch = log.attach()[0]
     log.run("DELETE FROM sse_relay.events WHERE id IN (3, 5)")
     assert [row[:3] for row in log.page(0)][:2] == [(epoch, 5, 1), (None, None, 2)]
     log.run("DELETE FROM sse_relay.events WHERE id = 4")
     assert log.attach(epoch, 10)[:3] == (epoch, 10, 5)
+    assert log.run(LOG_LAST_SQL, {"channels": ["orders"], "until": 10, "most": 9}) == [("orders", 5)]
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
-    assert log.value(LOG_PRUNE_SQL) == 6
+    assert log.prune() == 6
     assert [row[2] for row in log.read()] == [10]
 
 
@@ -982,7 +823,7 @@ def test_deleted_events_are_told_to_clients_that_have_not_come_as_far(log: Sessi
 
 def rows_of(log: Session) -> list[tuple[str, dict[str, Any]]]:
     """What the trigger has published: channels and messages; takes it away."""
-    taken = [(channel, json.loads(data)) for channel, _, data in pending(log)]
+    taken = [(channel, json.loads(data)) for channel, _, data in log.pending()]
     log.run("DELETE FROM sse_relay.pending")
     return taken
 
@@ -1097,7 +938,7 @@ def test_a_row_keeps_the_text_of_its_numbers(log: Session) -> None:
     watch(log, "t", "orders", "total")
     log.run("INSERT INTO t VALUES (7, 1.10)")
     text = '{"op": "insert", "key": {"id": 7}, "row": {"total": 1.10}, "table": "public.t"}'
-    assert pending(log) == [("orders", None, text)]
+    assert log.pending() == [("orders", None, text)]
 
 
 # SQLSTATE, the trigger, a statement that fires it, part of the message.
@@ -1127,7 +968,7 @@ def test_a_trigger_that_cannot_work_is_refused(log: Session) -> None:
     log.run("CREATE TABLE a (id int PRIMARY KEY, b text, gone int); ALTER TABLE a DROP COLUMN gone")
     for code, trigger, statement, message in BAD_TRIGGERS:
         log.run(trigger)
-        assert message in refused(log, code, statement)
+        assert message in log.refused(code, statement)
         log.run("DROP TRIGGER watch ON a")
     assert log.run("SELECT * FROM a") == []
 
@@ -1141,7 +982,7 @@ def test_a_virtual_column_cannot_be_named(each_database: Database) -> None:
                 " c int GENERATED ALWAYS AS (id + 2) STORED)")  # fmt: skip
         for arguments in (("c", "b"), ("c-{b}",)):
             watch(log, "a", *arguments)
-            assert '"b"' in refused(log, "42703", "INSERT INTO a VALUES (1)")
+            assert '"b"' in log.refused("42703", "INSERT INTO a VALUES (1)")
             log.run("DROP TRIGGER watch ON a")
         watch(log, "a", "c", "*")
         log.run("INSERT INTO a VALUES (1)")
@@ -1170,13 +1011,13 @@ def test_version_1_is_upgraded_beside_running_relays_and_keeps_its_grants(databa
     database.execute("UPDATE sse_relay.settings SET retention = '7 days', pruned = 2")
     with Session(database, relay) as old_relay, Session(database, app) as application:
         for i in range(5):
-            publish(application, data=str(i))
+            application.publish(str(i))
         snapshot, xids, pids = old_relay.run("SELECT * FROM sse_relay.waiting(NULL::pg_snapshot)")[0]
         old_relay.run("SELECT * FROM sse_relay.advance(%s::text[]::xid8[], %s::int[], false)", (xids, pids))
         epoch = old_relay.attach()[0]
-        publish(application, data="unnumbered")
+        application.publish("unnumbered")
         apply(database)
-        publish(application, data="after")
+        application.publish("after")
         application.run("SELECT sse_relay.publish('orders', '{}'::json)")
         _, xids, pids = old_relay.run(
             "SELECT snapshot::text, xids::text[], pids FROM sse_relay.waiting(%s::pg_snapshot)", (snapshot,)
@@ -1184,7 +1025,7 @@ def test_version_1_is_upgraded_beside_running_relays_and_keeps_its_grants(databa
         assert old_relay.run(LOG_ADVANCE_SQL, (xids, pids, True)) == [(3, False)]
         assert old_relay.attach(epoch, 5)[:3] == (epoch, 8, 2)
         assert [row[3] for row in old_relay.run(READ_1, (5,))] == ["unnumbered", "after", "{}"]
-        assert old_relay.value(LOG_PRUNE_SQL) == 0
+        assert old_relay.prune() == 0
     with Session(database, relay) as new_relay:
         for statement in USES["relay"]:
             new_relay.run(statement)
@@ -1197,7 +1038,7 @@ def test_an_upgrade_gives_way_to_who_holds_a_lock_and_is_tried_again(database: D
     apply(database, script=VERSION_1.read_text())
     with Session(database) as publisher, ThreadPoolExecutor(1) as pool:
         publisher.run("BEGIN")
-        publish(publisher)
+        publisher.publish()
         upgrade = pool.submit(apply_schema, database.dsn)
         wait_until(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
         # It does not stand before others in the queue for long.
@@ -1216,7 +1057,7 @@ def test_applying_beside_relays_and_publishers_is_nobodys_deadlock(log: Session,
         turns = 0
         with Session(database) as session:
             while not stop.is_set():
-                publish(session)
+                session.publish()
                 session.sweep()
                 session.page(0)
                 session.attach()
@@ -1239,8 +1080,8 @@ def test_applying_beside_relays_and_publishers_is_nobodys_deadlock(log: Session,
 
 
 def test_row_level_security_shows_on_a_page_and_to_the_relays_check(log: Session, database: Database) -> None:
-    grow(log)
-    with Session(database, granted(database, "relay")) as session:
+    log.grow()
+    with Session(database, new_role(database, "relay", GRANTS["relay"])) as session:
         for table in ("settings", "epoch", "events", "revocations"):
             assert not session.page(0)[0][10]
             log.run(f"ALTER TABLE sse_relay.{table} ENABLE ROW LEVEL SECURITY")
@@ -1260,7 +1101,7 @@ def test_row_level_security_that_holds_for_the_owner_stops_the_numbering(databas
             alter = f"ALTER TABLE sse_relay.{table}"
             database.execute(f"{alter} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
             for statement in (LOG_WAITING_SQL, LOG_ATTACH_SQL):
-                message = refused(session, "42501", statement, (None, None))
+                message = session.refused("42501", statement, (None, None))
                 assert f"row-level security hides rows of sse_relay.{table}" in message
                 assert f"{alter} NO FORCE ROW LEVEL SECURITY" in message
             database.execute(f"{alter} NO FORCE ROW LEVEL SECURITY")
