@@ -32,16 +32,10 @@ from sse_relay import MIB
 FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 HALF_OPEN, STALLED = (number * min(FILES, 12_000) // 12_000 for number in (10_000, 1_000))
 
+# The crowds' own ends need descriptors too.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("many_descriptors")]
+
 StartRelay = Callable[..., Relay]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _many_descriptors() -> Iterator[None]:
-    """The crowds' own ends need descriptors too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class Limited(NamedTuple):
@@ -157,7 +151,6 @@ def is_closed(client: socket.socket) -> bool:
 HALF_A_REQUEST = b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAccept: text/event-"
 
 
-@pytest.mark.slow
 def test_crowds_that_stall_stop_nobody_and_leave_nothing(
     start_limited: Callable[..., Limited], database: Database
 ) -> None:
@@ -206,7 +199,6 @@ def count_open(crowd: list[socket.socket]) -> int:
     return sum(not is_closed(client) for client in crowd)
 
 
-@pytest.mark.slow
 def test_idle_connections_do_not_keep_others_out(
     start_limited: Callable[..., Limited], database: Database
 ) -> None:
@@ -224,7 +216,6 @@ def test_idle_connections_do_not_keep_others_out(
         assert count_open(crowd) <= 128
 
 
-@pytest.mark.slow
 def test_connections_of_the_admin_listener_keep_nobody_out(
     start_limited: Callable[..., Limited], database: Database
 ) -> None:
@@ -243,7 +234,6 @@ def test_connections_of_the_admin_listener_keep_nobody_out(
         harness.wait_until(lambda: count_open(crowd) <= 40, what="few connections")
 
 
-@pytest.mark.slow
 def test_half_a_request_is_bounded_in_bytes(
     start_limited: Callable[..., Limited], database: Database
 ) -> None:
@@ -269,7 +259,6 @@ def test_half_a_request_is_bounded_in_bytes(
     assert "431" in relay.log
 
 
-@pytest.mark.slow
 def test_requests_that_do_not_come_are_closed_in_time(
     start_relay: Callable[..., Relay], database: Database
 ) -> None:
@@ -335,7 +324,6 @@ FLOODS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flood", FLOODS)
 def test_floods_are_bounded_and_others_are_served_meanwhile(
     flood: str, shared_relay: Relay, standing_database: Database
@@ -363,7 +351,6 @@ def test_floods_are_bounded_and_others_are_served_meanwhile(
     assert len("\n".join(relay.lines[lines:])) < 2_000_000 + 5 * total
 
 
-@pytest.mark.slow
 def test_the_listener_comes_back_while_all_descriptors_are_taken(
     start_limited: Callable[..., Limited], database: Database
 ) -> None:
@@ -420,7 +407,6 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=14).map(b"".join))
 @example(b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nOrigin: null\r\n\r\n")

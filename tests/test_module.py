@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,50 +127,6 @@ def test_it_does_what_it_must(story: str, folder: Path) -> None:
     command = [NODE, str(HERE / "module.mjs"), str(folder / "events.mjs"), story]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 0, done.stderr
-
-
-# ==== Many pages, in Node =====================================================
-
-
-@pytest.mark.slow
-def test_many_pages_ask_the_application_once_each_when_the_relay_returns(
-    node_modules: Path, folder: Path, start_relay: StartRelay, database: Database, tmp_path: Path
-) -> None:
-    """2,000 pages, as the docs write them, while the relay is away for 10 s behind the docs' nginx."""
-    socket = f"unix:{tmp_path}/http.sock"
-    first = start_relay(bind=socket, dsn=database.dsn)
-    # All pages come from one address here.
-    server = harness.nginx_recipe("server { }").replace("limit_conn sse_clients 100;", "")
-    with harness.Nginx(tmp_path, socket, server=server) as nginx:
-        command = [NODE, str(HERE / "many.mjs"), str(folder / "events.mjs")]
-        command += [f"{nginx.url}/events/orders", "2000"]
-        pages_of = subprocess.Popen(command, cwd=node_modules, stdout=subprocess.PIPE, text=True)
-        assert pages_of.stdout is not None
-        try:
-            fetches: list[dict[str, float | str]] = []
-            lines = iter(pages_of.stdout.readline, "")
-
-            def read_until(count: int) -> None:
-                while len(fetches) < count:
-                    fetches.append(json.loads(next(lines)))
-
-            # A page's own start is not spread.
-            read_until(2000)
-            assert {fetch["reason"] for fetch in fetches} == {"start"}
-            assert first.stop() == 0
-            time.sleep(10)  # as long as it is away
-            assert len({fetch["page"] for fetch in fetches}) == 2000
-            start_relay(bind=socket, dsn=database.dsn)
-            read_until(4000)
-        finally:
-            pages_of.kill()
-            rest = pages_of.communicate()[0]
-        assert rest == "", "some asked again"
-    returned = fetches[2000:]
-    assert {fetch["reason"] for fetch in returned} == {"restart"}
-    assert len({fetch["page"] for fetch in returned}) == 2000
-    seconds = [float(fetch["when"]) // 1000 for fetch in returned]
-    assert max(map(seconds.count, set(seconds))) < 1000, "too many in one second"
 
 
 # ==== In Chromium =============================================================
