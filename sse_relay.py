@@ -1334,6 +1334,8 @@ def encode_heartbeat(interval: float, position: bytes | None) -> bytes:
 WRITES_PER_TURN: Final = 2_000
 # Joining so many events for one stream, or looking at so many streams, costs what a write does.
 EVENTS_PER_WRITE: Final = 20
+# The same holds for so many bytes more in one write.
+BYTES_PER_WRITE: Final = 8 * KIB
 # A client that is cut again within this time waits longer before it comes back.
 CUT_MEMORY: Final = 600.0
 
@@ -1562,8 +1564,10 @@ class Hub:
         """
         most = self.max_backlog
         chunk = as_chunk(block)
+        cost = 1 + len(block) // BYTES_PER_WRITE
         rest = iter(subscribers)
-        while part := tuple(itertools.islice(rest, self._left)):
+        # At least one of them, however large the block.
+        while part := tuple(itertools.islice(rest, -(-self._left // cost))):
             deliveries = sent = 0
             for subscriber in part:
                 transport = subscriber.transport
@@ -1589,7 +1593,7 @@ class Hub:
                 deliveries += events
             self.counts.deliveries += deliveries
             self.counts.sent_bytes += sent
-            yield from self._spend(len(part))
+            yield from self._spend(len(part) * cost)
 
     def _drop(self, subscriber: Subscriber, error: Exception) -> None:
         """Abort a connection that could not be written to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
 import time
@@ -580,3 +581,24 @@ async def test_the_longest_turn_of_a_burst_does_not_grow_with_the_streams(
     few, many = await turns(60), await turns(240)
     assert len(many) > len(few)
     assert max(many) < 1.5 * max(few)
+
+
+async def test_a_turn_writes_less_to_fewer_streams_when_events_are_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = make_hub()
+    for _ in range(500):
+        subscriber = Subscriber(hub, ("a",), 0)
+        subscriber.transport, subscriber.live_from = Sink(), LIVE
+        hub.enter(subscriber)
+    sent = [0]
+
+    def go_on() -> None:
+        Hub._go_on(hub)
+        sent.append(hub.counts.sent_bytes)
+
+    monkeypatch.setattr(hub, "_go_on", go_on)
+    await broadcast(hub, make_frames("a", data="x" * 1_000_000))
+    assert hub.counts.deliveries == 500
+    # Some 4 us for 8 KiB: 10 ms.
+    assert max(after - before for before, after in itertools.pairwise(sent)) < 20_000_000
