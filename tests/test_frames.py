@@ -314,13 +314,6 @@ def test_an_event_of_several_channels_tells_channel_and_name_apart_and_passes_fo
     assert not sse_relay.is_reserved_name(read.event) or ":" in read.event
 
 
-def test_joined_blocks_are_those_of_the_frames_in_their_order() -> None:
-    frames = [make_frame("a"), make_frame("b", "n"), make_frame("a")]
-    for several, names in ((False, ["message", "n", "message"]), (True, ["a", "b:n", "a"])):
-        assert [event.event for event in read_stream(sse_relay.join_blocks(frames, several))] == names
-    assert sse_relay.join_blocks([], several=True) == b""
-
-
 @quick
 @given(channels=st.lists(any_text, min_size=1, unique=True), since=st.none() | any_text)
 @example(channels=['"\n\u2028'], since="\udcff" * 100)
