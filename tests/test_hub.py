@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 import socket
 import time
@@ -277,30 +278,37 @@ async def test_cuts_are_counted_for_each_client_and_forgotten_after_ten_minutes(
     assert hub.cut_count(7, now + CUT_MEMORY) == 0
 
 
-async def test_connections_that_break_or_are_closed_concern_their_streams_alone(
-    open_stream: OpenStream, beating: Beating, advance: Advance, monkeypatch: pytest.MonkeyPatch
+async def test_connections_that_are_closed_or_break_concern_their_streams_alone(
+    open_stream: OpenStream,
+    beating: Beating,
+    advance: Advance,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*arguments: object) -> NoReturn:
         raise RuntimeError("not from a socket")
 
     hub = make_hub(heartbeat=1.0)
-    broken = ("write", "get_write_buffer_size", "is_closing")
+    broken = ("write", "is_closing", "get_write_buffer_size")
     names = [*broken, "left", "closed", "aborted", "without a connection", "well", "well too"]
     streams = {name: await open_stream(hub, "a", "b") for name in names}
-    for method in broken:
-        monkeypatch.setattr(streams[method].transport, method, fail)
     streams["left"].far.close()
     streams["closed"].transport.close()
     streams["aborted"].transport.abort()
     streams["without a connection"].subscriber.transport = None
-    bursts = [make_frames("a", "b", first=number) for number in range(1, 20, 2)]
-    for burst in bursts:
+    bursts = [make_frames("a", "b", first=number) for number in range(1, 22, 2)]
+    for burst in bursts[:-1]:
         # In one turn of the loop, before anybody is told that a connection is lost.
         await broadcast(hub, burst)
-    await hub.send_gaps("outage", "e", 21)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for method in broken[:2]:
+        monkeypatch.setattr(streams[method].transport, method, fail)
+    await broadcast(hub, bursts[-1])
+    await hub.send_gaps("outage", "e", 23)
     expected = join_blocks([frame for burst in bursts for frame in burst], several=True)
     for name in ("well", "well too"):
         assert await streams[name].read(len(expected)) == expected
+    monkeypatch.setattr(streams[broken[2]].transport, broken[2], fail)
     beating(hub)
     await advance(3)
     assert streams["well"].writes[-1] == b":\n"

@@ -105,18 +105,15 @@ def shadow(login: Database) -> None:
     assert operators > 300
 
 
-def let_strangers_in(database: Database) -> None:
-    """As up to PostgreSQL 14, and worse: the stranger's schema comes before PostgreSQL's own."""
-    (dbname,) = database.execute("SELECT current_database()")[0]
+@pytest.mark.slow
+def test_no_name_of_a_stranger_is_found_by_script_session_relay_doctor_and_commands(
+    database: Database, start_relay: Callable[..., Relay]
+) -> None:
+    # As up to PostgreSQL 14, and worse: the stranger's schema comes before PostgreSQL's own.
+    dbname = psycopg2.extensions.parse_dsn(database.dsn)["dbname"]
     database.execute("GRANT ALL ON SCHEMA public TO PUBLIC")
     database.execute(f"ALTER DATABASE {dbname} SET search_path = public, pg_catalog")
-
-
-@pytest.mark.slow
-def test_no_name_of_a_stranger_is_found_by_the_script_or_a_session(database: Database) -> None:
-    stranger = new_login(database, "stranger")
-    let_strangers_in(database)
-    shadow(stranger)
+    shadow(new_login(database, "stranger"))
     with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
         with pytest.raises(psycopg2.Error, match="evil"):
             cursor.execute("SELECT 1 WHERE 'a'::pg_catalog.text = 'b'::pg_catalog.text")
@@ -153,8 +150,29 @@ def test_no_name_of_a_stranger_is_found_by_the_script_or_a_session(database: Dat
         session.attach()
         session.sweep()
         assert len(session.read()) == 6
-        session.run(sse_relay.LOG_PRUNE_SQL)
-        assert session.run("SELECT * FROM public.loot WHERE what <> '='") == []
+        session.prune()
+    program = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    start = [sys.executable, str(PROGRAM)]
+    dsn = ["--dsn", database.dsn]
+    assert program([*start, "schema", "--apply", *dsn]).returncode == 0
+    for options in (["--source", "log", "--memory", "0"], []):
+        relay = start_relay(*options, dsn=database.dsn)
+        with SseReader(relay.url("a")) as reader:
+            position = reader.wait_for_id()
+            for word in ("one", "two"):
+                assert program([*start, "publish", *options[:2], *dsn, "a", word]).returncode == 0
+                reader.wait_for_data(word)
+            database.execute("SELECT pg_catalog.pg_notify('sse_relay', '08')")
+        if options:
+            with SseReader(relay.url("a"), last_event_id=position) as resuming:
+                resuming.wait_for_data("two")
+                assert resuming.data == ["one", "two"]
+        examined = program([*start, "doctor", *options[:2], *dsn])
+        assert "evil" not in examined.stdout + examined.stderr + relay.log
+        assert "lost PostgreSQL" not in relay.log
+    with Session(database) as session:
+        session.run(PIN_PATH_SQL)
+        assert session.run("SELECT * FROM public.loot") == []
 
 
 # ---------------------------------------------------------------- types
@@ -344,36 +362,6 @@ def test_what_default_privileges_add_goes_and_what_was_given_by_hand_stays(datab
         database.execute(remedy.removeprefix("if it is not wanted, "))
     assert len(sse_relay.apply_schema(database.dsn)) == 1
     assert len(acl(database)) == 3
-
-
-@pytest.mark.slow
-def test_no_name_of_a_stranger_is_found_by_relay_doctor_and_commands(
-    database: Database, start_relay: Callable[..., Relay]
-) -> None:
-    let_strangers_in(database)
-    shadow(new_login(database, "stranger"))
-    program = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
-    start = [sys.executable, str(PROGRAM)]
-    dsn = ["--dsn", database.dsn]
-    assert program([*start, "schema", "--apply", *dsn]).returncode == 0
-    for options in (["--source", "log", "--memory", "0"], []):
-        relay = start_relay(*options, dsn=database.dsn)
-        with SseReader(relay.url("a")) as reader:
-            position = reader.wait_for_id()
-            for word in ("one", "two"):
-                assert program([*start, "publish", *options[:2], *dsn, "a", word]).returncode == 0
-                reader.wait_for_data(word)
-            database.execute("SELECT pg_catalog.pg_notify('sse_relay', '08')")
-        if options:
-            with SseReader(relay.url("a"), last_event_id=position) as resuming:
-                resuming.wait_for_data("two")
-                assert resuming.data == ["one", "two"]
-        examined = program([*start, "doctor", *options[:2], *dsn])
-        assert "evil" not in examined.stdout + examined.stderr + relay.log
-        assert "lost PostgreSQL" not in relay.log
-    with contextlib.closing(database.connect()) as connection, connection.cursor() as cursor:
-        cursor.execute("SET search_path = pg_catalog; SELECT * FROM public.loot")
-        assert cursor.fetchall() == []
 
 
 # ---------------------------------------------------------------- as the docs say

@@ -13,7 +13,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,12 @@ from sse_relay import (
     LOG_WAITING_SQL,
     SCHEMA_SQL,
     SCHEMA_VERSION,
+    Snapshot,
     UnusableDatabaseError,
     apply_schema,
     check_log,
+    parse_position,
 )
-
-POSITION = re.compile(r"([0-9a-f]{12})-(\d+)(?:@(\d+):(\d+):((?:\d+(?:,\d+)*)?))?")
 
 
 @pytest.fixture
@@ -64,6 +64,14 @@ def log(log_database: Database) -> Iterator[Session]:
     """A database with the schema, and a session of a relay that is its owner."""
     with Session(log_database) as session:
         yield session
+
+
+def parse(position: str) -> tuple[int, Snapshot]:
+    """Return the number and the snapshot of a page's position."""
+    found = parse_position(position)
+    assert found is not None
+    assert found.snapshot is not None
+    return found.number, found.snapshot
 
 
 # ---------------------------------------------------------------- the script
@@ -121,7 +129,7 @@ def test_applying_needs_create_on_the_database_and_the_schemas_owner(database: D
     with Session(database, owner) as session:
         session.publish()
         session.sweep()
-        assert POSITION.fullmatch(session.position())
+        assert parse(session.position())[0] == 1
         assert session.datas() == ["x"]
 
 
@@ -404,10 +412,11 @@ def test_numbering_refuses_a_snapshot_that_may_be_older_than_its_lock(log: Sessi
 
 
 def test_the_session_is_safe_from_the_defaults_of_its_role(log: Session, database: Database) -> None:
-    name = database.execute("SELECT current_database()")[0][0]
-    log.run(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
-    log.run(f"ALTER DATABASE {name} SET synchronous_commit = off")
-    log.run(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    for setting, value in (
+        ("default_transaction_isolation", "serializable"), ("synchronous_commit", "off"),
+        ("default_transaction_read_only", "on"),
+    ):  # fmt: skip
+        log.run(f"ALTER DATABASE {log.connection.info.dbname} SET {setting} = '{value}'")
     with Session(database) as session:
         session.publish()
         session.sweep()
@@ -590,7 +599,7 @@ def test_what_begins_an_epoch(log: Session, statement: str, *, begins: bool) -> 
     assert log.page(5)[0][0] == renewed
     assert pruned <= newest
     assert log.value(LOG_VERSION_SQL) == SCHEMA_VERSION
-    start = int(POSITION.fullmatch(log.position())[2])  # type: ignore[index]
+    start, _ = parse(log.position())
     log.grow(2)
     assert [row[6] for row in log.read(start)] == ["0", "1"]
 
@@ -651,10 +660,9 @@ def test_a_server_that_does_not_tell_its_history_is_used_without(database: Datab
 def test_aurora_has_no_wal_to_ask_about(log: Session, database: Database) -> None:
     epoch = log.attach()[0]
     log.run(
-        "SET allow_system_table_mods = on; ALTER FUNCTION pg_catalog.pg_current_wal_lsn() RENAME TO was_lsn"
-    )
-    log.run(
-        "CREATE FUNCTION pg_catalog.pg_current_wal_lsn() RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN"
+        "SET allow_system_table_mods = on;"
+        " ALTER FUNCTION pg_catalog.pg_current_wal_lsn() RENAME TO was_lsn;"
+        " CREATE FUNCTION pg_catalog.pg_current_wal_lsn() RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN"
         " RAISE 'logical replication is off' USING ERRCODE = 'object_not_in_prerequisite_state'; END $$"
     )
     with Session(database) as session:
@@ -671,19 +679,10 @@ def test_aurora_has_no_wal_to_ask_about(log: Session, database: Database) -> Non
 # ---------------------------------------------------------------- position
 
 
-def parse(position: str) -> tuple[str, int, Callable[[int], bool]]:
-    """Epoch, number, and which transactions the snapshot shows."""
-    match = POSITION.fullmatch(position)
-    assert match, position
-    xmin, xmax = int(match[3]), int(match[4])
-    running = {int(xid) for xid in match[5].split(",") if xid}
-    return match[1], int(match[2]), lambda xid: xid < xmin or (xid < xmax and xid not in running)
-
-
 def test_position_is_of_the_callers_snapshot(log: Session, database: Database) -> None:
     volatility = "SELECT provolatile::text FROM pg_proc WHERE oid = 'sse_relay.position()'::regprocedure"
     assert log.value(volatility) == "s"
-    assert parse(log.position())[1] == 0
+    assert parse(log.position())[0] == 0
     with Session(database) as page, Session(database) as running:
         running.run("BEGIN")
         xid = int(running.value("SELECT pg_current_xact_id()::text"))
@@ -692,14 +691,14 @@ def test_position_is_of_the_callers_snapshot(log: Session, database: Database) -
         log.grow()
         running.run("COMMIT")
         assert page.position() == before
-        assert not parse(before)[2](xid)
+        assert not parse(before)[1].shows(xid)
         page.run("COMMIT")
-        _, number, shown = parse(page.position())
-        assert (number, shown(xid)) == (5, True)
+        number, snapshot = parse(page.position())
+        assert (number, snapshot.shows(xid)) == (5, True)
     log.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
     while log.prune():
         pass
-    assert parse(log.position())[1] == 5
+    assert parse(log.position())[0] == 5
 
 
 def test_what_the_calling_transaction_publishes_afterwards_is_not_taken_for_seen(
@@ -715,7 +714,7 @@ def test_what_the_calling_transaction_publishes_afterwards_is_not_taken_for_seen
         position = page.position()
         page.publish()
         page.run("COMMIT")
-    assert not parse(position)[2](own)
+    assert not parse(position)[1].shows(own)
 
 
 def test_a_snapshot_that_is_too_long_is_left_out(log: Session, database: Database) -> None:
