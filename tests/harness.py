@@ -214,14 +214,8 @@ class Relay(Closing):
     """The program, run as a process: ``python sse_relay.py [command] --bind … --dsn … options``.
 
     Args:
-        options: Options of ``run``, after those made from ``bind`` and ``dsn``.
-        dsn: None leaves the option out.
         bind: Default: a free port of 127.0.0.1. A restart on the same address passes ``bind=other.bind``.
-        env: Added to `clean_environment`.
         wait: Return only when the log says that the relay is ready.
-        command: What stands before the options, without the program's own name.
-        python: The interpreter, e.g. of another virtual environment.
-        pass_fds: Descriptors that the process inherits.
         prefix: Words before the interpreter's, of a program that becomes the relay by exec.
         constants: Other values for constants of the program.
     """
@@ -474,6 +468,11 @@ class Server(EmbeddedPostgres):
 # ==== Between the relay and its neighbours ====================================
 
 
+def shut_down(end: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(how)
+
+
 class FreezableProxy(Closing):
     """A TCP proxy on 127.0.0.1 that can freeze, drop its connections, refuse new ones, or be slow.
 
@@ -483,11 +482,11 @@ class FreezableProxy(Closing):
     """
 
     def __init__(self, target: tuple[str, int], bytes_per_second: int | None = None) -> None:
-        self.target = target
-        self.bytes_per_second = bytes_per_second
+        self._target = target
+        self._rate = bytes_per_second
         self._flowing = threading.Event()
         self._flowing.set()
-        self._flows: dict[socket.socket, threading.Event] = {}
+        self._forgotten: list[threading.Event] = []
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
@@ -522,22 +521,21 @@ class FreezableProxy(Closing):
 
     def forget(self) -> None:
         """Forward nothing more of the connections that are open, which stay so; new ones work."""
-        forgotten, self._flowing = self._flowing, threading.Event()
+        self._forgotten.append(self._flowing)
+        self._flowing = threading.Event()
         self._flowing.set()
-        forgotten.clear()
+        self._forgotten[-1].clear()
 
     def drop(self) -> None:
         """Cut every connection, on both sides."""
         with self._lock:
             for each in self._sockets:
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                shut_down(each, socket.SHUT_RDWR)
 
     def refuse(self) -> None:
         """Refuse new connections, as if nobody listened; those that are open stay."""
         if self._listener is not None:
-            with contextlib.suppress(OSError):  # wakes the thread in accept()
-                self._listener.shutdown(socket.SHUT_RDWR)
+            shut_down(self._listener, socket.SHUT_RDWR)  # wakes the thread in accept()
             self._listener.close()
             self._listener = None
 
@@ -549,7 +547,7 @@ class FreezableProxy(Closing):
 
     def close(self) -> None:
         self._closed.set()
-        for flowing in (self._flowing, *self._flows.values()):
+        for flowing in (self._flowing, *self._forgotten):
             flowing.set()
         self.refuse()
         self.drop()
@@ -557,45 +555,39 @@ class FreezableProxy(Closing):
             thread.join(10)
             assert not thread.is_alive()
 
-    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+    def _start(self, target: Callable[..., None], *arguments: object) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):
+            while True:
                 client, _ = listener.accept()
-            except OSError:
-                return
-            self._start(self._connect, client)
+                self._start(self._connect, client, self._flowing)
 
-    def _connect(self, client: socket.socket) -> None:
-        flowing = self._flowing
-        with client, socket.socket() as upstream:
-            self._flows[client] = self._flows[upstream] = flowing
+    def _connect(self, client: socket.socket, flowing: threading.Event) -> None:
+        with client, socket.socket() as upstream, contextlib.suppress(OSError):
             flowing.wait()
-            if self.bytes_per_second is not None:
+            if self._rate is not None:
                 # Small buffers, so that the target feels the slowness.
                 upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
-            try:
-                upstream.connect(self.target)
-            except OSError:
-                return
+            upstream.connect(self._target)
             with self._lock:
                 if self._closed.is_set():
                     return
                 self._sockets |= {client, upstream}
-            back = threading.Thread(target=self._pump, args=(client, upstream, None), daemon=True)
-            back.start()
-            self._pump(upstream, client, self.bytes_per_second)
+            back = self._start(self._pump, client, upstream, flowing, None)
+            self._pump(upstream, client, flowing, self._rate)
             back.join()
             with self._lock:
                 self._sockets -= {client, upstream}
 
-    def _pump(self, source: socket.socket, sink: socket.socket, rate: int | None) -> None:
-        flowing = self._flows[source]
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, flowing: threading.Event, rate: int | None
+    ) -> None:
         size = max(1, rate // 20) if rate else 65536
         try:
             while data := source.recv(size):
@@ -604,19 +596,9 @@ class FreezableProxy(Closing):
                 if rate:
                     self._closed.wait(len(data) / rate)
         except OSError:
-            self._shutdown(source, socket.SHUT_RDWR)
+            shut_down(source, socket.SHUT_RDWR)
         flowing.wait()
-        self._shutdown(sink, socket.SHUT_WR)
-
-    @staticmethod
-    def _shutdown(end: socket.socket, how: int) -> None:
-        with contextlib.suppress(OSError):
-            end.shutdown(how)
-
-
-# The docs' blocks for nginx name these.
-DOCS_SOCKET = "unix:/run/sse-relay/http.sock"
-DOCS_LOGS = "/var/log/nginx"
+        shut_down(sink, socket.SHUT_WR)
 
 
 # Inside server { }, in place of the docs', without its error_page: a relay that is away is a 502.
@@ -685,21 +667,14 @@ class Nginx(Daemon):
     """A real nginx, which keeps all its files in a folder.
 
     Args:
-        folder: For the certificate, the configuration and the logs.
+        relay: The relay's address in the form of --bind, in place of the docs'.
         http: What stands inside ``http { }``; default: the docs' block.
         server: The same inside ``server { }``.
-        relay: The relay's address in the form of --bind, in place of the docs'.
         tls: Speak HTTP/2 and TLS, with `certificate`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        relay: str,
-        http: str | None = None,
-        server: str | None = None,
-        *,
-        tls: bool = False,
+        self, folder: Path, relay: str, http: str | None = None, server: str | None = None, tls: bool = False
     ) -> None:
         port = free_port()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
@@ -712,7 +687,8 @@ class Nginx(Daemon):
             listen = f"listen 127.0.0.1:{port} ssl http2;"
             listen += f" ssl_certificate {self.certificate}; ssl_certificate_key {folder}/key.pem;"
         text = nginx_conf(folder, f"{http}\nserver {{ {listen}\n{server}\n}}")
-        (folder / "nginx.conf").write_text(text.replace(DOCS_SOCKET, relay).replace(DOCS_LOGS, str(folder)))
+        text = text.replace("unix:/run/sse-relay/http.sock", relay).replace("/var/log/nginx", str(folder))
+        (folder / "nginx.conf").write_text(text)
         command = [require("nginx"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log"]
         super().__init__(command, port, folder)
 
@@ -755,9 +731,7 @@ class SseReader(Closing):
     ``start``, with which every stream without a position begins: `starts` has those.
 
     Args:
-        url: As from `Relay.url`.
         headers: Added to those of httpx-sse (``Accept: text/event-stream``).
-        last_event_id: Sent as ``Last-Event-ID``.
         unix: Path of a unix socket to connect to.
         wait: Return only when the response's headers are there.
     """
@@ -864,8 +838,7 @@ class SseReader(Closing):
         self._closing = True
         if self.response is not None and not self.ended:
             stream = self.response.extensions["network_stream"]
-            with contextlib.suppress(OSError):
-                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            shut_down(stream.get_extra_info("socket"), socket.SHUT_RDWR)
         self._thread.join(10)
         assert not self._thread.is_alive()
 
@@ -891,8 +864,7 @@ class RawStream(Closing):
     Args:
         address: A ``--bind`` value: ``HOST:PORT`` or ``unix:PATH``, as in `Relay.bind`.
         target: Path and query, or a whole URL as from `Relay.url`.
-        headers: Default: ``Host`` and ``Accept: text/event-stream``.
-        version: ``1.0`` or ``1.1``.
+        headers: Beside, or in place of, ``Host`` and ``Accept: text/event-stream``.
         request: Sent as it is, instead of what the arguments above make.
         receive_buffer: SO_RCVBUF in bytes, for a client that takes little.
         reading: False never reads: a client that has stalled.
@@ -1013,8 +985,7 @@ class RawStream(Closing):
         return self.body
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        shut_down(self.socket, socket.SHUT_RDWR)
         if self._thread is not None:
             self._thread.join(10)
             assert not self._thread.is_alive()
@@ -1022,12 +993,7 @@ class RawStream(Closing):
 
 
 class Crowd(Closing):
-    """Many streams on bare sockets, read by one thread.
-
-    Args:
-        address: HOST:PORT.
-        urls: One for each client, as from `Relay.url`.
-    """
+    """Many streams on bare sockets, one for each URL, read by one thread."""
 
     def __init__(self, address: str, urls: Iterable[str]) -> None:
         self.received: list[bytearray] = []
@@ -1118,8 +1084,6 @@ OPEN_EVENT_SOURCE = """([url, names, withCredentials]) => {
 
 @dataclass(frozen=True)
 class PageEvent:
-    """One event as a page saw it."""
-
     name: str
     data: str
     id: str

@@ -6,7 +6,6 @@ what it writes is gone with it. It has no network, and reaches PostgreSQL by a u
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -26,7 +25,7 @@ import pytest
 
 import harness
 import pages
-from harness import Database, RawStream, Server, wait_until
+from harness import Database, RawStream, Server, SseReader, wait_until
 from sse_relay import SCHEMA_SQL
 
 # A boot, an installation from the package index, and limits of the watchdog that must pass.
@@ -306,113 +305,80 @@ def test_the_path_of_the_docs_ends_with_a_public_address(site: Site) -> None:
 # ==== Restart =================================================================
 
 
-@dataclass
-class Native:
-    """A client that comes back as a browser's EventSource does, until it is told to stop."""
+class Native(harness.Closing):
+    """A client that comes back as a browser's EventSource does, until it is refused for good."""
 
-    path: str
-    channel: str = "orders"
-    token: str = ""
-    data: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    last_id: str = ""
-    retry: float = 2.0
-    opened: int = 0
-    refused: list[OSError] = field(default_factory=list)
-
-    async def run(self) -> None:
-        while True:
-            try:
-                reader, writer = await asyncio.open_unix_connection(self.path, limit=1 << 20)
-            except OSError as error:
-                self.refused.append(error)
-                await asyncio.sleep(self.retry)
-                continue
-            with contextlib.closing(writer):
-                head = f"GET /events/{self.channel} HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n"
-                head += f"Last-Event-ID: {self.last_id}\r\n" if self.last_id else ""
-                head += f"Authorization: Bearer {self.token}\r\n" if self.token else ""
-                writer.write(f"{head}\r\n".encode())
-                with contextlib.suppress(OSError):
-                    await self._read(reader)
-            await asyncio.sleep(self.retry)
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        status = await reader.readline()
-        if status:
-            assert b" 200 " in status, status
-            self.opened += 1
-        name, data = "", None
-        # A chunk's size stands on a line of its own and looks like no field.
-        while line := await reader.readline():
-            text = line.decode().rstrip("\r\n")
-            key, colon, value = text.partition(": ")
-            if key == "id" and colon:
-                self.last_id = value
-            elif key == "retry" and colon:
-                self.retry = int(value) / 1000
-            elif key == "event":
-                name = value
-            elif key == "data" and colon:
-                data = value
-            elif not text and data is not None:
-                if '"reason":"start"' not in data:  # which is no loss
-                    self.data.append(data)
-                    self.names.append(name)
-                name, data = "", None
-
-
-class Natives:
-    """Many of them, in a thread."""
-
-    def __init__(self, path: str, count: int, channel: str = "orders", token: str = "") -> None:
-        self.all = [Native(path, channel, token) for _ in range(count)]
-        self._loop = asyncio.new_event_loop()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._thread = threading.Thread(target=self._work, daemon=True)
+    def __init__(self, site: Site, channel: str = "orders", token: str = "") -> None:
+        self.readers: list[SseReader] = []
+        self.failed: list[Exception] = []
+        self._path = site.address.removeprefix("unix:")
+        self._url = f"http://relay/events/{channel}"
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        self._tasks = [self._loop.create_task(native.run()) for native in self.all]
-        self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
-        self._loop.close()
+    def _follow(self) -> None:
+        while not self._closing.is_set() and "relay.refused" not in self.names:
+            try:
+                reader = SseReader(self._url, self._headers, last_event_id=self.last_id, unix=self._path)
+            except Exception as error:
+                self.failed.append(error)
+                continue
+            self.readers.append(reader)
+            while not reader.ended and not self._closing.wait(0.1):
+                pass
+            reader.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The events' names; "message" where they have none."""
+        return [event.event for reader in self.readers for event in reader.events]
+
+    @property
+    def data(self) -> list[str]:
+        return [data for reader in self.readers for data in reader.data]
+
+    @property
+    def last_id(self) -> str:
+        return next((reader.last_event_id for reader in reversed(self.readers) if reader.last_event_id), "")
 
     def close(self) -> None:
-        for task in self._tasks:
-            self._loop.call_soon_threadsafe(task.cancel)
-        self._thread.join(10)
+        self._closing.set()
+        self._thread.join(20)
         assert not self._thread.is_alive()
 
 
+@contextlib.contextmanager
+def natives(site: Site, count: int, *how: str) -> Iterator[list[Native]]:
+    """Many of them, once each has a position."""
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(Native(site, *how)) for _ in range(count)]
+        wait_until(lambda: all(native.last_id for native in made), 20, f"{count} clients")
+        yield made
+
+
 def test_a_restart_refuses_nobody_and_loses_nothing(site: Site) -> None:
-    path = site.address.removeprefix("unix:")
     site.wait_active()
-    with contextlib.closing(Natives(path, 200)) as natives:
-        wait_until(lambda: all(native.last_id for native in natives.all), 20, "200 clients")
+    with natives(site, 50) as clients:
         for restart in range(3):
             site.publish(*range(restart * 10, restart * 10 + 5))
             if restart == 1:  # an upgrade; its packages are there already
-                _, _, upgrade = pages.block("sh", "/opt/sse-relay/venv/bin/pip install --upgrade").partition(
-                    "\n"
-                )
-                site.machine.run("bash", "-ec", upgrade)
+                block = pages.block("sh", "/opt/sse-relay/venv/bin/pip install --upgrade")
+                site.machine.run("bash", "-ec", block.partition("\n")[2])
             else:
                 site.machine.run("systemctl", "restart", "sse-relay")
             site.publish(*range(restart * 10 + 5, restart * 10 + 10))
             wait_until(
-                lambda restart=restart: all(  # type: ignore[misc]  # a default
-                    native.opened >= restart + 2 for native in natives.all
-                ),
-                30,
-                "all clients to come back",
-            )
+                lambda restart=restart: all(len(native.readers) >= restart + 2 for native in clients),  # type: ignore[misc]
+                30, "all clients to come back",
+            )  # fmt: skip
         site.publish("end")
-        wait_until(lambda: all(native.data[-1:] == ["end"] for native in natives.all), 20, "the last event")
-        wanted = [*map(str, range(30)), "end"]
-        for native in natives.all:
-            assert native.refused == []
-            assert native.data == wanted
-            assert set(native.names) == {""}
+        wait_until(lambda: all(native.data[-1:] == ["end"] for native in clients), 20, "the last event")
+        for native in clients:
+            assert native.failed == []
+            assert native.data == [*map(str, range(30)), "end"]
+            assert set(native.names) == {"message"}
 
 
 # ==== Watchdog ================================================================
@@ -472,14 +438,12 @@ def test_a_secret_is_changed_by_restarts_that_cost_no_client_an_error(site: Site
     assert not site.opens("")
     add = pages.block("sh", "# A second secret beside the first")
     remove = pages.block("sh", "# The second secret alone")
-    path = site.address.removeprefix("unix:")
-    with contextlib.closing(Natives(path, 50, "closed", first)) as natives:
-        wait_until(lambda: all(native.last_id for native in natives.all), 20, "50 clients")
+    with natives(site, 50, "closed", first) as clients:
         site.publish(1, channel="closed")
         site.machine.run("bash", "-ec", add)
         site.publish(2, channel="closed")
-        wait_until(lambda: all(native.data == ["1", "2"] for native in natives.all), 20, "both events")
-        assert all(native.opened >= 2 and not native.refused for native in natives.all)
+        wait_until(lambda: all(native.data == ["1", "2"] for native in clients), 20, "both events")
+        assert all(len(native.readers) >= 2 and not native.failed for native in clients)
         second = site.token("closed", key=f"{KEYS}/second")
         assert site.opens(first)
         assert site.opens(second)
@@ -487,10 +451,8 @@ def test_a_secret_is_changed_by_restarts_that_cost_no_client_an_error(site: Site
         assert site.opens(second)
         assert not site.opens(first)
         # They have had their hour: they are told so, and that is no error of the connection.
-        wait_until(
-            lambda: all(native.names[-1:] == ["relay.refused"] for native in natives.all), 20, "a word"
-        )
-        assert not any(native.refused for native in natives.all)
+        wait_until(lambda: all(native.names[-1:] == ["relay.refused"] for native in clients), 20, "a word")
+        assert not any(native.failed for native in clients)
     site.machine.run("bash", "-ec", f"mv {KEYS}/second {KEYS}/first")
     site.restart()
 

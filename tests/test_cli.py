@@ -623,20 +623,6 @@ def test_the_epoch_is_renewed_by_a_command(log_database: Database) -> None:
     assert "run sse_relay.py schema --apply" in done.error
 
 
-def test_names_are_looked_up_where_strangers_cannot_write(log_database: Database) -> None:
-    log_database.execute(
-        "CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE 'the function of a stranger'; END $$;"
-        "CREATE FUNCTION public.pg_is_in_recovery() RETURNS boolean LANGUAGE sql AS 'SELECT true'"
-    )
-    name = psycopg2.extensions.parse_dsn(log_database.dsn)["dbname"]
-    log_database.execute(f"ALTER DATABASE {name} SET search_path = public, pg_catalog")
-    schema = ["schema --apply", "schema --renew-epoch"]
-    for command in ["publish orders x", "publish --source log orders x", *schema, "doctor"]:
-        done = invoke(*command.split(), "--dsn", log_database.dsn)
-        assert done.status == 0, (command, done.output)
-
-
 @pytest.mark.slow
 def test_nothing_is_left_behind_in_a_poolers_sessions(log_database: Database, open_folder: Path) -> None:
     commands = ["publish --source log orders x", "publish sse_relay x", "doctor"]

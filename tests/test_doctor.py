@@ -328,16 +328,7 @@ def test_what_was_seen_is_judged_by_the_table(how: dict[str, Any], levels: dict[
     assert all(finding.fix for finding in found.values() if finding.level != "ok")
 
 
-@pytest.fixture
-def serve(start_relay: StartRelay, database: Database, tmp_path: Path) -> Callable[..., str]:
-    """Start a relay that beats often, on a unix socket; return its address in the form of --bind."""
-
-    def start(*options: str) -> str:
-        address = f"unix:{tmp_path}/http.sock"
-        start_relay("--heartbeat", "0.5", *options, bind=address, dsn=database.dsn)
-        return address
-
-    return start
+BEATING = ("--heartbeat", "0.5")
 
 
 def drip(client: socket.socket, opening: bytes) -> None:
@@ -400,11 +391,13 @@ def test_a_name_that_no_host_can_have_is_no_answer(url: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["notify", "log"])
 def test_behind_the_documented_nginx_all_is_well(
-    database: Database, serve: Callable[..., str], tmp_path: Path, source: str
+    database: Database, start_relay: StartRelay, tmp_path: Path, source: str
 ) -> None:
     if source == "log":
         apply_schema(database.dsn)
-    address = serve("--source", source, "--allow-channel", "orders")
+    address = f"unix:{tmp_path}/http.sock"
+    options = (*BEATING, "--source", source, "--allow-channel", "orders")
+    start_relay(*options, bind=address, dsn=database.dsn)
     with Nginx(tmp_path, address, tls=True) as nginx:
         url = f"{nginx.url}/events/orders"
         trusted = diagnose(database.dsn, "--url", url, "--ca-file", str(nginx.certificate))
@@ -419,32 +412,32 @@ def test_behind_the_documented_nginx_all_is_well(
 
 @pytest.mark.slow
 def test_each_role_measures_what_it_can(
-    log_database: Database, make_role: Callable[..., str], serve: Callable[..., str], tmp_path: Path
+    log_database: Database, make_role: Callable[..., str], start_relay: StartRelay
 ) -> None:
-    with Nginx(tmp_path, serve("--source", "log")) as nginx:
-        for dsn, unknown in (
-            (make_role(*APPLICATION), "grants"),
-            (as_relay(log_database, make_role), "delay"),
-        ):
-            found = diagnose(dsn, "--url", f"{nginx.url}/events/orders")
-            assert named(found, "problem") == set()
-            assert named(found, "unknown") == {"restart", unknown}
-            assert found["access"].level == "warning"
-            assert found["heartbeat"].level == "ok"
+    relay = start_relay(*BEATING, "--source", "log", dsn=log_database.dsn)
+    for dsn, unknown in (
+        (make_role(*APPLICATION), "grants"),
+        (as_relay(log_database, make_role), "delay"),
+    ):
+        found = diagnose(dsn, "--url", relay.url("orders"))
+        assert named(found, "problem") == set()
+        assert named(found, "unknown") == {"restart", unknown}
+        assert found["access"].level == "warning"
+        assert found["heartbeat"].level == "ok"
 
 
 @pytest.mark.slow
 def test_with_a_token_it_looks_what_opens_without(
-    database: Database, serve: Callable[..., str], tmp_path: Path
+    database: Database, start_relay: StartRelay, tmp_path: Path
 ) -> None:
     key = tmp_path / "key"
     key.write_text("k" * 32)
     token = CliRunner().invoke(cli, ["token", "--key-file", str(key), "orders"]).output.strip()
-    with Nginx(tmp_path, serve("--jwt-key-file", str(key))) as nginx:
-        found, refused = (
-            diagnose(database.dsn, "--url", f"{nginx.url}/events/{channel}?access_token={token}")
-            for channel in ("orders", "other")
-        )
+    relay = start_relay(*BEATING, "--jwt-key-file", str(key), dsn=database.dsn)
+    found, refused = (
+        diagnose(database.dsn, "--url", relay.url(channel, access_token=token))
+        for channel in ("orders", "other")
+    )
     assert named(found, "problem") == set()
     assert "nobody" in found["access"].what
     assert "the relay refuses this stream with 403" in refused["answer"].what
@@ -527,10 +520,10 @@ def test_it_tells_what_a_restart_looks_like_while_the_relay_is_away(
 
 @pytest.mark.slow
 def test_another_database_or_none_leaves_the_rest_to_measure(
-    serve: Callable[..., str], server: harness.Server, tmp_path: Path
+    database: Database, start_relay: StartRelay, server: harness.Server
 ) -> None:
-    with server.fresh_database() as other, Nginx(tmp_path, serve()) as nginx:
-        url = f"{nginx.url}/events/orders"
+    url = start_relay(*BEATING, dsn=database.dsn).url("orders")
+    with server.fresh_database() as other:
         found, alone = diagnose(other.dsn, "--url", url), diagnose("host=127.0.0.1 port=1", "--url", url)
     assert named(found, "problem") == {"delay"}
     assert "give the DSN" in found["delay"].fix

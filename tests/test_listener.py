@@ -287,14 +287,14 @@ class StallingProxy(harness.FreezableProxy):
         self._released = threading.Event()
         super().__init__(target)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, rate: int | None) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, *how: object) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
                 # ReadyForQuery, idle
                 if self.stalling.is_set() and data.endswith(b"Z\0\0\0\5I"):
                     self._released.wait()
-        self._shutdown(sink, socket.SHUT_RDWR)
+        harness.shut_down(sink, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._released.set()

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,39 +148,19 @@ class NotifySocket:
         self._socket.close()
 
 
-@pytest.fixture
-def notify_socket(tmp_path: Path) -> Iterator[NotifySocket]:
-    notified = NotifySocket(str(tmp_path / "notify"))
-    yield notified
-    notified.close()
-
-
-def test_it_says_when_it_is_ready_and_when_it_stops(
-    start_relay: Callable[..., Relay], database: harness.Database, notify_socket: NotifySocket
+@pytest.mark.parametrize("abstract", [False, True])
+def test_it_says_when_it_is_ready_and_stops_and_feeds_no_watchdog_of_another_process(
+    start_relay: Callable[..., Relay], database: harness.Database, tmp_path: Path, abstract: bool
 ) -> None:
-    relay = start_relay(dsn=database.dsn, env=notify_socket.env, wait=False)
-    notify_socket.wait_for("READY=1")
-    assert "STOPPING=1" not in notify_socket.assignments()
-    assert relay.stop() == 0
-    assert notify_socket.assignments()[-1] == "STOPPING=1"
-
-
-def test_the_notification_socket_may_be_abstract(
-    start_relay: Callable[..., Relay], database: harness.Database
-) -> None:
-    with contextlib.closing(NotifySocket(f"@sse-relay-{secrets.token_hex(8)}")) as abstract:
-        start_relay(dsn=database.dsn, env=abstract.env, wait=False)
-        abstract.wait_for("READY=1")
-
-
-def test_the_watchdog_of_another_process_hears_nothing(
-    start_relay: Callable[..., Relay], database: harness.Database, notify_socket: NotifySocket
-) -> None:
-    env = {**notify_socket.env, "WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"}
-    start_relay(dsn=database.dsn, env=env, wait=False)
-    notify_socket.wait_for("READY=1")
-    notify_socket.wait_for("STATUS=")
-    assert "WATCHDOG=1" not in notify_socket.assignments()
+    address = f"@sse-relay-{secrets.token_hex(8)}" if abstract else str(tmp_path / "notify")
+    with contextlib.closing(NotifySocket(address)) as systemd:
+        env = {**systemd.env, "WATCHDOG_USEC": "200000", "WATCHDOG_PID": "1"}
+        relay = start_relay(dsn=database.dsn, env=env, wait=False)
+        systemd.wait_for("READY=1")
+        systemd.wait_for("STATUS=")
+        assert {"STOPPING=1", "WATCHDOG=1"}.isdisjoint(systemd.assignments())
+        assert relay.stop() == 0
+        assert systemd.assignments()[-1] == "STOPPING=1"
 
 
 # ==== Log =====================================================================

@@ -103,16 +103,14 @@ def table_of_bars(samples: Samples) -> str:
             values = medians(found, figure)
             bars = BARS.get((name, figure), ())
             if figure in (LOST, CUT):
-                if name != "torrent" and not any(
-                    round_[figure] for rounds in found.values() for round_ in rounds
-                ):
-                    continue
                 # Of the worst round, not of a median one.
                 values = {
-                    variant: max(round_[figure] for round_ in rounds)
+                    variant: max(each[figure] for each in rounds)
                     for variant, rounds in found.items()
                     if rounds
                 }
+                if not any(values.values()):
+                    continue
                 bars = NONE
             own = values.get(RELAY, math.nan)
             ratios = [bar.value(own, values) for bar in bars]
@@ -139,13 +137,6 @@ def table_of_variants(name: str, found: Mapping[str, list[works.Figures]]) -> st
     return "\n".join(rows)
 
 
-def version_of(*command: str | Path) -> str:
-    """Return the first version number that a program prints."""
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
-    return found[0] if found else "of unknown version"
-
-
 def packages(python: Path, *names: str) -> str:
     """Return packages with the versions that an interpreter has."""
     program = (
@@ -170,8 +161,7 @@ def machine(bench: Bench, samples: Samples) -> str:
         f"PostgreSQL {postgres}, fsync off where nothing else is said",
     ]
     if "nchan" in used:
-        nginx, _ = servers.find_nchan()
-        parts.append(f"nginx {version_of(nginx, '-v')} with nchan {servers.nchan_version(bench)}, one worker")
+        parts.append(f"{servers.nchan_version(bench)}, one worker")
     if used & {"naive", RIVAL}:
         names = ("aiohttp-sse", RIVAL, "starlette", "uvicorn", "uvloop")
         parts.append(f"peers: {packages(bench.peers / 'python', *names)}")

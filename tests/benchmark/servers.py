@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import importlib.metadata
 import os
 import platform
@@ -67,7 +68,7 @@ http {{
     nchan_shared_memory_size 256M;
     server {{
         listen 127.0.0.1:{port} backlog=4096;
-        location = /version {{ return 200 $nchan_version; }}
+        location = /version {{ return 200 "nginx $nginx_version with nchan $nchan_version"; }}
         location ~ ^/events/(\\w+)$ {{
             nchan_subscriber eventsource;
             nchan_channel_id $1;
@@ -93,8 +94,6 @@ class Running(NamedTuple):
         path: Its streams; ``%d`` becomes the channel's number.
         pids: Its processes.
         send: Publishes to channel 0.
-        pipelined: How many events `send` should be given when they may go as fast as possible: 1 where
-            each shall be a transaction of its own.
         comments: Whether it begins streams with a comment.
     """
 
@@ -102,7 +101,6 @@ class Running(NamedTuple):
     path: str
     pids: Callable[[], list[int]]
     send: Send
-    pipelined: int
     comments: bool
 
 
@@ -160,11 +158,6 @@ class Bench:
         return self._postgres()
 
     @functools.cached_property
-    def small_postgres(self) -> harness.Server:
-        """The same with PostgreSQL's default number of connections."""
-        return self._postgres(max_connections="100")
-
-    @functools.cached_property
     def free_postgres(self) -> harness.Server:
         """The same on all cores."""
         return self._postgres(cores=ALL_CORES)
@@ -217,23 +210,13 @@ class Bench:
 # ==== Publishing ==============================================================
 
 
-def statement(one: str, many: str) -> Callable[[psycopg2.extensions.connection, Sequence[str]], None]:
-    """Return a function that publishes payloads by one of two statements: for one, or for an array."""
-
-    def send(connection: psycopg2.extensions.connection, payloads: Sequence[str]) -> None:
-        with connection.cursor() as cursor:
-            if len(payloads) == 1:
-                cursor.execute(one, (payloads[0],))
-            else:
-                cursor.execute(many, (payloads,))
-
-    return send
+def execute(sql: str, connection: psycopg2.extensions.connection, payloads: Sequence[str]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(sql, (payloads,))
 
 
-notify = statement("SELECT pg_notify('ch0', %s)", "SELECT count(pg_notify('ch0', p)) FROM unnest(%s) AS p")
-publish_to_log = statement(
-    "SELECT sse_relay.publish('ch0', %s)", "SELECT sse_relay.publish('ch0', p) FROM unnest(%s) AS p"
-)
+notify = functools.partial(execute, "SELECT count(pg_notify('ch0', p)) FROM unnest(%s) AS p")
+publish_to_log = functools.partial(execute, "SELECT sse_relay.publish('ch0', p) FROM unnest(%s) AS p")
 
 
 @contextlib.contextmanager
@@ -244,45 +227,14 @@ def connected(dsn: str) -> Iterator[psycopg2.extensions.connection]:
         yield connection
 
 
-class HttpPublisher:
-    """Posts to nchan over one connection, several payloads in a row without waiting for each answer."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), START_SECONDS)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._waiting = b""
-
-    def __call__(self, payloads: Sequence[str]) -> None:
-        self._socket.sendall(
-            b"".join(
-                b"POST /publish/ch0 HTTP/1.1\r\nHost: nchan\r\nContent-Type: text/plain\r\n"
-                b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload.encode())
-                for payload in payloads
-            )
-        )
-        for _ in payloads:
-            self._read_answer()
-
-    def _read_answer(self) -> None:
-        while (end := self._waiting.find(b"\r\n\r\n")) < 0:
-            self._receive()
-        head = self._waiting[:end]
-        if head.split()[1] not in (b"201", b"202", b"200"):
-            raise BenchmarkError(f"nchan: {head.decode()}")
-        length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
-        size = end + 4 + (int(length[1]) if length else 0)
-        while len(self._waiting) < size:
-            self._receive()
-        self._waiting = self._waiting[size:]
-
-    def _receive(self) -> None:
-        received = self._socket.recv(65536)
-        if not received:
-            raise BenchmarkError("nchan closed the publisher's connection")
-        self._waiting += received
-
-    def close(self) -> None:
-        self._socket.close()
+def post(connection: http.client.HTTPConnection, payloads: Sequence[str]) -> None:
+    """Publish to nchan."""
+    for payload in payloads:
+        connection.request("POST", "/publish/ch0", payload, {"Content-Type": "text/plain"})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status not in (200, 201, 202):
+            raise BenchmarkError(f"nchan answers {answer.status}")
 
 
 # ==== The servers =============================================================
@@ -323,7 +275,7 @@ def relay(
     ):  # fmt: skip
         port = int(running.bind.rpartition(":")[2])
         yield Running(
-            port, "/events/ch%d", lambda: [running.pid], functools.partial(send, connection), 1, comments=True
+            port, "/events/ch%d", lambda: [running.pid], functools.partial(send, connection), comments=True
         )
 
 
@@ -344,9 +296,10 @@ def nchan(bench: Bench) -> Iterator[Running]:
         command = (nginx, "-p", name, "-e", Path(name) / "error.log", "-c", settings)
         with (
             process(bench, *command, port=port) as running,
-            contextlib.closing(HttpPublisher(port)) as publisher,
+            contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, START_SECONDS)) as publisher,
         ):
-            yield Running(port, "/events/ch%d", lambda: children(running.pid), publisher, 50, comments=True)
+            send = functools.partial(post, publisher)
+            yield Running(port, "/events/ch%d", lambda: children(running.pid), send, comments=True)
 
 
 @contextlib.contextmanager
@@ -356,7 +309,7 @@ def naive(bench: Bench) -> Iterator[Running]:
     program = (bench.peers / "python", HERE / "naive.py", str(port), dsn)
     with process(bench, *program, port=port) as running, connected(dsn) as connection:
         send = functools.partial(notify, connection)
-        yield Running(port, "/events/ch%d", lambda: [running.pid], send, 1, comments=False)
+        yield Running(port, "/events/ch%d", lambda: [running.pid], send, comments=False)
 
 
 @contextlib.contextmanager
@@ -372,22 +325,22 @@ def climit(bench: Bench) -> Iterator[Running]:
         def send(payloads: Sequence[str]) -> None:
             publisher.sendall("".join(f"{payload}\n" for payload in payloads).encode())
 
-        yield Running(port, "/events/ch%d", lambda: [running.pid], send, 1, comments=True)
+        yield Running(port, "/events/ch%d", lambda: [running.pid], send, comments=True)
 
 
 @contextlib.contextmanager
 def rival(bench: Bench) -> Iterator[Running]:
     """sse-relay-server from its package, as its README starts it."""
-    parts = psycopg2.extensions.parse_dsn(bench.small_postgres.dsn)
+    parts = psycopg2.extensions.parse_dsn(bench.postgres.dsn)
     url = "postgresql://{user}:{password}@{host}:{port}/{dbname}".format(**parts)
     port = harness.free_port()
     program = (bench.peers / RIVAL, "--host", "127.0.0.1", "--port", str(port))
     with (
         process(bench, *program, port=port, env={"DATABASE_URL": url, "LOG_LEVEL": "WARNING"}) as running,
-        connected(bench.small_postgres.dsn) as connection,
+        connected(bench.postgres.dsn) as connection,
     ):
         send = functools.partial(notify, connection)
-        yield Running(port, "/ch%d", lambda: [running.pid], send, 1, comments=False)
+        yield Running(port, "/ch%d", lambda: [running.pid], send, comments=False)
 
 
 RELAY = "sse-relay"
@@ -404,14 +357,8 @@ SERVERS: dict[str, Callable[[Bench], contextlib.AbstractContextManager[Running]]
 
 
 def find_nchan() -> tuple[str, Path]:
-    """Return nginx and its module.
-
-    Raises:
-        BenchmarkError: If one is missing.
-    """
-    nginx = shutil.which(
-        "nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    )
+    """Return nginx and its module."""
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     for folder in ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/etc/nginx/modules"):
         module = Path(folder, "ngx_nchan_module.so")
         if nginx and module.exists():

@@ -113,7 +113,7 @@ def burst(bench: Bench, name: str) -> Figures:
     """Publish 500 events, each in a transaction of its own, as fast as one publisher can."""
     with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
         warm_up(load, server)
-        done = deliver(load, server.pids, server.send, 500, batch=server.pipelined, timeout=60.0)
+        done = deliver(load, server.pids, server.send, 500, timeout=60.0)
     figures = fan_out(bench, f"burst, {name}", done)
     return {DELIVERIES: done.report.events / done.report.span_s, **figures}
 
@@ -228,21 +228,19 @@ def transactions(bench: Bench, name: str) -> Figures:
 
 def rival(bench: Bench, name: str) -> Figures:
     """90 clients, each of which costs sse-relay-server a connection to PostgreSQL."""
-    postgres = bench.small_postgres
-    begin = servers.relay(bench, postgres=postgres) if name == RELAY else bench.start(name)
     clients = min(bench.clients(9_000), 90)
 
     def as_json(send: Send, texts: Sequence[str]) -> None:
         # Both read this form.
         send([f'{{"event": "message", "data": "{text}"}}' for text in texts])
 
-    with begin as server, bench.load(server, clients) as load:
+    with bench.start(name) as server, bench.load(server, clients) as load:
         # The connections of sse-relay-server LISTEN after the head is out.
         time.sleep(1)
         send = functools.partial(as_json, server.send)
         pids = server.pids
         deliver(load, pids, send, 10, 100.0)
-        both = Meter(lambda: [*pids(), *children(postgres.pid)])
+        both = Meter(lambda: [*pids(), *children(bench.postgres.pid)])
         done = deliver(load, pids, send, int(20 * bench.seconds(2, 5)), 20.0)
         cpu = both.read()
     return {
