@@ -74,7 +74,6 @@ def each_database(each_server: harness.Server, request: pytest.FixtureRequest) -
 
 @pytest.fixture
 def log_database(database: harness.Database) -> harness.Database:
-    """The same database, with the durable log."""
     return database
 
 
@@ -119,7 +118,6 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def relay(start_relay: Callable[..., harness.Relay], database: harness.Database) -> harness.Relay:
-    """A relay on the test's own database, ready."""
     return start_relay(dsn=database.dsn)
 
 
@@ -132,7 +130,6 @@ def browser() -> Iterator[harness.Browser]:
 
 @pytest.fixture(scope="module")
 def many_descriptors() -> Iterator[None]:
-    """Room for some thousand sockets in this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield

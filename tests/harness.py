@@ -204,7 +204,6 @@ def count_operations(work: Callable[[], object]) -> int:
 
 
 def run_without_waiting(coroutine: Coroutine[Any, Any, object]) -> None:
-    """Run a coroutine that has nothing to wait for."""
     with contextlib.suppress(StopIteration):
         coroutine.send(None)
         raise AssertionError("it waited")
@@ -218,6 +217,7 @@ class Relay(Closing):
         wait: Return only when the log says that the relay is ready.
         prefix: Words before the interpreter's, of a program that becomes the relay by exec.
         constants: Other values for constants of the program.
+        admin: Listen for administrators too, at the address `admin`.
     """
 
     def __init__(
@@ -232,9 +232,12 @@ class Relay(Closing):
         pass_fds: tuple[int, ...] = (),
         prefix: tuple[str, ...] = (),
         constants: Mapping[str, object] | None = None,
+        admin: bool = False,
     ) -> None:
         self.bind = bind or f"127.0.0.1:{free_port()}"
+        self.admin = f"127.0.0.1:{free_port()}" if admin else ""
         arguments = [*command, "--bind", self.bind, *(["--dsn", dsn] if dsn else []), *options]
+        arguments += ["--admin", self.admin] if admin else []
         self.lines: list[str] = []
         program = [str(PROGRAM)]
         if constants:
@@ -294,7 +297,6 @@ class Relay(Closing):
         return f"http://{host}{path}" + (f"?{urlencode(pairs)}" if pairs else "")
 
     def stop(self, timeout: float = 10.0) -> int:
-        """Send SIGTERM and return the exit status."""
         self.process.terminate()
         return self.wait(timeout)
 
@@ -318,7 +320,6 @@ class Relay(Closing):
         self.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End the process if it still runs; a suspended one, too."""
         if self.process.poll() is None:
             self.process.kill()
         self.wait()
@@ -327,7 +328,6 @@ class Relay(Closing):
 
 
 def metric(admin: str, name: str) -> float:
-    """Return the value of a metric of a relay whose admin listener has this address."""
     with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as response:
         found = re.search(rf"^sse_relay_{name} (\S+)$", response.read().decode(), re.MULTILINE)
     assert found, name
@@ -399,7 +399,6 @@ def postgres_versions() -> dict[str, Path]:
 
 
 def memory_folder() -> str | None:
-    """Return a folder in memory with room for some servers, where making and dropping a database is cheap."""
     with contextlib.suppress(FileNotFoundError):
         if shutil.disk_usage("/dev/shm").free > 8 << 30:  # noqa: S108  # each server makes a folder of its own
             return "/dev/shm"  # noqa: S108
@@ -497,17 +496,14 @@ class FreezableProxy(Closing):
 
     @classmethod
     def before(cls, database: Database) -> Self:
-        """Return a proxy in front of a database's server; `dsn` then leads through it."""
         parts = psycopg2.extensions.parse_dsn(database.dsn)
         return cls((parts["host"], int(parts["port"])))
 
     def dsn(self, database: Database) -> str:
-        """Return the database's DSN, through this proxy."""
         return psycopg2.extensions.make_dsn(database.dsn, host="127.0.0.1", port=self.port)
 
     @property
     def connections(self) -> int:
-        """How many clients are connected through to the target."""
         with self._lock:
             return len(self._sockets) // 2
 
@@ -516,7 +512,6 @@ class FreezableProxy(Closing):
         self._flowing.clear()
 
     def thaw(self) -> None:
-        """Forward again, what has waited first."""
         self._flowing.set()
 
     def forget(self) -> None:
@@ -540,7 +535,6 @@ class FreezableProxy(Closing):
             self._listener = None
 
     def accept(self) -> None:
-        """Take connections (again)."""
         if self._listener is None:
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
             self._start(self._accept, self._listener)
@@ -810,8 +804,6 @@ class SseReader(Closing):
     def wait_for(
         self, predicate: Callable[[ServerSentEvent], bool], timeout: float = 10.0
     ) -> ServerSentEvent:
-        """Return the first event for which ``predicate`` is true."""
-
         def search() -> ServerSentEvent | None:
             ended = self.ended
             found = next(filter(predicate, self.events), None)
@@ -827,14 +819,12 @@ class SseReader(Closing):
         return self.wait_for(lambda event: event.data == data, timeout)
 
     def wait_for_id(self, timeout: float = 10.0) -> str:
-        """Return the first position that the stream gives."""
         return wait_until(lambda: self.last_event_id, timeout, f"an id from {self.url}")
 
     def wait_for_end(self, timeout: float = 10.0) -> None:
         wait_until(lambda: self.ended, timeout, f"the end of {self.url}")
 
     def close(self) -> None:
-        """Cut the connection and wait for the thread."""
         self._closing = True
         if self.response is not None and not self.ended:
             stream = self.response.extensions["network_stream"]
@@ -904,7 +894,6 @@ class RawStream(Closing):
             self.read()
 
     def read(self) -> None:
-        """Begin to read, if the stream was made with ``reading=False``."""
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -922,7 +911,6 @@ class RawStream(Closing):
 
     @property
     def status(self) -> int:
-        """The status code, or 0 before the headers are complete."""
         head, complete, _ = self.raw.partition(b"\r\n\r\n")
         return int(head.split(b" ", 2)[1]) if complete else 0
 
@@ -953,18 +941,15 @@ class RawStream(Closing):
 
     @property
     def body(self) -> bytes:
-        """The body so far, without the chunks' frames."""
         if self.headers.get("transfer-encoding") == "chunked":
             return b"".join(self.chunks)
         return self.raw.partition(b"\r\n\r\n")[2]
 
     @property
     def finished(self) -> bool:
-        """Whether the final chunk has come."""
         return bool(self.chunks) and self.chunks[-1] == b""
 
     def wait_for(self, text: bytes, timeout: float = 10.0) -> bytes:
-        """Wait until the body contains ``text``; return the body."""
         seen = -1
 
         def search() -> bytes:
@@ -980,7 +965,6 @@ class RawStream(Closing):
         return wait_until(search, timeout, f"{text!r} in {self.raw[-500:]!r}")
 
     def wait_for_end(self, timeout: float = 10.0) -> bytes:
-        """Wait until the server has closed; return the body."""
         wait_until(lambda: self.ended, timeout, f"the end of {self.raw[-500:]!r}")
         return self.body
 
@@ -1031,7 +1015,6 @@ class Crowd(Closing):
                     key.fileobj.close()
 
     def wait_for(self, text: bytes, timeout: float = 20.0, clients: slice = slice(None)) -> None:
-        """Wait until every client, or those of a slice, has got ``text``."""
         # By client, from where on it is looked for: what was searched may be gigabytes.
         begins = dict.fromkeys(range(len(self.received))[clients], 0)
 
@@ -1047,7 +1030,6 @@ class Crowd(Closing):
         wait_until(have_all, timeout, f"{text!r} at each client")
 
     def wait_for_end(self, timeout: float = 20.0) -> None:
-        """Wait until every client's connection is closed."""
         wait_until(lambda: len(self.ended) == len(self.received), timeout, "the end of all streams")
 
     def _close_sockets(self) -> None:
@@ -1070,11 +1052,10 @@ CHROMIUM_OPTIONS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
-OPEN_EVENT_SOURCE = """([url, names, withCredentials]) => {
+OPEN_EVENT_SOURCE = """([url, names]) => {
     window.seen = [];
     window.states = [];
-    window.source?.close();
-    window.source = new EventSource(url, {withCredentials});
+    window.source = new EventSource(url);
     for (const name of names)
         source.addEventListener(name, e => seen.push({name, data: e.data, id: e.lastEventId}));
     source.addEventListener("open", () => states.push("open"));
@@ -1157,9 +1138,9 @@ class Page(Closing):
     def evaluate(self, script: str, argument: object = None) -> Any:
         return self.browser.run(self.playwright.evaluate(script, argument))
 
-    def event_source(self, url: str, *names: str, credentials: bool = False) -> None:
-        """Open an EventSource, in place of another, that collects events without a name and those named."""
-        self.evaluate(OPEN_EVENT_SOURCE, [url, ["message", *names], credentials])
+    def event_source(self, url: str, *names: str) -> None:
+        """Open an EventSource that collects events without a name and those named."""
+        self.evaluate(OPEN_EVENT_SOURCE, [url, ["message", *names]])
 
     @property
     def events(self) -> list[PageEvent]:
@@ -1176,7 +1157,6 @@ class Page(Closing):
         return int(self.evaluate("source.readyState"))
 
     def wait_for(self, predicate: Callable[[PageEvent], bool], timeout: float = 10.0) -> PageEvent:
-        """Return the first event for which ``predicate`` is true."""
         found = wait_until(
             lambda: next(filter(predicate, self.events), None), timeout, "an event in the page"
         )

@@ -12,8 +12,6 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
-
     page: str
     language: str
     text: str
@@ -27,7 +25,6 @@ def pages() -> dict[str, str]:
 
 
 def blocks(language: str, page: str | None = None) -> list[Block]:
-    """Return the fenced blocks of a language, of one page or of all."""
     return [
         Block(path, *match.groups())
         for path, text in pages().items()
@@ -50,7 +47,6 @@ def block(language: str, first: str, page: str | None = None) -> str:
 
 
 def prose(page: str) -> str:
-    """Return a page's text without its fenced blocks."""
     return FENCE.sub("", pages()[page])
 
 

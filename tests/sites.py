@@ -67,7 +67,6 @@ def line_to(relay: Relay) -> FreezableProxy:
 
 
 def django_databases(database: Database) -> str:
-    """Return a line of Django's settings."""
     parts = psycopg2.extensions.parse_dsn(database.dsn)
     keys = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
     connection = {name: parts[key] for name, key in keys.items()}
@@ -108,5 +107,4 @@ def stale_loads(page: Page, url: str, change: Callable[[str], object], shown: st
 
 
 def is_live(page: Page) -> bool:
-    """Return whether the EventSource of a recipe is open."""
     return bool(page.evaluate("window.source?.readyState === 1"))

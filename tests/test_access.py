@@ -611,20 +611,19 @@ REBINDING = [
 def test_a_page_whose_name_was_made_to_point_here_reads_nothing(
     start_relay: StartRelay, database: Database, secret_file: Path, tmp_path: Path
 ) -> None:
-    admin, unix = f"127.0.0.1:{harness.free_port()}", f"unix:{tmp_path / 'http.sock'}"
-    relay = start_relay("--admin", admin, "--bind", unix, dsn=database.dsn)
-    guarded_admin = f"127.0.0.1:{harness.free_port()}"
-    guarded = start_relay("--jwt-key-file", str(secret_file), "--admin", guarded_admin, dsn=database.dsn)
+    unix = f"unix:{tmp_path / 'http.sock'}"
+    relay = start_relay("--bind", unix, dsn=database.dsn, admin=True)
+    guarded = start_relay("--jwt-key-file", str(secret_file), dsn=database.dsn, admin=True)
     for target, host, more, answered in REBINDING:
         case = target, host, more
         assert (true_status(relay.bind, target, host, more=more) != 421) is answered, case
         assert true_status(unix, target, host, more=more) != 421, case
         assert true_status(guarded.bind, target, host, more=more) != 421, case
-        for address in (admin, guarded_admin):
+        for address in (relay.admin, guarded.admin):
             assert (true_status(address, target, host, more=more) != 421) is answered, case
     for path in ("/", "/ready", "/metrics", "/channels", "/status", "/events/orders", "/else"):
-        assert true_status(admin, path, "evil.example") == 421
-        assert true_status(admin, path, "evil.example", method="POST") == 421
+        assert true_status(relay.admin, path, "evil.example") == 421
+        assert true_status(relay.admin, path, "evil.example", method="POST") == 421
     # A browser always sends one; a load balancer's check over HTTP/1.0 does not.
     with RawStream(relay.bind, request=b"GET /live HTTP/1.0\r\n\r\n") as check:
         harness.wait_until(lambda: check.status == 200, what="an answer")
@@ -695,9 +694,8 @@ async def test_a_line_about_a_refusal_says_who_was_refused_what(
 def test_the_cookies_of_a_real_site_fit(
     start_relay: StartRelay, database: Database, secret_file: Path
 ) -> None:
-    admin = f"127.0.0.1:{harness.free_port()}"
-    options = ("--jwt-key-file", str(secret_file), "--jwt-cookie", "sse", "--admin", admin)
-    relay = start_relay(*options, dsn=database.dsn)
+    options = ("--jwt-key-file", str(secret_file), "--jwt-cookie", "sse")
+    relay = start_relay(*options, dsn=database.dsn, admin=True)
     for size, status, end, refused in (
         (8_200, 200, b"id: ", 0),
         (32_000, 200, b"id: ", 0),
@@ -710,46 +708,13 @@ def test_the_cookies_of_a_real_site_fit(
         with RawStream(relay.bind, relay.url("orders"), headers=headers) as client:
             _ = client.wait_for(end) if end else client.wait_for_end()
             assert client.status == status
-        text = HTTP.get(f"http://{admin}/metrics").text
+        text = HTTP.get(f"http://{relay.admin}/metrics").text
         found = re.search(r'^sse_relay_refusals_total\{status="431"\} (\d+)', text, re.MULTILINE)
         assert int(found[1] if found else 0) == refused
     relay.wait_for_log("refused with 431")
 
 
 # ==== Chromium ================================================================
-
-
-def set_cookie(page: Page, value: str) -> None:
-    """Set it as an application does that answers for the page: HttpOnly."""
-    where = {"domain": "127.0.0.1", "path": "/", "httpOnly": True, "sameSite": "Lax"}
-    fields = {"name": "sse", "value": value, **where}
-    page.browser.run(page.playwright.context.add_cookies([fields]))  # type: ignore[list-item]  # a TypedDict
-
-
-def test_an_expired_cookie_is_told_to_the_page_and_starts_no_storm(
-    page: Page, start_relay: StartRelay, database: Database, secret_file: Path
-) -> None:
-    options = ("--jwt-key-file", str(secret_file), "--jwt-cookie", "sse", "--retry", "100")
-    relay = start_relay(*options, "--allow-origin", page.evaluate("location.origin"), dsn=database.dsn)
-    set_cookie(page, token_for("orders", seconds=1.5))
-    page.event_source(relay.url("orders"), "relay.refused", credentials=True)
-    harness.wait_until(lambda: "open" in page.states, what="the stream to open")
-    refused = page.wait_for(lambda event: event.name == "relay.refused")
-    assert json.loads(refused.data) == {"status": 401, "reason": "the token has expired"}
-    # Now as a page that finds its cookie expired.
-    asked = len(page.requests)
-    page.event_source(relay.url("orders"), "relay.refused", credentials=True)
-    page.wait_for(lambda event: event.name == "relay.refused")
-    time.sleep(2)  # many times --retry
-    assert 1 <= len(page.requests) - asked <= 2
-    assert len(page.events) == 1
-
-    set_cookie(page, token_for("orders"))
-    page.event_source(relay.url("orders"), "relay.refused", credentials=True)
-    harness.wait_until(lambda: "open" in page.states, what="the stream to open again")
-    database.notify("orders", "welcome back")
-    page.wait_for(lambda event: event.data == "welcome back")
-    assert page.states == ["open"]
 
 
 CONSOLE = re.compile(r"^[|] `([^`]+)` [|]", re.MULTILINE)
@@ -759,7 +724,6 @@ CONSOLE = re.compile(r"^[|] `([^`]+)` [|]", re.MULTILINE)
 def test_the_console_says_what_the_docs_say(
     browser: Browser, page: Page, start_relay: StartRelay, database: Database
 ) -> None:
-    """Chromium's words for what goes wrong before a page learns anything."""
     foreign = start_relay("--allow-channel", "*", dsn=database.dsn)
     null = start_relay("--allow-channel", "*", "--allow-origin", "null", dsn=database.dsn)
     said: list[str] = []
@@ -823,20 +787,19 @@ def test_nothing_secret_is_written_whatever_happens(
     start_relay: StartRelay, database: Database, secret_file: Path
 ) -> None:
     token, expired = token_for("orders"), token_for("orders", seconds=-1)
-    admin = f"127.0.0.1:{harness.free_port()}"
     answers: list[str] = []
 
     def look() -> None:
         paths = ("/", "/live", "/ready", "/metrics", "/channels", f"/ready?access_token={token}")
-        answers.extend(HTTP.get(f"http://{admin}{path}").text for path in paths)
+        answers.extend(HTTP.get(f"http://{relay.admin}{path}").text for path in paths)
 
     database.execute(f"CREATE ROLE secretive LOGIN PASSWORD '{PASSWORD}'")
     with harness.FreezableProxy.before(database) as proxy, contextlib.ExitStack() as stack:
         stack.callback(database.execute, "DROP ROLE secretive")
         dsn = psycopg2.extensions.make_dsn(proxy.dsn(database), user="secretive", password=PASSWORD)
         relay = start_relay(
-            "--admin", admin, "--jwt-key-file", str(secret_file), "--jwt-cookie", "sse",
-            "--log-level", "debug", "--linger", "0", env={"SSE_RELAY_DSN": dsn},
+            "--jwt-key-file", str(secret_file), "--jwt-cookie", "sse", "--log-level", "debug",
+            "--linger", "0", env={"SSE_RELAY_DSN": dsn}, admin=True,
         )  # fmt: skip
         for text in (token, expired, f"{token}\x01", f"{token}%00", f"{token}\xff"):
             for request in requests_with(text):

@@ -37,8 +37,8 @@ class Admin:
     """A relay with an admin listener, and what that says."""
 
     def __init__(self, start_relay: StartRelay, *options: str, **how: Any) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self.relay = start_relay("--admin", self.address, *options, **how)
+        self.relay = start_relay(*options, admin=True, **how)
+        self.address = self.relay.admin
 
     def get(self, path: str, method: str = "GET") -> httpx.Response:
         return httpx.request(method, f"http://{self.address}{path}", timeout=10)

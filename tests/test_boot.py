@@ -192,12 +192,10 @@ class Site:
         self.machine.path(OPTIONS).write_text(text)
 
     def token(self, *globs: str, key: str = f"{KEYS}/first") -> str:
-        """Sign a token with a key file of the new system."""
         command = "cd /opt/sse-relay && venv/bin/python sse_relay.py token --key-file"
         return self.machine.run("sh", "-c", f"{command} {key} {' '.join(globs)}").strip()
 
     def opens(self, token: str) -> bool:
-        """Return whether a token opens a closed channel."""
         headers = {"Accept": "*/*", "Authorization": f"Bearer {token}"}
         with RawStream(self.address, "/events/closed", headers=headers) as client:
             wait_until(lambda: b"\r\n\r\n" in client.raw, 10, "an answer")
@@ -211,7 +209,6 @@ class Site:
         wait_until(lambda: self.machine.show(what).startswith(start), timeout, f"{what}={start}")
 
     def restart(self, *options: str) -> None:
-        """Restart the service with the tests' options and these."""
         self.set_options(*options)
         self.machine.run("systemctl", "restart", "sse-relay")
 

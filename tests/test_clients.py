@@ -75,7 +75,6 @@ def database(server: harness.Server) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def relay(database: Database) -> Iterator[Relay]:
-    """A relay for all recipes."""
     with Relay("--retry", "100", dsn=database.dsn) as running:
         yield running
 
@@ -178,7 +177,6 @@ class Story:
         }
 
     def happened(self, client: str) -> list[tuple[str, str]]:
-        """Return name and data of what the client was given."""
         told = [what for program in self.programs for what in program.happened]
         told += self.page.evaluate("happened")
         return [(what["name"], what["data"]) for what in told if what["client"] == client]
@@ -215,7 +213,6 @@ def story(
     server: harness.Server,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Story]:
-    """Events, a cut and a restart, with all clients."""
     folder, other_folder = (tmp_path_factory.mktemp("nginx") for _ in range(2))
     (folder / "key").write_bytes(SECRET)
     bind, admin = f"unix:{folder}/http.sock", f"127.0.0.1:{harness.free_port()}"

@@ -184,11 +184,9 @@ def test_nginx_follows_a_relay_whose_address_changes(
 
 def test_each_alert_can_fire(start_relay: Callable[..., harness.Relay], log_database: Database) -> None:
     """Each series that an alert names exists from the start: a rate from nothing to 1 would be none."""
-    admin = f"127.0.0.1:{free_port()}"
-    start_relay("--source", "log", "--admin", admin, dsn=log_database.dsn)
-    series = re.findall(
-        r"^(sse_relay_\w+(?:\{.*\})?) ", httpx.get(f"http://{admin}/metrics").text, re.MULTILINE
-    )
+    relay = start_relay("--source", "log", dsn=log_database.dsn, admin=True)
+    metrics = httpx.get(f"http://{relay.admin}/metrics").text
+    series = re.findall(r"^(sse_relay_\w+(?:\{.*\})?) ", metrics, re.MULTILINE)
     rules = re.findall(
         r"^        expr: (.*)$", block("yaml", "# /etc/prometheus/rules/sse-relay.yml"), re.MULTILINE
     )

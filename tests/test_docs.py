@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sse_relay
 from benchmark.__main__ import main as benchmark
-from harness import PROGRAM, Database, Relay, Server, free_port, require
+from harness import PROGRAM, Database, Relay, Server, require
 from pages import FENCE, ROOT, anchors, block, blocks, pages, prose
 from simulation.command import command as simulation
 from sse_relay import KIB, MIB, apply_schema, cli, read_key, verify_token
@@ -110,7 +110,6 @@ def test_each_option_has_a_help_text() -> None:
 
 
 def invocations() -> Iterator[list[str]]:
-    """Yield the arguments of each call of the relay in the docs."""
     for found in blocks("sh"):
         for line in found.text.splitlines():
             if match := re.search(
@@ -281,9 +280,8 @@ def test_sql_runs_as_printed(own_server: Server) -> None:
 
 
 def test_each_metric_is_explained(database: Database, start_relay: Callable[..., Relay]) -> None:
-    admin = f"127.0.0.1:{free_port()}"
-    start_relay("--admin", admin, dsn=database.dsn)
-    metrics = httpx.get(f"http://{admin}/metrics").text
+    relay = start_relay(dsn=database.dsn, admin=True)
+    metrics = httpx.get(f"http://{relay.admin}/metrics").text
     given = set(re.findall(r"^# TYPE (sse_relay_\w+) (\w+)", metrics, re.MULTILINE))
     explained = r"^\| `(sse_relay_\w+)` \| (\w+) \|"
     assert given == set(re.findall(explained, pages()[REFERENCE], re.MULTILINE))
@@ -312,7 +310,6 @@ def test_each_check_of_the_doctor_has_its_row(log_database: Database) -> None:
 
 
 def in_words(value: float) -> str:
-    """Return a number as the reference writes it."""
     for unit, size in (("MiB", MIB), ("KiB", KIB)):
         if value >= size and value % size == 0:
             return f"{value // size} {unit}"

@@ -42,7 +42,6 @@ backend relay
 
 
 def run_doctor(*options: str) -> tuple[int, str]:
-    """Return the exit status and all that was written."""
     result = CliRunner().invoke(cli, ["doctor", *options])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.output
@@ -63,7 +62,6 @@ def diagnose(dsn: str, *options: str) -> dict[str, Finding]:
 
 
 def named(findings: dict[str, Finding], *levels: str) -> set[str]:
-    """Return the checks with a finding of these levels."""
     return {check for check, finding in findings.items() if finding.level in levels}
 
 
@@ -129,7 +127,6 @@ def test_people_read_a_line_for_each_finding_and_one_for_what_fixes_it(database:
 
 
 def expect_problem(dsn: str, check: str, what: str, fix: str) -> None:
-    """Diagnose a database with one problem."""
     found = diagnose(dsn)
     assert named(found, "problem") == {check}
     assert what in found[check].what

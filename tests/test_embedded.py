@@ -43,7 +43,6 @@ def is_running(pid: int) -> bool:
 
 
 def processes_of(session: int) -> list[int]:
-    """Return the live processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -128,7 +127,6 @@ class Starter:
         self.pid = int(pid)
 
     def finish(self) -> int:
-        """Let it close its server; return its exit status."""
         self.process.communicate("", timeout=20)
         return self.process.returncode
 

@@ -33,7 +33,6 @@ StartRelay = Callable[..., harness.Relay]
 
 
 def resident(relay: harness.Relay) -> int:
-    """Return the relay's resident memory in bytes."""
     status = Path(f"/proc/{relay.pid}/status").read_text()
     return int(re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
 
@@ -50,11 +49,10 @@ LINES = "\n" * (MIB // 7 - 10)
 def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a_minute(
     stage: str, clients: int, start_relay: StartRelay, log_database: harness.Database
 ) -> None:
-    admin = f"127.0.0.1:{harness.free_port()}"
     memory = "16MiB" if stage == "from memory" else "0"
     relay = start_relay(
-        "--source", "log", "--memory", memory, "--admin", admin, dsn=log_database.dsn,
-        constants={"STALL_TIMEOUT": 3.0},
+        "--source", "log", "--memory", memory, dsn=log_database.dsn, constants={"STALL_TIMEOUT": 3.0},
+        admin=True,
     )  # fmt: skip
     ((position,),) = log_database.execute("SELECT sse_relay.position()")
 
@@ -83,15 +81,15 @@ def test_clients_that_stall_at_any_stage_cost_at_most_2_mib_each_and_go_within_a
         for _ in range(clients):
             stack.enter_context(harness.RawStream(relay.bind, url, reading=False, receive_buffer=4096))
         if not resuming:
-            harness.wait_until(lambda: harness.metric(admin, "clients") == clients + 1, 30)
+            harness.wait_until(lambda: harness.metric(relay.admin, "clients") == clients + 1, 30)
             publish()
 
         def gone() -> bool:
             nonlocal most
             most = max(most, resident(relay))
             return (
-                harness.metric(admin, "clients") == 1
-                and harness.metric(admin, "cut_clients_total") == clients
+                harness.metric(relay.admin, "clients") == 1
+                and harness.metric(relay.admin, "cut_clients_total") == clients
             )
 
         harness.wait_until(gone, 60, "the clients to be cut")
@@ -109,8 +107,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
     start_relay: StartRelay, log_database: harness.Database
 ) -> None:
     """One reads at 8 Mbit/s, which takes a second for each."""
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay("--source", "log", "--admin", admin, dsn=log_database.dsn)
+    relay = start_relay("--source", "log", dsn=log_database.dsn, admin=True)
     host, _, port = relay.bind.rpartition(":")
     count, clients = 8, 100
     with harness.FreezableProxy((host, int(port)), bytes_per_second=1_000_000) as slow:
@@ -132,7 +129,7 @@ def test_large_events_in_a_row_cut_nobody_and_lose_nothing(
                     assert found == list(range(count))
                     assert data.count(b"relay.gap") == 1
                 assert not each.ended
-    assert harness.metric(admin, "cut_clients_total") == 0
+    assert harness.metric(relay.admin, "cut_clients_total") == 0
 
 
 @pytest.mark.slow
@@ -158,9 +155,8 @@ def test_max_age_ends_streams_in_time_and_they_come_back_by_their_position(
 
 
 def test_one_transaction_over_three_channels_is_one_write_in_order(
-    start_relay: StartRelay, database: harness.Database
+    relay: harness.Relay, database: harness.Database
 ) -> None:
-    relay = start_relay(dsn=database.dsn)
     channels = ["one", "two", "three"]
     with harness.RawStream(relay.bind, relay.url(*channels)) as stream:
         stream.wait_for(b"\nid: ")
@@ -185,10 +181,7 @@ LAST_BLOCK = re.compile(rb"\r\n\r\n.*\r\nretry: (\d+)\n\n\r\n", re.DOTALL)
 
 @pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.slow
-def test_2000_streams_end_in_time_each_with_a_retry(
-    start_relay: StartRelay, database: harness.Database
-) -> None:
-    relay = start_relay(dsn=database.dsn)
+def test_2000_streams_end_in_time_each_with_a_retry(relay: harness.Relay, database: harness.Database) -> None:
     with harness.Crowd(relay.bind, [relay.url(f"channel {n % 20}") for n in range(2_000)]) as crowd:
         crowd.wait_for(b"\nid: ", 40)
         began = time.monotonic()
@@ -248,9 +241,8 @@ def test_a_request_that_waits_for_postgresql_is_told_to_come_back_at_the_stop(
 
 
 def test_a_late_request_on_an_open_connection_is_told_to_come_back(
-    start_relay: StartRelay, database: harness.Database
+    relay: harness.Relay, database: harness.Database
 ) -> None:
-    relay = start_relay(dsn=database.dsn)
     with harness.RawStream(relay.bind, "/elsewhere") as late:
         late.wait_for(b'"status": 404')
         before = len(late.raw)
@@ -266,9 +258,8 @@ def test_a_late_request_on_an_open_connection_is_told_to_come_back(
 
 
 def test_clients_that_come_at_the_moment_of_the_stop_are_answered_and_not_reset(
-    start_relay: StartRelay, database: harness.Database
+    relay: harness.Relay, database: harness.Database
 ) -> None:
-    relay = start_relay(dsn=database.dsn)
     host, _, port = relay.bind.rpartition(":")
     relay.suspend()
     with contextlib.ExitStack() as stack:

@@ -53,7 +53,6 @@ def type_in(text: str, folder: Path, database: Database, relay: str) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, relay: Relay, database: Database) -> Path:
-    """The README's project, with what it makes in its database."""
     text = pages()["README.md"].partition("\n## Your first page\n")[2].partition("\nOther languages")[0]
     type_in(text, tmp_path, database, relay.bind.replace("127.0.0.1", "localhost"))
     return tmp_path

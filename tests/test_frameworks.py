@@ -33,8 +33,6 @@ def database(log_database: Database) -> Database:
 
 @dataclass
 class Application:
-    """A framework's web server, and nginx in front of it and of a relay."""
-
     url: str
     own_url: str
     restart_relay: Callable[[], object]

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
@@ -38,27 +37,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("many_descriptors")]
 StartRelay = Callable[..., Relay]
 
 
-class Limited(NamedTuple):
-    """A relay that may open so many files, and the address of its admin listener."""
-
-    relay: Relay
-    admin: str
-
-
 @pytest.fixture
-def start_limited(start_relay: StartRelay, database: Database, tmp_path: Path) -> Callable[..., Limited]:
-    def start(files: int, *options: str) -> Limited:
+def start_limited(start_relay: StartRelay, database: Database, tmp_path: Path) -> StartRelay:
+    def start(files: int, *options: str) -> Relay:
+        """Start a relay that may open so many files."""
         python = tmp_path / "python"
         python.write_text(f'#!/bin/sh\nulimit -n {files} && exec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        admin = f"127.0.0.1:{harness.free_port()}"
-        return Limited(start_relay("--admin", admin, *options, dsn=database.dsn, python=str(python)), admin)
+        return start_relay(*options, dsn=database.dsn, python=str(python), admin=True)
 
     return start
 
 
 @contextlib.contextmanager
-def siege(relay: Relay, admin: str | None = None) -> Iterator[list[socket.socket]]:
+def siege(relay: Relay) -> Iterator[list[socket.socket]]:
     """Let a crowd come: the admin listener answers meanwhile, and what it took is free when it is gone."""
     before = descriptors(relay)
     crowd: list[socket.socket] = []
@@ -66,9 +58,9 @@ def siege(relay: Relay, admin: str | None = None) -> Iterator[list[socket.socket
     answers: list[float] = []
 
     def ask() -> None:
-        while admin and not over.wait(0.1):
+        while relay.admin and not over.wait(0.1):
             start = time.monotonic()
-            httpx.get(f"http://{admin}/live", timeout=10).raise_for_status()
+            httpx.get(f"http://{relay.admin}/live", timeout=10).raise_for_status()
             answers.append(time.monotonic() - start)
 
     with ThreadPoolExecutor(1) as pool:
@@ -80,7 +72,7 @@ def siege(relay: Relay, admin: str | None = None) -> Iterator[list[socket.socket
             for client in crowd:
                 client.close()
         asking.result(20)
-    assert not admin or 0 < max(answers) < 5
+    assert not relay.admin or 0 < max(answers) < 5
     wait_for_descriptors(relay, before)
     assert "Traceback" not in relay.log
 
@@ -106,13 +98,13 @@ def wait_for_descriptors(relay: Relay, most: int) -> None:
     harness.wait_until(lambda: descriptors(relay) <= most, 20, f"at most {most} descriptors")
 
 
-def connect(relay: Relay, receive_buffer: int | None = None) -> socket.socket:
+def connect(relay: Relay, receive_buffer: int | None = None, *, admin: bool = False) -> socket.socket:
     client = socket.socket()
     try:
         if receive_buffer is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.settimeout(20)
-        host, _, port = relay.bind.rpartition(":")
+        host, _, port = (relay.admin if admin else relay.bind).rpartition(":")
         client.connect((host, int(port)))
     except BaseException:
         client.close()
@@ -121,7 +113,6 @@ def connect(relay: Relay, receive_buffer: int | None = None) -> socket.socket:
 
 
 def send(client: socket.socket, data: bytes) -> bool:
-    """Send, unless the relay has closed; return whether it took all."""
     try:
         client.sendall(data)
     except OSError:
@@ -130,7 +121,6 @@ def send(client: socket.socket, data: bytes) -> bool:
 
 
 def reset(client: socket.socket) -> None:
-    """Close with a reset in place of an end."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 
@@ -152,12 +142,12 @@ HALF_A_REQUEST = b"GET /events/orders HTTP/1.1\r\nHost: relay\r\nAccept: text/ev
 
 
 def test_crowds_that_stall_stop_nobody_and_leave_nothing(
-    start_limited: Callable[..., Limited], database: Database
+    start_limited: StartRelay, database: Database
 ) -> None:
-    relay, admin = start_limited(FILES, "--max-backlog", "64KiB", "--linger", "0")
+    relay = start_limited(FILES, "--max-backlog", "64KiB", "--linger", "0")
     start = memory(relay)
     with (
-        siege(relay, admin) as crowd,
+        siege(relay) as crowd,
         SseReader(relay.url("orders")) as patient,
         SseReader(relay.url("flood")) as busy,
     ):
@@ -199,47 +189,37 @@ def count_open(crowd: list[socket.socket]) -> int:
     return sum(not is_closed(client) for client in crowd)
 
 
+@pytest.mark.parametrize(
+    ("admin", "files", "sent", "most"),
+    [
+        (False, 400, [b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"], 128),
+        (True, 200, [b"", HALF_A_REQUEST, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"], 40),
+    ],
+    ids=["streams", "admin"],
+)
 def test_idle_connections_do_not_keep_others_out(
-    start_limited: Callable[..., Limited], database: Database
+    admin: bool, files: int, sent: list[bytes], most: int, start_limited: StartRelay, database: Database
 ) -> None:
     """One answered request does not buy a place for longer than there is room."""
-    relay, admin = start_limited(400)
-    with siege(relay, admin) as crowd:
-        for _ in range(800):
-            crowd.append(connect(relay))
-            if send(crowd[-1], b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+    relay = start_limited(files)
+    with siege(relay) as crowd:
+        for number in range(2 * files):
+            crowd.append(connect(relay, admin=admin))
+            if send(crowd[-1], sent[number % len(sent)]) and not admin:
                 assert crowd[-1].recv(1 << 16).startswith(b"HTTP/1.1 404 ")
-        with SseReader(relay.url("orders")) as reader:
-            reader.wait_for_id()
-            database.notify("orders", "welcome")
-            reader.wait_for_data("welcome")
-        assert count_open(crowd) <= 128
-
-
-def test_connections_of_the_admin_listener_keep_nobody_out(
-    start_limited: Callable[..., Limited], database: Database
-) -> None:
-    relay, admin = start_limited(200)
-    with siege(relay, admin) as crowd:
-        for number in range(300):
-            crowd.append(socket.create_connection(("127.0.0.1", int(admin.rpartition(":")[2])), timeout=20))
-            what = (b"", HALF_A_REQUEST, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")[number % 3]
-            send(crowd[-1], what)
         with SseReader(relay.url("orders")) as reader:
             reader.wait_for_id()
             database.terminate_backends()
             reader.wait_for(lambda event: event.event == "relay.gap" and "outage" in event.data, 20)
-            database.notify("orders", "still here")
-            reader.wait_for_data("still here")
-        harness.wait_until(lambda: count_open(crowd) <= 40, what="few connections")
+            database.notify("orders", "welcome")
+            reader.wait_for_data("welcome")
+        harness.wait_until(lambda: count_open(crowd) <= most, what="few connections")
 
 
-def test_half_a_request_is_bounded_in_bytes(
-    start_limited: Callable[..., Limited], database: Database
-) -> None:
+def test_half_a_request_is_bounded_in_bytes(start_limited: StartRelay, database: Database) -> None:
     """600 connections with 60 kB each would be 36 MB; and none may send more than 96 KiB."""
-    relay, admin = start_limited(FILES)
-    with siege(relay, admin) as crowd, SseReader(relay.url("orders")) as reader:
+    relay = start_limited(FILES)
+    with siege(relay) as crowd, SseReader(relay.url("orders")) as reader:
         reader.wait_for_id()
         forget_most_memory(relay)
         start = memory(relay)
@@ -352,10 +332,10 @@ def test_floods_are_bounded_and_others_are_served_meanwhile(
 
 
 def test_the_listener_comes_back_while_all_descriptors_are_taken(
-    start_limited: Callable[..., Limited], database: Database
+    start_limited: StartRelay, database: Database
 ) -> None:
-    relay, admin = start_limited(300)
-    with siege(relay, admin) as crowd, SseReader(relay.url("orders")) as reader:
+    relay = start_limited(300)
+    with siege(relay) as crowd, SseReader(relay.url("orders")) as reader:
         reader.wait_for_id()
         stop = threading.Event()
 
@@ -389,7 +369,7 @@ def test_the_listener_comes_back_while_all_descriptors_are_taken(
         finally:
             stop.set()
             besieging.join(20)
-        assert httpx.get(f"http://{admin}/ready").status_code == 200
+        assert httpx.get(f"http://{relay.admin}/ready").status_code == 200
 
 
 # ==== Fuzzing =================================================================

@@ -23,7 +23,6 @@ NODE = harness.require("node")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the module for Node."""
     made = tmp_path_factory.mktemp("module")
     (made / "events.mjs").write_text(sse_relay.CLIENT_MODULE)
     return made

@@ -433,14 +433,13 @@ def test_a_client_moves_between_several_relays_and_misses_nothing(
     start_relay: StartRelay, log_database: Database, tmp_path: Path
 ) -> None:
     sockets = [f"unix:{tmp_path}/{number}.sock" for number in (1, 2)]
-    admins = [f"127.0.0.1:{harness.free_port()}" for _ in sockets]
 
     def start(number: int) -> Relay:
-        options = ("--source", "log", "--retry", "100", "--admin", admins[number])
-        return start_relay(*options, bind=sockets[number], dsn=log_database.dsn)
+        options = ("--source", "log", "--retry", "100")
+        return start_relay(*options, bind=sockets[number], dsn=log_database.dsn, admin=True)
 
     def clients(number: int) -> int:
-        return int(httpx.get(f"http://{admins[number]}/channels").json()["clients"])
+        return int(harness.metric(relays[number].admin, "clients"))
 
     relays = [start(0), start(1)]
     http = nginx_recipe("http { }, several relays").replace("unix:/run/sse-relay", f"unix:{tmp_path}")

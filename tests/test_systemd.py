@@ -23,7 +23,6 @@ INSTALLED_PYTHON = "/opt/sse-relay/venv/bin/python"
 
 
 def systemd_analyze(*arguments: str) -> str:
-    """Run systemd-analyze and return all that it prints."""
     command = [harness.require("systemd-analyze"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -138,7 +137,6 @@ class NotifySocket:
         return self._said
 
     def wait_for(self, assignment: str) -> None:
-        """Wait until something has been said that begins so."""
         wait_until(
             lambda: any(said.startswith(assignment) for said in self.assignments()),
             what=f"{assignment} in {self._said}",

@@ -29,7 +29,6 @@ class BenchmarkError(Exception):
 
 
 def compile_c(name: str, folder: Path) -> Path:
-    """Compile one of our programs in C and return its path."""
     program = folder / name
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -75,7 +74,6 @@ def socket_bytes(port: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """Return a process and its children."""
     # /proc/PID/task/PID/children is said to miss some.
     found = [pid]
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -162,7 +160,6 @@ class Load(harness.Closing):
         return self._process.pid
 
     def wait(self) -> None:
-        """Wait until all streams are open; `connect` then says how long that took."""
         self.connect = self._read(70)
         if self.connect["ready"] < self.clients or self.connect["refused"]:
             raise BenchmarkError(f"of {self.clients} clients: {self.connect}")
@@ -225,8 +222,6 @@ def publish(send: Send, events: int, rate: float = 0.0, batch: int = 1) -> None:
 
 
 class Delivered(NamedTuple):
-    """What one `deliver` did."""
-
     report: Report
     cpu: float
     load_share: float
@@ -234,7 +229,6 @@ class Delivered(NamedTuple):
 
     @property
     def microseconds(self) -> float:
-        """CPU of the server for each delivery."""
         return self.cpu * 1e6 / self.report.events if self.report.events else float("nan")
 
 

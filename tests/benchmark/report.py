@@ -76,12 +76,10 @@ def medians(samples: Mapping[str, list[works.Figures]], figure: str) -> dict[str
 
 
 def figures_of(samples: Mapping[str, list[works.Figures]]) -> list[str]:
-    """Return the names of the figures, in the order in which they were measured."""
     return list(dict.fromkeys(name for rounds in samples.values() for found in rounds for name in found))
 
 
 def number(value: float) -> str:
-    """Write a value with three significant digits."""
     if math.isnan(value):
         return ""
     digits = 0 if value == 0 or abs(value) >= 100 else 2 - math.floor(math.log10(abs(value)))
@@ -138,7 +136,6 @@ def table_of_variants(name: str, found: Mapping[str, list[works.Figures]]) -> st
 
 
 def packages(python: Path, *names: str) -> str:
-    """Return packages with the versions that an interpreter has."""
     program = (
         "import sys, importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
     )
@@ -148,7 +145,6 @@ def packages(python: Path, *names: str) -> str:
 
 
 def machine(bench: Bench, samples: Samples) -> str:
-    """Return a paragraph on the machine and the versions."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     with servers.connected(bench.postgres.dsn) as connection:
         postgres = connection.get_parameter_status("server_version")

@@ -195,7 +195,6 @@ class Bench:
     # ---- servers
 
     def start(self, name: str) -> contextlib.AbstractContextManager[Running]:
-        """Start a server by its name in the tables."""
         return SERVERS[name](self)
 
     def load(self, server: Running, clients: int, *options: str, nice: int = 0, wait: bool = True) -> Load:
@@ -228,7 +227,6 @@ def connected(dsn: str) -> Iterator[psycopg2.extensions.connection]:
 
 
 def post(connection: http.client.HTTPConnection, payloads: Sequence[str]) -> None:
-    """Publish to nchan."""
     for payload in payloads:
         connection.request("POST", "/publish/ch0", payload, {"Content-Type": "text/plain"})
         answer = connection.getresponse()
@@ -281,7 +279,6 @@ def relay(
 
 @contextlib.contextmanager
 def nchan(bench: Bench) -> Iterator[Running]:
-    """nginx with nchan, one worker."""
     nginx, module = find_nchan()
     port = harness.free_port()
     with tempfile.TemporaryDirectory(dir=bench.folder) as name:
@@ -304,7 +301,6 @@ def nchan(bench: Bench) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def naive(bench: Bench) -> Iterator[Running]:
-    """The naive relay (`naive.py`)."""
     port, dsn = harness.free_port(), bench.postgres.dsn
     program = (bench.peers / "python", HERE / "naive.py", str(port), dsn)
     with process(bench, *program, port=port) as running, connected(dsn) as connection:
@@ -314,7 +310,6 @@ def naive(bench: Bench) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def climit(bench: Bench) -> Iterator[Running]:
-    """The limit in C (`climit.c`)."""
     port, feed = harness.free_port(), harness.free_port()
     with (
         process(bench, bench.climit, str(port), str(feed), port=port) as running,
@@ -357,7 +352,6 @@ SERVERS: dict[str, Callable[[Bench], contextlib.AbstractContextManager[Running]]
 
 
 def find_nchan() -> tuple[str, Path]:
-    """Return nginx and its module."""
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     for folder in ("/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/etc/nginx/modules"):
         module = Path(folder, "ngx_nchan_module.so")
@@ -367,7 +361,6 @@ def find_nchan() -> tuple[str, Path]:
 
 
 def open_files() -> int:
-    """Return how many files a process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

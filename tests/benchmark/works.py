@@ -63,7 +63,6 @@ class Work(NamedTuple):
 
 
 def fan_out(bench: Bench, name: str, done: Delivered) -> Figures:
-    """Return the figures of some deliveries."""
     if done.load_share > BUSY:
         bench.note(f"{name}: the load client used {done.load_share:.0%} of its core: it is measured, too")
     return {
@@ -110,7 +109,6 @@ def many(bench: Bench, name: str) -> Figures:
 
 
 def burst(bench: Bench, name: str) -> Figures:
-    """Publish 500 events, each in a transaction of its own, as fast as one publisher can."""
     with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
         warm_up(load, server)
         done = deliver(load, server.pids, server.send, 500, timeout=60.0)
@@ -119,7 +117,6 @@ def burst(bench: Bench, name: str) -> Figures:
 
 
 def torrent(bench: Bench, name: str) -> Figures:
-    """5,000 events a second, five in each transaction."""
     with bench.start(name) as server, bench.load(server, bench.clients(1_000)) as load:
         warm_up(load, server)
         events = int(5_000 * bench.seconds(3, 5))
@@ -186,7 +183,6 @@ def stall(bench: Bench, stopped: int) -> tuple[Report, int, float]:
 
 
 def stalled(bench: Bench, name: str) -> Figures:
-    """Stall none, then five of 200 clients; take the memory from a hundred stalled ones."""
     none, none_lost, none_held = stall(bench, 0)
     five, five_lost, _ = stall(bench, 5)
     hundred, hundred_lost, hundred_held = stall(bench, 100)
@@ -199,7 +195,6 @@ def stalled(bench: Bench, name: str) -> Figures:
 
 
 def transactions(bench: Bench, name: str) -> Figures:
-    """100 notifications in each transaction, made by the server, to ten clients."""
     rounds = bench.events(200, 1_000)
     pad = "x" * (PAYLOAD_BYTES - 35)
 
@@ -259,7 +254,6 @@ def newest_position(dsn: str) -> str:
 
 
 def log_read(bench: Bench, name: str) -> Figures:
-    """Bursts of 100 events, published in one transaction each, read from the table by the relay."""
     with servers.relay(bench, source="log") as server, bench.load(server, 1) as load:
         warm_up(load, server)
         bursts = bench.events(40, 200)
@@ -291,7 +285,6 @@ def catch_up(bench: Bench, name: str) -> Figures:
 
 
 def resume(bench: Bench, name: str) -> Figures:
-    """10,000 clients come back at once; each has missed 100 events."""
     report, lost = come_back(bench, bench.clients(10_000), 100, remembered=name == "from memory")
     return {"s until all have what they missed": report.elapsed_s, LOST: lost, CUT: report.disconnected}
 
