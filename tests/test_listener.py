@@ -197,18 +197,6 @@ def test_from_half_of_the_channels_on_a_stream_brings_one_new_channel() -> None:
 # ==== Loss ====================================================================
 
 
-def expect_later_events(reader: harness.SseReader, database: harness.Database) -> None:
-    """Publish until events arrive, the first on this stream; no gap but that of its start comes before."""
-
-    def heard() -> list[str]:
-        database.notify("orders", "later")
-        return reader.data
-
-    harness.wait_until(heard, 20, "events")
-    assert len(reader.starts) == 1
-    assert {event.data for event in reader.events} == {"later"}
-
-
 def expect_gap_and_later_events(
     reader: harness.SseReader, database: harness.Database, before: int = 0, timeout: float = 20.0
 ) -> None:
@@ -269,7 +257,15 @@ def test_streams_outlive_a_connection_that_is_frozen_for_15_seconds(
                 harness.wait_until(lambda: time.monotonic() > frozen + 15, 16)
                 thawed = time.monotonic()
                 proxy.thaw()
-                expect_later_events(newcomer, database)
+
+                def heard() -> list[str]:
+                    database.notify("orders", "later")
+                    return newcomer.data
+
+                harness.wait_until(heard, 20, "events")
+                # No gap but that of its start comes before.
+                assert len(newcomer.starts) == 1
+                assert {event.data for event in newcomer.events} == {"later"}
             expect_gap_and_later_events(reader, database, before=1)
             assert "lost" not in reader.data
         while_frozen = [when for when, _ in beats.received if frozen <= when <= thawed]

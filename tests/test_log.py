@@ -51,13 +51,6 @@ def own_log(own_server: Server) -> Database:
     return own_server.database
 
 
-@pytest.fixture
-def seed() -> int:
-    number = random.randrange(1_000_000)
-    print(f"seed {number}")  # noqa: T201  # shown on failure
-    return number
-
-
 def publish(database: Database, channel: str, *data: str) -> None:
     """Publish events in one transaction."""
     database.execute("SELECT sse_relay.publish(%s, d) FROM unnest(%s::text[]) AS d", (channel, list(data)))
@@ -453,14 +446,13 @@ def test_an_event_without_a_notification_is_out_within_the_sweep_interval(
         reader.wait_for_data("silent", SWEEP_INTERVAL + 2)
 
 
-def test_a_stopped_relay_holds_up_nobody(log: Database, start_relay: RelayStarter, seed: int) -> None:
-    chance = random.Random(seed)
+def test_a_stopped_relay_holds_up_nobody(log: Database, start_relay: RelayStarter) -> None:
     stopped, running = (start_relay(*LOG, dsn=log.dsn) for _ in range(2))
     with SseReader(running.url("a")) as reader, SseReader(stopped.url("a")) as held_up:
         reader.wait_for_id(), held_up.wait_for_id()
         sent, slowest = 0, 0.0
         for _ in range(15):
-            stop = threading.Timer(chance.uniform(0, 0.1), stopped.suspend)
+            stop = threading.Timer(random.uniform(0, 0.1), stopped.suspend)
             stop.start()
             last = False
             while not last:

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -15,8 +15,6 @@ from http import HTTPStatus
 import pytest
 from aiohttp import web
 
-import harness
-from harness import Database, RawStream, Relay
 from sse_relay import Door, Hub, Subscriber, as_chunk, encode_head, park
 
 pytestmark = pytest.mark.aiohttp_versions
@@ -259,38 +257,3 @@ async def test_stopping_the_server_leaves_parked_streams_alone(lot: Lot) -> None
         lot.subscriber.end(b"retry: 1\n\n")
         assert await asyncio.wait_for(client.reader.read(), 5) == as_chunk(b"retry: 1\n\n")
     await lot.wait_empty()
-
-
-@pytest.fixture
-def streams(relay: Relay) -> Iterator[list[RawStream]]:
-    """Streams of every kind at once: alone, late on a connection, with a request behind it, over HTTP/1.0."""
-    with contextlib.ExitStack() as stack:
-        request = harness.http_request(relay.url("orders"))
-        head = harness.http_request(relay.url("orders"), method="HEAD")
-        opened = [stack.enter_context(RawStream(relay.bind, request=raw)) for raw in (request, request * 2)]
-        opened.append(stack.enter_context(RawStream(relay.bind, relay.url("orders"), version="1.0")))
-        late = stack.enter_context(RawStream(relay.bind, request=head))
-        harness.wait_until(lambda: late.status == HTTPStatus.OK, what="an answer to HEAD")
-        late.received.clear()
-        late.socket.sendall(request)
-        yield [*opened, late]
-
-
-def test_the_whole_relay_parks_and_forgets_those_who_leave(
-    relay: Relay, database: Database, streams: list[RawStream]
-) -> None:
-    for stream in streams:
-        stream.wait_for(b"id: ")
-    database.notify("orders", "x")
-    for stream in streams:
-        assert stream.wait_for(b"data: x\n\n").count(b"data: x") == 1
-    for stream in streams[2:]:
-        stream.close()
-    database.notify("orders", "y")
-    streams[0].wait_for(b"data: y\n\n")
-    assert relay.stop() == 0
-    assert "stopping: 2 clients" in relay.log
-    for stream in streams[:2]:
-        assert stream.wait_for_end().endswith(b"\n\n")
-        assert not stream.finished
-    assert "Traceback" not in relay.log

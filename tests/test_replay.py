@@ -132,7 +132,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(
         burst=st.lists(
-            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([1, 40, 41, 200, 900])),
+            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([1, 50, 200, 250, 900])),
             min_size=1,
             max_size=8,
         ),
@@ -145,7 +145,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(channel=st.sampled_from(CHANNELS), count=st.sampled_from([1, 5, 25]))
     def append_loudly(self, channel: str, count: int) -> None:
-        self.append([(channel, 40)] * count)
+        self.append([(channel, 50)] * count)
 
     @rule(
         channels=st.lists(st.sampled_from(CHANNELS), unique=True),
@@ -217,28 +217,6 @@ def test_a_channel_with_one_event_counts_with_what_it_takes_itself(monkeypatch: 
     kept = sum(memory.missed(f"c{number}", 0)[0] for number in range(1, 1_001))
     assert kept == 100_000 // (FRAME_OVERHEAD_BYTES + 50 + 550)
     assert memory.size == kept * (FRAME_OVERHEAD_BYTES + 50 + 550)
-
-
-def kept(memory: Memory, channel: str) -> list[int]:
-    """Return the numbers that a channel's client can still get."""
-    number = memory.floor(channel)
-    assert number is not None
-    return numbers(memory.page({channel: number}, EVERYTHING)[0])
-
-
-def test_an_eighth_is_not_loud_and_one_frame_more_is() -> None:
-    memory = Memory(300 * 80)
-    memory.begin_all(0)
-    # "a" holds an eighth exactly, "b" one frame more, the rest is spread over many.
-    channels = ["a"] * 10 + ["b"] * 11 + [f"other {number}" for number in range(59)]
-    for number, channel in enumerate(channels, 1):
-        memory.append(make_frame(number, channel, 300))
-    assert memory.size == memory.limit
-    memory.append(make_frame(81, "x", 300))
-    assert (kept(memory, "a"), kept(memory, "b")) == (list(range(1, 11)), list(range(12, 22)))
-    # Nobody is loud any more: the oldest of all goes.
-    memory.append(make_frame(82, "y", 300))
-    assert (kept(memory, "a"), kept(memory, "b")) == (list(range(2, 11)), list(range(12, 22)))
 
 
 def test_channels_that_come_and_go_and_frames_too_large_for_an_eighth_leave_nothing_behind() -> None:
