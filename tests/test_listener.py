@@ -217,23 +217,6 @@ def expect_gap_and_later_events(
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_and_starts_is_a_gap_and_no_more(
-    own_server: harness.Server, start_relay: StartRelay
-) -> None:
-    relay = start_relay(dsn=own_server.dsn)
-    for how in (signal.SIGINT, signal.SIGQUIT):
-        with harness.SseReader(relay.url("orders")) as reader:
-            reader.wait_for_id()
-            lines = len(relay.lines)
-            own_server.stop(how)
-            relay.wait_for_log("lost PostgreSQL", 5, after=lines)
-            own_server.start()
-            expect_gap_and_later_events(reader, own_server.database)
-    assert len(relay_backends(own_server.database)) == 2
-    assert "Traceback" not in relay.log
-
-
-@pytest.mark.slow
 def test_streams_outlive_a_connection_that_is_frozen_for_15_seconds(
     database: harness.Database, start_relay: StartRelay
 ) -> None:

@@ -66,17 +66,16 @@ POSSIBLE_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", POSSIBLE_NAMES, ids=ascii)
-def test_an_awkward_name_arrives_unchanged_as_a_query_and_as_a_path(name: str) -> None:
-    wanted = Target((name,), None, None, None)
-    assert check_channel(name) == name
-    assert parse_target(f"/events?{urlencode({'channel': name})}", "/events") == wanted
-    assert parse_target(f"/?{urlencode({'channel': name})}", "/") == wanted
-    for path, prefix in ((f"/events/{quote(name, safe='')}", "/events"), (f"/{quote(name, safe='')}", "/")):
-        if is_path_name(name):
-            assert parse_target(path, prefix) == wanted
-        else:
-            assert "as ?channel=" in refusal(path, prefix).what
+def test_awkward_names_arrive_unchanged_as_a_query_and_as_a_path() -> None:
+    for name in POSSIBLE_NAMES:
+        assert check_channel(name) == name
+        for prefix in ("/events", "/"):
+            assert parse_target(f"{prefix}?{urlencode({'channel': name})}", prefix) == Target((name,))
+            path = f"{prefix.rstrip('/')}/{quote(name, safe='')}"
+            if is_path_name(name):
+                assert parse_target(path, prefix) == Target((name,))
+            else:
+                assert "as ?channel=" in refusal(path, prefix).what
 
 
 # The reason for which no client may ask for them, and its status.

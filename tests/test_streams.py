@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -36,13 +37,18 @@ def standing(standing_database: harness.Database) -> Iterator[harness.Relay]:
 # ==== Opening =================================================================
 
 
-def test_a_stream_opens_with_headers_comment_retry_and_position(standing: harness.Relay) -> None:
-    with harness.RawStream(standing.bind, standing.url("orders")) as stream:
+@pytest.mark.parametrize(
+    ("version", "framing"), [("1.1", {"transfer-encoding": "chunked"}), ("1.0", {"connection": "close"})]
+)
+def test_a_stream_opens_with_headers_comment_retry_and_position(
+    version: str, framing: dict[str, str], standing: harness.Relay
+) -> None:
+    with harness.RawStream(standing.bind, standing.url("orders"), version=version) as stream:
         body = stream.wait_for(b'"start","since":null}\n\n')
-        assert stream.raw.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert stream.raw.startswith(f"HTTP/{version} 200 OK\r\n".encode())
         headers = stream.headers
         assert headers.pop("date").endswith("GMT")
-        assert headers == {**STREAM_HEADERS, "transfer-encoding": "chunked"}
+        assert headers == {**STREAM_HEADERS, **framing}
     opening = OPENING.fullmatch(body)
     assert opening, body
     assert 2000 <= int(opening[1]) < 5000
@@ -143,9 +149,17 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_awkward_channel_names_are_names(
+# What PostgreSQL and a real socket could change; the rest is in test_frames.
+PAYLOADS = [
+    " x ", "a\r\nb\rc\n", "x\nevent: forged\nid: 1\n\ndata: y", "\u2028\u0085\x0b\x1b\x7f", "\ufeff",
+    "x" * 7_999, "\u00e9" * 3_999, "\n" * 7_999, "[" * 7_999, '{"event":"e","data":NaN}',
+]  # fmt: skip
+
+
+def test_awkward_names_are_names_and_awkward_payloads_arrive_unchanged(
     standing: harness.Relay, standing_database: harness.Database
 ) -> None:
+    awkward = dict(zip(NAMES, itertools.cycle(PAYLOADS), strict=False))
     with (
         contextlib.ExitStack() as stack,
         harness.RawStream(standing.bind, standing.url(*NAMES)) as all_of_them,
@@ -154,40 +168,17 @@ def test_awkward_channel_names_are_names(
         all_of_them.wait_for(b"\nid: ")
         for reader in readers:
             reader.wait_for_id()
-        for number, name in enumerate(NAMES):
+        for number, (name, payload) in enumerate(awkward.items()):
+            standing_database.notify(name, payload)
             standing_database.notify(name, f"event {number}")
-        for number, reader in enumerate(readers):
+        for number, (reader, payload) in enumerate(zip(readers, awkward.values(), strict=True)):
             reader.wait_for_data(f"event {number}")
+            # Of its own channel and of nothing else.
+            assert reader.data == [re.sub("\r\n?", "\n", payload), f"event {number}"]
         body = all_of_them.wait_for(f"data: event {len(NAMES) - 1}\n\n".encode()).decode()
-        # Each reader heard of its own channel and of nothing else.
-        assert [reader.data for reader in readers] == [[f"event {n}"] for n in range(len(NAMES))]
     named = re.findall(r"^event: (.*)\nid: .*\ndata: event ", body, re.MULTILINE)
     shown = [name.replace("%", "%25").replace(":", "%3A") for name in NAMES]
     assert named == [f"{name}:" if name in ("error", "relay.gap") else name for name in shown]
-
-
-def test_awkward_payloads_arrive_unchanged_and_harm_nobody(
-    standing: harness.Relay, standing_database: harness.Database
-) -> None:
-    """What PostgreSQL and a real socket could change; the rest is in test_frames."""
-    payloads = [
-        " x ", "a\r\nb\rc\n", "x\nevent: forged\nid: 1\n\ndata: y", "\u2028\u0085\x0b\x1b\x7f", "\ufeff",
-        "x" * 7_999, "\u00e9" * 3_999, "\n" * 7_999, "[" * 7_999, '{"event":"e","data":NaN}',
-    ]  # fmt: skip
-    with (
-        harness.SseReader(standing.url("odd")) as odd,
-        harness.SseReader(standing.url("witness")) as witness,
-    ):
-        for each in (odd, witness):
-            each.wait_for_id()
-        for number, payload in enumerate(payloads):
-            standing_database.notify("odd", payload)
-            standing_database.notify("witness", str(number))
-        standing_database.notify("odd", "the end")
-        odd.wait_for_data("the end")
-        witness.wait_for_data(str(len(payloads) - 1))
-    assert odd.data == [re.sub("\r\n?", "\n", payload) for payload in payloads] + ["the end"]
-    assert witness.data == [str(number) for number in range(len(payloads))]
 
 
 # ==== Resuming ================================================================
