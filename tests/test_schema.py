@@ -126,11 +126,6 @@ def test_applying_needs_create_on_the_database_and_the_schemas_owner(database: D
         apply(database, role)
     with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=f"belongs to {owner}"):
         apply(database, other)
-    with Session(database, owner) as session:
-        session.publish()
-        session.sweep()
-        assert parse(session.position())[0] == 1
-        assert session.datas() == ["x"]
 
 
 def test_a_database_in_another_encoding_is_refused(server: Server) -> None:
