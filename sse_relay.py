@@ -3841,9 +3841,9 @@ class Replays:
             return self._source.tell(cursor._replace(last=0), channels, found.gaps)
         if cursor.last:
             return Page(cursor.rewound(found.before))
-        return (
-            None if found.epoch != cursor.epoch else make_page(cursor, found.number, channels, found.frames)
-        )
+        if found.epoch != cursor.epoch:
+            return None
+        return make_page(cursor, found.number, channels, found.frames)
 
     def _keep(self, place: tuple[object, ...], task: asyncio.Task[Found]) -> None:
         del self._reading[place]
