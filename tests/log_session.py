@@ -50,8 +50,6 @@ GRANTS: Final = _grants_of_the_docs()
 
 
 class Session:
-    """One connection that runs the relay's statements."""
-
     def __init__(self, database: Database, role: str | None = None) -> None:
         self.connection = database.connect()
         if role is not None:
@@ -119,7 +117,6 @@ class Session:
         return self.run(LOG_READ_SQL, {"id": after, "limit": 1000})
 
     def read(self, after: int = 0) -> list[Row]:
-        """All events after an id, page by page."""
         events: list[Row] = []
         while True:
             page = self.page(after)
@@ -140,7 +137,6 @@ class Session:
         return str(caught.value)
 
     def notifications(self) -> list[Any]:
-        """What has arrived."""
         self.connection.poll()
         taken = list(self.connection.notifies)
         self.connection.notifies.clear()

@@ -73,7 +73,6 @@ class Stage:
 
     def __init__(self) -> None:
         self.published: list[tuple[int, str]] = []
-        """Number and channel of every event."""
         self.hub = Hub(256 * 1024, heartbeat=0.002)
         self.interest = Interest(self.hub.channels, 0.0, 100)
         self.source = NotifySource(self.hub, Memory(1 << 26), self.interest)
@@ -83,7 +82,6 @@ class Stage:
         )  # fmt: skip
 
     def listen(self) -> None:
-        """LISTEN to what is wanted."""
         if fresh := self.interest.wanted() - self.interest.confirmed:
             self.interest.confirmed |= fresh
             self.source.confirmed(fresh)
@@ -94,7 +92,6 @@ class Stage:
         await self.source.deliver([psycopg2.extensions.Notify(1, channel, payload)], 0.0)
 
     async def settle(self) -> None:
-        """Let everything happen that can."""
         for _ in range(10):
             await asyncio.sleep(0)
 
@@ -140,7 +137,6 @@ class Client:
 
     @property
     def blocks(self) -> list[dict[str, str]]:
-        """The fields of each block of its present connection."""
         texts = self.wire.written.decode().split("\n\n") if self.wire else []
         return [dict(line.split(": ", 1) for line in text.split("\n") if ": " in line) for text in texts]
 
@@ -150,7 +146,6 @@ class Client:
 
     @property
     def seen(self) -> list[int]:
-        """The number of each event."""
         found = [block for block in self.blocks if not block.get("event", "").startswith("relay.")]
         return [int(block["data"].split()[0]) for block in found if "data" in block]
 

@@ -45,7 +45,6 @@ class Stream:
     transport: asyncio.Transport
     far: socket.socket
     writes: list[bytes] = field(default_factory=list)
-    """What was written to the socket, write by write."""
     received: bytearray = field(default_factory=bytearray)
 
     async def read(self, size: int) -> bytes:
@@ -59,7 +58,6 @@ class Stream:
         return taken
 
     async def read_all(self) -> bytes:
-        """Return what comes until the relay closes or resets the connection."""
         found = b""
         with contextlib.suppress(ConnectionResetError):
             while data := await self.read(1):
@@ -553,8 +551,6 @@ async def test_a_heartbeat_tick_does_little_for_a_client_that_needs_none() -> No
 
 
 class Sink(asyncio.Transport):
-    """Takes everything at once."""
-
     def write(self, data: object) -> None:
         pass
 

@@ -29,7 +29,6 @@ CANARY = re.compile(r"sse_relay_canary_[0-9a-f]+")
 
 @pytest.fixture(scope="module")
 def logging_server() -> Iterator[harness.Server]:
-    """A PostgreSQL that logs every statement, with the backend's pid and database."""
     with harness.Server(log_statement="all", log_line_prefix="%p|%d|") as running:
         yield running
 
@@ -115,9 +114,21 @@ def test_channels_that_come_at_once_share_round_trips(logged: Logged, start_rela
     assert len(logged.statements) - before <= 16
 
 
-class Play:
-    """An `Interest` whose clients come and go."""
+def test_a_client_that_comes_back_within_the_linger_finds_its_channel_listened_to(
+    logged: Logged, start_relay: StartRelay
+) -> None:
+    relay = start_relay("--linger", "60", dsn=logged.database.dsn)
+    with harness.SseReader(relay.url("orders")) as reader:
+        position = reader.wait_for_id()
+    before = len(logged.statements)
+    logged.database.notify("orders", "meanwhile")
+    with harness.SseReader(relay.url("orders"), last_event_id=position) as reader:
+        reader.wait_for_data("meanwhile")
+        assert [event.event for event in reader.events] == ["message"]
+    assert len(logged.statements) == before
 
+
+class Play:
     def __init__(self, max_channels: int) -> None:
         self.watched: set[str] = set()
         self.interest = sse_relay.Interest(self.watched, linger=60.0, max_channels=max_channels)
@@ -393,7 +404,6 @@ async def test_a_cancellation_that_comes_with_the_answer_is_not_forgotten(
 
 
 def expect_end(relay: harness.Relay, words: str) -> None:
-    """Check that the relay ends with status 1 and says why in one line."""
     assert relay.wait(15) == 1
     assert words in relay.lines[-1]
     assert [line for line in relay.lines if " ERROR " in line] == [relay.lines[-1]]

@@ -40,13 +40,11 @@ RelayStarter = Callable[..., Relay]
 
 @pytest.fixture
 def log(log_database: Database) -> Database:
-    """A database of the test's own with the log installed."""
     return log_database
 
 
 @pytest.fixture
 def own_log(own_server: Server) -> Database:
-    """The same on a server of the test's own, to stop and restart."""
     apply_schema(own_server.database.dsn)
     return own_server.database
 
@@ -57,7 +55,6 @@ def publish(database: Database, channel: str, *data: str) -> None:
 
 
 def numbered(database: Database, count: int) -> None:
-    """Wait until the log has that many events, and none waits to be numbered."""
     wait_until(
         lambda: (
             database.execute(
@@ -71,19 +68,16 @@ def numbered(database: Database, count: int) -> None:
 
 
 def newest(database: Database, *, snapshot: bool = False) -> str:
-    """The position of the newest event."""
     ((position,),) = database.execute("SELECT sse_relay.position()")
     return str(position) if snapshot else str(position).partition("@")[0]
 
 
 def before(position: str, count: int) -> str:
-    """The position that many numbers earlier."""
     epoch, _, number = position.partition("-")
     return f"{epoch}-{int(number) - count}"
 
 
 def gaps(reader: SseReader) -> list[str]:
-    """The reasons of all gaps that a client was told of."""
     return [gap["reason"] for gap in reader.gaps]
 
 
@@ -239,11 +233,10 @@ def test_a_history_that_ends_is_told(
 
 def test_rows_hidden_by_row_level_security_are_no_silence(log: Database, start_relay: RelayStarter) -> None:
     role = new_login(log, "relay", grants=GRANTS["relay"])
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay(*LOG, "--admin", admin, dsn=role.dsn)
+    relay = start_relay(*LOG, admin=True, dsn=role.dsn)
 
     def ready() -> int:
-        return httpx.get(f"http://{admin}/ready").status_code
+        return httpx.get(f"http://{relay.admin}/ready").status_code
 
     wait_until(lambda: ready() == 200)
     with SseReader(relay.url("a")) as reader:
@@ -252,7 +245,7 @@ def test_rows_hidden_by_row_level_security_are_no_silence(log: Database, start_r
             log.execute(f"ALTER TABLE sse_relay.{table} ENABLE ROW LEVEL SECURITY")
             publish(log, "a", f"hidden by {table}")
             wait_until(lambda: ready() == 503, what="the relay to see that it sees nothing")
-            wait_until(lambda: "DISABLE ROW LEVEL SECURITY" in httpx.get(f"http://{admin}/ready").text)
+            wait_until(lambda: "DISABLE ROW LEVEL SECURITY" in httpx.get(f"http://{relay.admin}/ready").text)
             log.execute(f"ALTER TABLE sse_relay.{table} DISABLE ROW LEVEL SECURITY")
             reader.wait_for_data(f"hidden by {table}", 20)
             wait_until(lambda: ready() == 200)
@@ -323,8 +316,7 @@ def test_a_damaged_event_that_waits_to_be_numbered_is_told_to_all(
 def test_what_cannot_be_read_from_the_table_is_told_once_hides_no_other_channel_and_costs_no_session(
     own_server: Server, own_log: Database, start_relay: RelayStarter
 ) -> None:
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay(*TABLE, "--admin", admin, dsn=own_log.dsn)
+    relay = start_relay(*TABLE, dsn=own_log.dsn)
     with SseReader(relay.url("live")) as live:
         start = live.wait_for_id()
     unindexed = "a" * 10
@@ -350,7 +342,7 @@ def test_what_cannot_be_read_from_the_table_is_told_once_hides_no_other_channel_
             pages[page : page + 8_192] = bytes(8_192)
     index.write_bytes(pages)
     own_server.start()
-    relay = start_relay(*TABLE, "--admin", admin, dsn=own_log.dsn, bind=relay.bind)
+    relay = start_relay(*TABLE, admin=True, dsn=own_log.dsn)
     url = relay.url(unindexed, "odd", "good")
     with SseReader(relay.url("live")) as live, SseReader(url, last_event_id=start) as reader:
         live.wait_for_id()
@@ -363,7 +355,7 @@ def test_what_cannot_be_read_from_the_table_is_told_once_hides_no_other_channel_
         publish(own_log, "live", "after")
         live.wait_for_data("after")
         assert live.gaps == []
-    assert harness.metric(admin, "reconnects_total") == 0
+    assert harness.metric(relay.admin, "reconnects_total") == 0
 
 
 def test_pruning_that_fails_ends_no_session(log: Database, start_relay: RelayStarter) -> None:
@@ -697,7 +689,6 @@ def test_resuming_from_the_table_leaves_room_for_live_events(
 
 
 def run_program(*arguments: str, input_: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command of the program to its end."""
     return subprocess.run(
         [sys.executable, str(harness.PROGRAM), *arguments], input=input_, text=True, encoding="utf-8",
         capture_output=True, check=False, timeout=30, env=harness.clean_environment(),

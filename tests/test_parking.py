@@ -33,7 +33,6 @@ class Lot:
     arrived: int = 0
     answered: int = 0
     prepare: Callable[[asyncio.Transport], object] = lambda transport: None
-    """Called right before parking."""
     door: web.Server = field(init=False)
     port: int = 0
 
@@ -82,11 +81,9 @@ class Client:
     writer: asyncio.StreamWriter
 
     async def expect(self, end: bytes) -> bytes:
-        """Read up to and with ``end``."""
         return await asyncio.wait_for(self.reader.readuntil(end), 5)
 
     async def head(self) -> str:
-        """Read the headers and the first comment of a stream."""
         head = (await self.expect(b"\r\n\r\n")).decode()
         assert head.split(" ", 2)[1] == str(HTTPStatus.OK.value)
         await self.expect(b":\n")

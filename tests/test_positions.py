@@ -42,7 +42,6 @@ def is_possible(name: str) -> bool:
 
 
 def is_path_name(name: str) -> bool:
-    """Return whether a proxy leaves the name as it is in a path."""
     return not any(segment in ("", ".", "..") for segment in name.split("/"))
 
 
@@ -50,7 +49,6 @@ possible_names = st.text(min_size=1, max_size=20).filter(is_possible)
 
 
 def refusal(target: str, prefix: str = "/events") -> RefusedError:
-    """Fail unless the target is refused; give the refusal."""
     with pytest.raises(RefusedError) as caught:
         parse_target(target, prefix)
     return caught.value

@@ -27,7 +27,6 @@ def only_frames_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_frame(number: int, channel: str, size: int = FRAME_OVERHEAD_BYTES + 50) -> Frame:
-    """Make a frame that counts ``size`` bytes in memory."""
     return Frame(number, channel, b"x" * (size - FRAME_OVERHEAD_BYTES), False)
 
 
@@ -113,7 +112,6 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.model.floors)
     @rule()
     def begin_all(self) -> None:
-        """As for a log."""
         self.model.base = self.next_number()
         self.memory.begin_all(self.number)
 

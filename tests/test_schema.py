@@ -61,13 +61,11 @@ from sse_relay import (
 
 @pytest.fixture
 def log(log_database: Database) -> Iterator[Session]:
-    """A database with the schema, and a session of a relay that is its owner."""
     with Session(log_database) as session:
         yield session
 
 
 def parse(position: str) -> tuple[int, Snapshot]:
-    """Return the number and the snapshot of a page's position."""
     found = parse_position(position)
     assert found is not None
     assert found.snapshot is not None

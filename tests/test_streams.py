@@ -29,7 +29,6 @@ PLAIN = {"Accept": "*/*"}
 
 @pytest.fixture(scope="module")
 def standing(standing_database: harness.Database) -> Iterator[harness.Relay]:
-    """A relay with the defaults, for tests that leave nothing behind on it."""
     with harness.Relay(dsn=standing_database.dsn) as running:
         yield running
 
@@ -185,7 +184,6 @@ def test_awkward_names_are_names_and_awkward_payloads_arrive_unchanged(
 
 
 def publish_three(relay: harness.Relay, database: harness.Database, channel: str) -> str:
-    """Publish 1, 2, 3 and return the last position."""
     with harness.SseReader(relay.url(channel)) as reader:
         reader.wait_for_id()
         for data in "123":
@@ -228,15 +226,16 @@ def test_what_no_header_can_carry_back_leaves_no_zombie(
     start_relay: StartRelay, database: harness.Database
 ) -> None:
     """Every origin of this machine is allowed while no access option is given; this one cannot be encoded."""
-    admin = f"127.0.0.1:{harness.free_port()}"
-    relay = start_relay("--admin", admin, "--heartbeat", "0.2", dsn=database.dsn)
+    relay = start_relay("--heartbeat", "0.2", admin=True, dsn=database.dsn)
     for origin in ("http://localhost:\u20ac", "http://localhost:\udcff", "http://127.0.0.1:\x80"):
         request = harness.http_request(relay.url("orders"), headers={"Origin": "?", "Connection": "close"})
         request = request.replace(b"?", origin.encode("utf-8", "surrogateescape"), 1)
         with harness.RawStream(relay.bind, request=request) as stream:
             harness.wait_until(lambda stream=stream: stream.ended or b":\n" in stream.raw)  # type: ignore[misc]
             assert stream.raw.startswith(b"HTTP/1.1 ")
-    harness.wait_until(lambda: harness.metric(admin, "clients") == 0, what="the clients to be forgotten")
+    harness.wait_until(
+        lambda: harness.metric(relay.admin, "clients") == 0, what="the clients to be forgotten"
+    )
     publish_three(relay, database, "orders")
     assert "Traceback" not in relay.log
     assert "should not happen" not in relay.log

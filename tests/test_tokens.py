@@ -43,7 +43,6 @@ NOW = 1_700_000_000.0
 
 @functools.cache
 def private_key(kind: str) -> Any:
-    """Return a private key, made once for the whole run."""
     makers: dict[str, Callable[[], Any]] = {
         "RSA": lambda: rsa.generate_private_key(65537, 2048),
         "another RSA": lambda: rsa.generate_private_key(65537, 2048),
