@@ -207,12 +207,9 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(
-    node_modules: Path,
-    vite: Vite,
-    browser: Browser,
-    server: harness.Server,
+    node_modules: Path, vite: Vite, browser: Browser, server: harness.Server,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Story]:
+) -> Iterator[Story]:  # fmt: skip
     folder, other_folder = (tmp_path_factory.mktemp("nginx") for _ in range(2))
     (folder / "key").write_bytes(SECRET)
     bind, admin = f"unix:{folder}/http.sock", f"127.0.0.1:{harness.free_port()}"

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 import harness
-from harness import PROGRAM, ROOT, Browser, Database, Page, Relay, SseReader
+from harness import ROOT, Browser, Database, Page, Relay, SseReader
 from pages import pages
 
 pytestmark = pytest.mark.slow
@@ -340,18 +340,10 @@ def test_the_printed_commands_show_what_the_readme_shows_until_ctrl_c(
     assert list(open_folder.iterdir()) == []
 
 
-@contextlib.contextmanager
-def starting(folder: Path, bind: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a demo without waiting, with a folder for its files."""
-    with subprocess.Popen(
-        [sys.executable, str(PROGRAM), "demo", "--bind", bind], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**harness.clean_environment(), "TMPDIR": str(folder)},
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
+def launch(folder: Path, bind: str | None = None) -> Relay:
+    """Start a demo without waiting, in a session of its own and with a folder for its files."""
+    env = {"TMPDIR": str(folder)}
+    return Relay(command=("demo",), bind=bind, prefix=("setsid",), env=env, wait=False)
 
 
 @pytest.mark.parametrize(
@@ -366,21 +358,18 @@ def starting(folder: Path, bind: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_signal_while_it_starts_leaves_nothing_behind(
     open_folder: Path, sign: str, number: signal.Signals
 ) -> None:
-    with starting(open_folder, f"127.0.0.1:{harness.free_port()}") as process:
+    with launch(open_folder) as starting:
         harness.wait_until(lambda: list(open_folder.glob(sign)), what=sign)
-        os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=20)
-    assert "Traceback" not in output, output
-    assert process.returncode in (0, 1)
+        os.killpg(starting.pid, number)
+        assert starting.wait(20) in (0, 1)
+    assert "Traceback" not in starting.log
     harness.wait_until(lambda: not processes_below(open_folder), what="the end of PostgreSQL's processes")
     assert list(open_folder.iterdir()) == []
 
 
 def test_a_demo_that_cannot_start_says_why(demo: Relay, open_folder: Path) -> None:
-    with starting(open_folder, demo.bind) as process:
-        output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1
-    last = output.splitlines()[-1]
-    assert last.startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
-    assert "Traceback" not in output
+    with launch(open_folder, demo.bind) as second:
+        assert second.wait(30) == 1
+    assert second.lines[-1].startswith(f"Error: cannot listen on {demo.bind}: Address already in use; ")
+    assert "Traceback" not in second.log
     assert list(open_folder.iterdir()) == []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -20,6 +18,8 @@ from sites import AROUND, FILES, PAGE_LOADS, beside, is_live, line_to, open_reci
 
 pytestmark = pytest.mark.slow
 
+StartRelay = Callable[..., Relay]
+
 HERE = Path(__file__).parent
 OPTIONS = ("--source", "log", "--retry", "100")
 
@@ -29,18 +29,6 @@ def database(log_database: Database) -> Database:
     log_database.execute("CREATE TABLE orders (id bigint PRIMARY KEY, state text)")
     log_database.execute("INSERT INTO orders VALUES (7, 'new')")
     return log_database
-
-
-@dataclass
-class Application:
-    url: str
-    own_url: str
-    restart_relay: Callable[[], object]
-    stop_relay: Callable[[], object]
-
-    def change(self, state: str) -> None:
-        """Change the order by the framework's own code, which publishes it."""
-        assert httpx.get(f"{self.own_url}/state/{state}").status_code == 200
 
 
 # The command of the web server, and the files of the docs in its folder.
@@ -63,37 +51,6 @@ APPLICATIONS = {
 }
 
 
-@contextlib.contextmanager
-def serve(
-    framework: str, database: Database, start_relay: Callable[..., Relay], modules: Path, folder: Path
-) -> Iterator[Application]:
-    command, files = APPLICATIONS[framework]
-    site = folder / "site"
-    site.mkdir()
-    for name, (language, first) in files.items():
-        (site / name).write_text(block(language, first, "docs/clients.md"))
-    (site / "turbo.js").write_bytes(
-        (modules / "node_modules/@hotwired/turbo/dist/turbo.es2017-umd.js").read_bytes()
-    )
-    port = harness.free_port()
-    connection = json.dumps(psycopg2.extensions.parse_dsn(database.dsn))
-    own_url = f"http://127.0.0.1:{port}"
-    socket = f"unix:{folder}/http.sock"
-    relays = [start_relay(*OPTIONS, bind=socket, dsn=database.dsn)]
-    server = harness.nginx_recipe("server { }")
-    server += f"location = /turbo.js {{ {FILES} root {site}; }} location / {{ proxy_pass {own_url}; }}"
-    command = [word.replace("PORT", str(port)) for word in command]
-    with (
-        Nginx(folder, socket, server=server) as nginx,
-        harness.Daemon([harness.require(command[0]), *command[1:]], port, site, {"CONNECTION": connection}),
-    ):
-        yield Application(
-            nginx.url, own_url,
-            lambda: relays.append(start_relay(*OPTIONS, bind=socket, dsn=database.dsn)),
-            lambda: wait_until(lambda: relays[-1].stop() == 0),
-        )  # fmt: skip
-
-
 ORDER = "document.getElementById('order-7')?.textContent"
 
 
@@ -104,33 +61,49 @@ def wait_order(page: Page, state: str) -> None:
 @pytest.mark.timeout(120 + PAGE_LOADS)
 @pytest.mark.parametrize("framework", APPLICATIONS)
 def test_a_frameworks_page_misses_nothing(
-    framework: str,
-    database: Database,
-    start_relay: Callable[..., Relay],
-    node_modules: Path,
-    browser: Browser,
+    framework: str, database: Database, start_relay: StartRelay, node_modules: Path, browser: Browser,
     tmp_path: Path,
-) -> None:
+) -> None:  # fmt: skip
     """PAGE_LOADS=1000 for as many."""
+    command, files = APPLICATIONS[framework]
+    site = tmp_path / "site"
+    site.mkdir()
+    for name, (language, first) in files.items():
+        (site / name).write_text(block(language, first, "docs/clients.md"))
+    turbo = node_modules / "node_modules/@hotwired/turbo/dist/turbo.es2017-umd.js"
+    (site / "turbo.js").write_bytes(turbo.read_bytes())
+    port, socket = harness.free_port(), f"unix:{tmp_path}/http.sock"
+    own_url = f"http://127.0.0.1:{port}"
+    command = [harness.require(command[0]), *(word.replace("PORT", str(port)) for word in command[1:])]
+    env = {"CONNECTION": json.dumps(psycopg2.extensions.parse_dsn(database.dsn))}
+    server = harness.nginx_recipe("server { }")
+    server += f"location = /turbo.js {{ {FILES} root {site}; }} location / {{ proxy_pass {own_url}; }}"
+    relay = start_relay(*OPTIONS, bind=socket, dsn=database.dsn)
+
+    def change(state: str) -> None:
+        """Change the order by the framework's own code, which publishes it."""
+        assert httpx.get(f"{own_url}/state/{state}").status_code == 200
+
     with (
-        serve(framework, database, start_relay, node_modules, tmp_path) as application,
-        browser.open(url=f"{application.url}/orders") as page,
+        Nginx(tmp_path, socket, server=server) as nginx,
+        harness.Daemon(command, port, site, env),
+        browser.open(url=f"{nginx.url}/orders") as page,
     ):
         assert page.evaluate(ORDER) == "new"
-        assert stale_loads(page, f"{application.url}/orders", application.change, ORDER) == 0
+        assert stale_loads(page, f"{nginx.url}/orders", change, ORDER) == 0
         # Live, then across a restart, then a gap, after which the page is loaded again.
         page.evaluate("() => { window.same = document.querySelector('ul'); }")
-        application.change("live")
+        change("live")
         wait_order(page, "live")
-        application.stop_relay()
-        application.change("missed")
-        application.restart_relay()
+        assert relay.stop() == 0
+        change("missed")
+        start_relay(*OPTIONS, bind=socket, dsn=database.dsn)
         wait_order(page, "missed")
         assert page.evaluate("window.same.isConnected")
         database.execute("SELECT sse_relay.renew_epoch()")
         browser.run(page.playwright.wait_for_function("() => !window.same?.isConnected", timeout=20_000))
         wait_order(page, "missed")
-        application.change("after-the-gap")
+        change("after-the-gap")
         wait_order(page, "after-the-gap")
 
 
@@ -151,13 +124,9 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("framework", ROWS)
 def test_a_list_is_fetched_when_it_must_be(
-    framework: str,
-    database: Database,
-    start_relay: Callable[..., Relay],
-    browser: Browser,
-    node_modules: Path,
+    framework: str, database: Database, start_relay: StartRelay, browser: Browser, node_modules: Path,
     tmp_path: Path,
-) -> None:
+) -> None:  # fmt: skip
     """Behind an nginx that answers 502 while the relay is away."""
     relay = start_relay(*OPTIONS, dsn=database.dsn)
     folder = tmp_path / "pages"
@@ -216,11 +185,7 @@ def test_a_list_is_fetched_when_it_must_be(
 
 
 def test_datastar_reads_the_stream_itself(
-    database: Database,
-    start_relay: Callable[..., Relay],
-    browser: Browser,
-    node_modules: Path,
-    tmp_path: Path,
+    database: Database, start_relay: StartRelay, browser: Browser, node_modules: Path, tmp_path: Path
 ) -> None:
     relay = start_relay(*OPTIONS, dsn=database.dsn)
     script = node_modules / "node_modules" / SCRIPTS["datastar"]["datastar.js"]
