@@ -26,6 +26,7 @@ from harness import (
     Relay,
     SseReader,
     free_port,
+    metric,
     wait_until,
 )
 from sse_relay import GAP_REASONS, __version__
@@ -393,6 +394,14 @@ def test_each_metric_counts_what_really_happened(admin: Admin, database: Databas
 
     # None is labelled by channel: a client could make up any number of them.
     assert not any("orders" in sample or "channel=" in sample for sample in after)
+
+
+def test_bytes_are_those_that_a_client_gets(admin: Admin, database: Database) -> None:
+    with RawStream(admin.relay.bind, "/events/orders") as client:
+        client.wait_for(b"id: ")
+        database.notify("orders", "é" * 500)
+        client.wait_for("é\n".encode())
+        wait_until(lambda: metric(admin.address, "sent_bytes_total") == len(client.raw))
 
 
 def test_refusals_keep_their_true_status(start_relay: StartRelay, database: Database) -> None:

@@ -286,7 +286,7 @@ def test_clients_that_come_at_the_moment_of_the_stop_are_answered_and_not_reset(
 
 @pytest.mark.parametrize("read", [True, False])
 def test_few_sockets_in_one_turn_postgresql_first_and_nobody_is_forgotten(read: bool) -> None:
-    pairs = [socket.socketpair() for _ in range(3 * SOCKETS_PER_TURN)]
+    pairs = [socket.socketpair() for _ in range(2 * SOCKETS_PER_TURN + 5)]
     with FairSelector() as selector, contextlib.ExitStack() as stack:
         for near, far in pairs:
             stack.enter_context(near)
