@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import random
 import re
 import threading
 import time
@@ -30,11 +29,9 @@ from log_session import (
     Row,
     Session,
     apply,
-    damage,
     new_role,
 )
 from sse_relay import (
-    DAMAGE,
     LOG_ADVANCE_SQL,
     LOG_ATTACH_SQL,
     LOG_CHANNEL,
@@ -415,30 +412,6 @@ def test_the_session_is_safe_from_the_defaults_of_its_role(log: Session, databas
         session.sweep()
         assert session.datas() == ["x"]
         assert session.value("SHOW synchronous_commit") == "on"
-
-
-def test_what_cannot_be_read_is_set_aside_and_told_once(log: Session, database: Database) -> None:
-    epoch = log.attach()[0]
-    log.run("SELECT sse_relay.publish('a', d) FROM unnest(%s::text[]) AS d",
-            (["before", random.Random(1).randbytes(50_000).hex(), "behind"],))  # fmt: skip
-    damage(database, "sse_relay.pending")
-    _, xids, pids = log.waiting()
-    with pytest.raises(DAMAGE):
-        log.advance(xids, pids)
-    assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(2, False)]
-    renewed = log.attach()[0]
-    assert renewed != epoch
-    assert log.datas() == ["before", "behind"]
-    log.sweep()
-    assert log.run(LOG_ADVANCE_SQL, (xids, pids, None)) == [(0, False)]
-    assert log.attach()[0] == renewed
-    # What is repaired is numbered.
-    log.run("INSERT INTO sse_relay.pending (pid, channel, data) VALUES (0, 'a', 'repaired')")
-    log.sweep()
-    assert log.datas() == ["before", "behind"]
-    log.run("UPDATE sse_relay.pending SET pid = 1 WHERE data = 'repaired'")
-    log.sweep()
-    assert log.datas() == ["before", "behind", "repaired"]
 
 
 @pytest.mark.slow
