@@ -1946,8 +1946,8 @@ async def execute(
     """Run one statement and return its rows.
 
     Raises:
-        LostConnectionError: The connection is closed, or the statement was cancelled or
-            took longer than the timeout in seconds. aiopg has closed it then.
+        LostConnectionError: The connection is closed, or the statement was cancelled on the
+            server, or took longer than the timeout in seconds; then aiopg has closed it.
         psycopg2.Error: As PostgreSQL says.
     """
     task = asyncio.current_task()

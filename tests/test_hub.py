@@ -212,6 +212,25 @@ async def test_a_burst_is_one_write_in_the_order_of_positions_made_once_for_all_
 # Slow clients.
 
 
+async def test_a_live_stream_that_is_behind_catches_up_and_is_not_cut(open_stream: OpenStream) -> None:
+    hub = make_hub(max_backlog=10_000)
+    behind: list[tuple[Subscriber, str, int]] = []
+    hub.on_behind = lambda *who: behind.append(who)
+    slow, quick = await open_stream(hub, "a"), await open_stream(hub, "a")
+    # One large event may exceed the backlog by itself.
+    await broadcast(hub, make_frames("a", data="x" * 4_000_000))
+    size = len(slow.writes[0])
+    assert len(await quick.read(size)) == size
+    await broadcast(hub, make_frames("a", "a", first=2))
+    await broadcast(hub, make_frames("a", first=4))
+    assert behind == [(slow.subscriber, "e", 1)]
+    assert slow.subscriber.live_from == sse_relay.NOT_LIVE
+    assert (len(slow.writes), len(quick.writes)) == (1, 3)
+    assert len(await slow.read(size)) == size
+    assert hub.channels == {"a": {quick.subscriber, slow.subscriber}}
+    assert hub.counts.cut_clients == 0
+
+
 @pytest.mark.parametrize("channels", [("a",), ("b", "a", "c")])
 async def test_a_burst_leaves_in_pieces_of_the_backlog_or_of_one_event(
     open_stream: OpenStream, channels: tuple[str, ...]
