@@ -195,6 +195,7 @@ ENDS = {
     "truncated": ("TRUNCATE sse_relay.pending, sse_relay.events RESTART IDENTITY", 0),
     "other events, not as many": (SILENTLY + RESTART, 2),
     "other events, more": (SILENTLY + RESTART, 8),
+    "another epoch": ("SELECT sse_relay.renew_epoch()", 0),
 }
 
 
@@ -229,6 +230,25 @@ def test_a_history_that_ends_is_told(
 
 
 # ==== What cannot be read, or is gone ==========================================
+
+
+def test_events_that_are_pruned_before_a_relay_has_read_them_are_told(
+    log: Database, start_relay: RelayStarter
+) -> None:
+    relay = start_relay(*LOG, dsn=log.dsn)
+    with SseReader(relay.url("a")) as reader:
+        reader.wait_for_id()
+        publish(log, "a", "event")
+        reader.wait_for_data("event")
+        relay.suspend()
+        publish(log, "a", *words("missed", 3))
+        with Session(log) as other:
+            other.sweep()
+            other.run("UPDATE sse_relay.settings SET retention = '1 microsecond'")
+            other.run("SELECT sse_relay.prune()")
+        relay.resume()
+        reader.wait_for_data("missed 2")  # the newest stays
+        assert (reader.data, gaps(reader)) == (["event", "missed 2"], ["pruned"])
 
 
 def test_rows_hidden_by_row_level_security_are_no_silence(log: Database, start_relay: RelayStarter) -> None:
