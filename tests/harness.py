@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
+import click
 import httpx
 import playwright.async_api
 import psycopg2
@@ -43,7 +44,7 @@ import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
 import pages
-from sse_relay import EmbeddedPostgres, apply_schema
+from sse_relay import EmbeddedPostgres, apply_schema, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "sse_relay.py"
@@ -95,6 +96,12 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     pytest.fail("no free TCP port")
+
+
+def parse_command(name: str, arguments: Sequence[str], **more: Any) -> click.Context:
+    """Parse a command's arguments below its group; without it click keeps other names of --help."""
+    group = cli.make_context("sse_relay.py", [name])
+    return cli.commands[name].make_context(name, [*arguments], group, **more)
 
 
 class Closing:

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 import harness
 import sse_relay
-from harness import PROGRAM, Database, Relay, SseReader
+from harness import PROGRAM, Database, Relay, SseReader, parse_command
 from sse_relay import Settings, __version__, cli, open_sockets
 
 StartRelay = Callable[..., Relay]
@@ -126,7 +126,7 @@ def test_no_command_means_run(arguments: tuple[str, ...]) -> None:
 
 def test_an_option_has_the_same_variable_in_all_commands() -> None:
     for name, command in cli.commands.items():
-        context = command.make_context(name, ["x"] * len(command.params), resilient_parsing=True)
+        context = parse_command(name, ["x"] * len(command.params), resilient_parsing=True)
         for option in command.params:
             if not isinstance(option, click.Option):
                 continue
@@ -140,7 +140,7 @@ def test_an_option_has_the_same_variable_in_all_commands() -> None:
 
 
 def test_options_have_the_defaults_of_the_settings() -> None:
-    context = cli.commands["run"].make_context("run", ["--dsn", ""])
+    context = parse_command("run", ["--dsn", ""])
     given = {name: context.params[name] for name in Settings.__dataclass_fields__}
     assert Settings(**given) == Settings("")
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sse_relay
 from benchmark.__main__ import main as benchmark
-from harness import PROGRAM, Database, Relay, Server, require
+from harness import PROGRAM, Database, Relay, Server, parse_command, require
 from pages import FENCE, ROOT, anchors, block, blocks, pages, prose
 from simulation.command import command as simulation
 from sse_relay import KIB, MIB, apply_schema, cli, read_key, verify_token
@@ -126,7 +126,7 @@ def test_each_call_of_the_relay_is_understood() -> None:
     assert len(calls) >= 4, calls
     for arguments in calls:
         name, *rest = arguments if arguments[0] in cli.commands else ["run", *arguments]
-        cli.commands[name].make_context(name, rest)
+        parse_command(name, rest)
 
 
 @pytest.mark.parametrize(("program", "command"), [("simulation", simulation), ("benchmark", benchmark)])
