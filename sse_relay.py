@@ -106,7 +106,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import heappop, heappush
@@ -2237,7 +2237,7 @@ class Listener:
             notifications = self._inbox.take()
             for start in range(0, len(notifications), BURST_EVENTS):
                 if start:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # small bursts, one after the other, would be one long turn
                 await self.source.deliver(notifications[start : start + BURST_EVENTS], since)
 
     async def _follow_interest(self, listening: aiopg.Connection) -> None:
@@ -3777,6 +3777,31 @@ def encode_rows(rows: Sequence[tuple[Any, ...]]) -> list[Frame]:
     return frames
 
 
+class Place(NamedTuple):
+    """Where a stream stands, as far as it decides what the table is asked for."""
+
+    epoch: str
+    # Each channel with the number above which its events are owed.
+    since: tuple[tuple[str, int], ...]
+    # Where memory begins; nothing is read beyond, so that streams that stand alike ask for the same.
+    until: int
+    # As in `Cursor`.
+    number: int
+    counted: bool
+    last: int
+    # Bytes.
+    limit: int
+
+    def owed(self) -> dict[str, object]:
+        """Return the values of LOG_REPLAY_SQL and LOG_REPLAY_SIZE_SQL.
+
+        Channels that are owed nothing are left out: what is damaged there is not to be met again.
+        """
+        since = {name: number for name, number in self.since if number < self.until}
+        values = {"channels": [*since], "since": [*since.values()]}
+        return {**values, "until": self.until, "bytes": self.limit}
+
+
 class Found(NamedTuple):
     """What the table holds for streams that stand at one place, at whatever number the relay is."""
 
@@ -3797,10 +3822,10 @@ class Replays:
     def __init__(self, source: Source, memory: Memory) -> None:
         self._source = source
         self._memory = memory
-        # By the place: what is being read, how many streams wait for it, and what was just read.
-        self._reading: dict[tuple[object, ...], asyncio.Task[Found]] = {}
-        self._waiting: Counter[tuple[object, ...]] = Counter()
-        self._found: dict[tuple[object, ...], Found] = {}
+        # What is being read, how many streams wait for it, and what was just read.
+        self._reading: dict[Place, asyncio.Task[Found]] = {}
+        self._waiting: Counter[Place] = Counter()
+        self._found: dict[Place, Found] = {}
 
     def recall(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Page | None:
         """Return what `page` would, if it was just read for another stream."""
@@ -3814,9 +3839,8 @@ class Replays:
         if found is None:
             task = self._reading.get(place)
             if task is None:
-                task = asyncio.create_task(self._find(cursor, channels, limit, place))
+                task = self._reading[place] = asyncio.create_task(self._find(place))
                 task.add_done_callback(functools.partial(self._keep, place))
-                self._reading[place] = task
             self._waiting[place] += 1
             try:
                 # It belongs to the connection, not to the stream that asked first.
@@ -3827,14 +3851,10 @@ class Replays:
                     del self._waiting[place]
         return self._page_of(found, cursor, channels)
 
-    def _until(self, channels: Sequence[str]) -> int:
-        # Where memory begins, and no further: so streams that stand at the same place ask for the same.
-        return max(self._memory.floor(name) or 0 for name in channels)
-
-    def _place(self, cursor: Cursor, channels: Sequence[str], limit: int) -> tuple[object, ...]:
-        since = tuple(cursor.after(name) for name in channels)
-        how = cursor.number, cursor.counted, cursor.last, limit
-        return cursor.epoch, tuple(channels), since, self._until(channels), how
+    def _place(self, cursor: Cursor, channels: Sequence[str], limit: int) -> Place:
+        since = tuple((name, cursor.after(name)) for name in channels)
+        until = max(self._memory.floor(name) or 0 for name in channels)
+        return Place(cursor.epoch, since, until, cursor.number, cursor.counted, cursor.last, limit)
 
     def _page_of(self, found: Found, cursor: Cursor, channels: Sequence[str]) -> Page | None:
         if found.gaps:
@@ -3845,7 +3865,7 @@ class Replays:
             return None
         return make_page(cursor, found.number, channels, found.frames)
 
-    def _keep(self, place: tuple[object, ...], task: asyncio.Task[Found]) -> None:
+    def _keep(self, place: Place, task: asyncio.Task[Found]) -> None:
         del self._reading[place]
         if task.cancelled() or task.exception():
             return
@@ -3854,64 +3874,47 @@ class Replays:
         self._found[place] = task.result()
         asyncio.get_running_loop().call_later(SHARE_TIME, self._found.pop, place, None)
 
-    async def _find(
-        self, cursor: Cursor, channels: Sequence[str], limit: int, place: tuple[object, ...]
-    ) -> Found:
-        until = self._until(channels)
+    async def _find(self, place: Place) -> Found:
+        channels = [name for name, _ in place.since]
         query = functools.partial(self._source.listener.client_query, wanted=lambda: place in self._waiting)
         try:
-            if cursor.last:
-                newest = {"channels": [*channels], "until": cursor.number, "most": cursor.last}
-                return Found(cursor.epoch, before=dict(await query(LOG_LAST_SQL, newest)))
-            if not cursor.counted:
-                ((events, size),) = await query(LOG_REPLAY_SIZE_SQL, owed(cursor, channels, until, limit))
-                kept = [self._memory.missed(name, max(until, cursor.after(name))) for name in channels]
+            if place.last:
+                newest = {"channels": channels, "until": place.number, "most": place.last}
+                return Found(place.epoch, before=dict(await query(LOG_LAST_SQL, newest)))
+            if not place.counted:
+                ((events, size),) = await query(LOG_REPLAY_SIZE_SQL, place.owed())
+                kept = [self._memory.missed(name, max(place.until, number)) for name, number in place.since]
                 if too_many([(events, size), *kept]):
-                    return Found(cursor.epoch, dict.fromkeys(channels, "too-many"))
-            return await self._read(query, cursor, channels, until, limit)
+                    return Found(place.epoch, dict.fromkeys(channels, "too-many"))
+            return cut_page(await query(LOG_REPLAY_SQL, place.owed()), place)
         except DAMAGE:
             gaps = {}
-            for name in channels:
+            for name, number in place.since:
                 try:
-                    await self._read(query, cursor, [name], until, limit)
+                    await query(LOG_REPLAY_SQL, place._replace(since=((name, number),)).owed())
                 except DAMAGE as error:
                     warn_once(f"channel {name!r} cannot be read from the log: {one_line(error, '')}")
                     gaps[name] = "failed"
-            return Found(cursor.epoch, gaps or dict.fromkeys(channels, "failed"))
-
-    async def _read(
-        self,
-        query: Callable[..., Awaitable[list[tuple[Any, ...]]]],
-        cursor: Cursor,
-        channels: Sequence[str],
-        until: int,
-        limit: int,
-    ) -> Found:
-        rows = await query(LOG_REPLAY_SQL, owed(cursor, channels, until, limit))
-        epoch, pruned = rows[0][:2]
-        if epoch != cursor.epoch:
-            return Found(epoch)
-        if gaps := {name: "pruned" for name in channels if cursor.after(name) < pruned}:
-            return Found(epoch, gaps)
-        frames, full = encode_rows(rows), len(rows) >= LOG_PAGE_ROWS
-        size = 0
-        for count, frame in enumerate(frames, 1):
-            # On the wire, where a line end takes seven bytes.
-            size += len(frame.block)
-            if size >= limit:
-                frames, full = frames[:count], True
-                break
-        number = frames[-1].number if full and frames else max(until, cursor.number)
-        return Found(epoch, frames=frames, number=number)
+            return Found(place.epoch, gaps or dict.fromkeys(channels, "failed"))
 
 
-def owed(cursor: Cursor, channels: Sequence[str], until: int, limit: int) -> dict[str, object]:
-    """Return the values of LOG_REPLAY_SQL and LOG_REPLAY_SIZE_SQL for what channels are owed up to a number.
-
-    Those that are owed nothing are left out: what is damaged there is not to be met again.
-    """
-    since = {name: number for name in channels if (number := cursor.after(name)) < until}
-    return {"channels": [*since], "since": [*since.values()], "until": until, "bytes": limit}
+def cut_page(rows: Sequence[tuple[Any, ...]], place: Place) -> Found:
+    """Return what the rows of LOG_REPLAY_SQL hold for a place, up to its limit."""
+    epoch, pruned = rows[0][:2]
+    if epoch != place.epoch:
+        return Found(epoch)
+    if gaps := {name: "pruned" for name, number in place.since if number < pruned}:
+        return Found(epoch, gaps)
+    frames, full = encode_rows(rows), len(rows) >= LOG_PAGE_ROWS
+    size = 0
+    for count, frame in enumerate(frames, 1):
+        # On the wire, where a line end takes seven bytes.
+        size += len(frame.block)
+        if size >= place.limit:
+            frames, full = frames[:count], True
+            break
+    number = frames[-1].number if full and frames else max(place.until, place.number)
+    return Found(epoch, frames=frames, number=number)
 
 
 # ==== Source log: numbering ===================================================
@@ -4501,7 +4504,7 @@ class Streams:
         return self.refusals.answer(request, refused, path, headers)
 
     def drain(self) -> None:
-        """Tell every request to come back, those included that wait for LISTEN: the relay is stopping."""
+        """Send every request away to come back later, also those that wait for LISTEN: the relay stops."""
         self.draining = True
         for waiting in self._opening:
             with contextlib.suppress(RuntimeError):  # of one that expires in this very turn
@@ -5792,11 +5795,12 @@ class EmbeddedPostgres:
     def close(self) -> None:
         """Stop the server and remove its files."""
         self.stop()
+        shutil.rmtree(self._home, ignore_errors=True)
         # What an initdb that was ended had started may write for a moment still.
         end = time.monotonic() + EMBEDDED_STOP_SECONDS
         while self._home.exists() and time.monotonic() < end:
-            shutil.rmtree(self._home, ignore_errors=True)
             time.sleep(0.05)
+            shutil.rmtree(self._home, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Settle what stays over restarts: folder, binaries, cluster, port."""

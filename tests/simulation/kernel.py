@@ -180,7 +180,7 @@ class Link:
             self.sock.poke()
 
     def finish(self, how: str) -> None:
-        """Tell the client that no more comes."""
+        """End what the client receives."""
         if not self.ended:
             self.ended = how
             self.timeline.after(NEAR, self._tell_end)
