@@ -35,8 +35,8 @@ def test_load_client_counts_what_the_relay_sends(
     with Load(sseload, port_of(relay), 10, "--channels", "2", "--first-comment") as load:
         assert load.connect["ready"] == 10
         assert load.connect["connect_s"] > 0
-        load.reset()
         before = time.monotonic()
+        load.reset()
         # One longer than what the client reads at once, one of several lines, one without a stamp.
         texts = [*payloads(20), next(payloads(1)) + "y" * 7_000, next(payloads(1)) + "\nmore", "no stamp"]
         for text in texts:
