@@ -80,19 +80,24 @@ def draw(seed: int, source: str | None = None) -> Plan:
         # So slow a server cannot do everything in little steps.
         batch = knobs["LOG_PAGE_ROWS"] = knobs["MAX_ADVANCED"] = 1_000
         knobs["RESUME_PIECE_BYTES"] = 262_144
+    settings = {
+        "memory": chance.choice((20_000, 200_000, 64 << 20)),
+        "max_backlog": chance.choice((2_000, 30_000, 262_144)),
+        "linger": chance.choice((0.1, 2.0, 60.0)),
+        "heartbeat": chance.choice((1.0, 5.0, 15.0)),
+        "retry": chance.choice((0, 100, 500)),
+        "max_age": chance.choice((None, 4.0)) if ageing else None,
+    }
+    if tokens or settings["max_age"] is not None:
+        # A stream of seconds ends before it has passed hundreds of events that its page shows, if each
+        # is a page of its own; and the next begins where it began.
+        knobs["RESUME_PIECE_BYTES"] = max(700, knobs["RESUME_PIECE_BYTES"])
     return {
         "seed": seed,
         "source": source,
         "relays": relays,
         "channels": channels,
-        "settings": {
-            "memory": chance.choice((20_000, 200_000, 64 << 20)),
-            "max_backlog": chance.choice((2_000, 30_000, 262_144)),
-            "linger": chance.choice((0.1, 2.0, 60.0)),
-            "heartbeat": chance.choice((1.0, 5.0, 15.0)),
-            "retry": chance.choice((0, 100, 500)),
-            "max_age": chance.choice((None, 4.0)) if ageing else None,
-        },
+        "settings": settings,
         "tokens": tokens,
         "knobs": knobs,
         "delay": delay,
