@@ -126,6 +126,7 @@ from aiohttp.http_exceptions import LineTooLong
 __version__ = "0.1.0"
 
 log = logging.getLogger("sse_relay")
+http_log = log.getChild("http")
 
 
 # ==== Errors ==================================================================
@@ -336,9 +337,12 @@ def join_blocks(frames: Iterable[Frame], several: bool) -> bytes:
     return b"".join([named_block(frame) if several else frame.block for frame in frames])
 
 
+compact_json: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def encode_control(name: str, data: Mapping[str, object], position: bytes | None = None) -> bytes:
     """Encode one of the relay's own events: ``relay.<name>``, its data as JSON."""
-    text = json.dumps(data, separators=(",", ":")).encode("ascii")
+    text = compact_json(data).encode("ascii")
     mark = b"" if position is None else b"id: %b\n" % position
     return b"event: relay.%b\n%bdata: %b\n\n" % (name.encode(), mark, text)
 
@@ -354,10 +358,14 @@ def encode_gaps(gaps: Mapping[str, str], since: str | None, position: bytes | No
     reasons = list(dict.fromkeys(gaps.values()))
     blocks = []
     for reason in reasons:
-        channels = [channel for channel in gaps if gaps[channel] == reason]
-        data = {"channels": channels, "reason": reason, "since": since}
-        blocks.append(encode_control("gap", data, position if reason == reasons[-1] else None))
+        channels = tuple(channel for channel in gaps if gaps[channel] == reason)
+        blocks.append(_encode_gap(channels, reason, since, position if reason == reasons[-1] else None))
     return b"".join(blocks)
+
+
+@functools.lru_cache(maxsize=16)  # streams that begin together get the same
+def _encode_gap(channels: tuple[str, ...], reason: str, since: str | None, position: bytes | None) -> bytes:
+    return encode_control("gap", {"channels": channels, "reason": reason, "since": since}, position)
 
 
 def encode_refused(status: int, reason: str) -> bytes:
@@ -538,6 +546,7 @@ def is_stream_path(target: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix.rstrip("/") + "/")
 
 
+@functools.lru_cache(maxsize=16)  # the browsers of one page ask for the same
 def parse_target(target: str, prefix: str) -> Target:
     """Read the channels and the position from a request's target.
 
@@ -926,7 +935,8 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def is_local_host(host: str, bound: Collection[str] = ()) -> bool:
+@functools.lru_cache(maxsize=16)  # they all send the same
+def is_local_host(host: str, bound: frozenset[str] = frozenset()) -> bool:
     """Return whether a Host header names this machine itself.
 
     Args:
@@ -1216,10 +1226,11 @@ class Subscriber(asyncio.Protocol):
     task: asyncio.Task[None] | None = None
     # Done when the socket takes more; None while it does.
     room: asyncio.Future[None] | None = None
-    # Bytes given to the transport; how many of them the socket had taken at the hub's last look, and
-    # the loop time of the last look at which it took all or more than before.
-    sent: int = 0
-    taken: int = -1
+    # How a stall shows: the bytes that came to wait behind others, less those that wait, stay the same
+    # while the socket takes nothing. That difference at the hub's last look, None if a write has found
+    # nothing waiting since; and the loop time of the last look that found a change, or nothing waiting.
+    queued: int = 0
+    taken: int | None = None
     taken_at: float = 0.0
     # The loop times at which its next heartbeat and its next position are due.
     heartbeat_at: float = 0.0
@@ -1229,8 +1240,11 @@ class Subscriber(asyncio.Protocol):
         """Send a block, wrapped as the client's HTTP version needs it, after raw bytes."""
         if self.transport is not None and not self.transport.is_closing():
             data = head + (as_chunk(block) if self.chunked else block)
+            if self.transport.get_write_buffer_size():
+                self.queued += len(data)
+            else:
+                self.taken = None
             self.transport.write(data)
-            self.sent += len(data)
             self.hub.counts.sent_bytes += len(data)
 
     def end(self, final: bytes, *, complete: bool = False) -> None:
@@ -1288,7 +1302,7 @@ class Subscriber(asyncio.Protocol):
         if transport is None:
             return
         waiting = transport.get_write_buffer_size()
-        taken = self.sent - waiting
+        taken = self.queued - waiting
         if waiting and taken == self.taken:
             if now - self.taken_at >= STALL_TIMEOUT:
                 log.info("cut a client that took nothing for %d s: %d bytes waited", STALL_TIMEOUT, waiting)
@@ -1316,7 +1330,7 @@ class Subscriber(asyncio.Protocol):
         else:
             return
         self.write(block)
-        self.taken, self.heartbeat_at = self.sent, now + self.hub.heartbeat
+        self.taken, self.heartbeat_at = taken, now + self.hub.heartbeat
 
 
 @functools.lru_cache(maxsize=2)
@@ -1565,35 +1579,39 @@ class Hub:
         most = self.max_backlog
         chunk = as_chunk(block)
         cost = 1 + len(block) // BYTES_PER_WRITE
-        rest = iter(subscribers)
-        # At least one of them, however large the block.
-        while part := tuple(itertools.islice(rest, -(-self._left // cost))):
-            deliveries = sent = 0
-            for subscriber in part:
+        rest, unseen = iter(subscribers), len(subscribers)
+        while unseen:
+            # At least one of them, however large the block.
+            part = min(unseen, -(-self._left // cost))
+            unseen -= part
+            writes = sent = 0
+            for subscriber in itertools.islice(rest, part):
                 transport = subscriber.transport
                 if subscriber.live_from >= until or transport is None:
                     continue
                 try:
                     if transport.is_closing():
                         continue
-                    # Before the write: one large event may exceed the limit by itself.
-                    if events and transport.get_write_buffer_size() > most:
-                        subscriber.live_from = NOT_LIVE
-                        self.on_behind(subscriber, epoch, before)
-                        continue
                     data = chunk if subscriber.chunked else block
+                    if waiting := transport.get_write_buffer_size():
+                        # Before the write: one large event may exceed the limit by itself.
+                        if events and waiting > most:
+                            subscriber.live_from = NOT_LIVE
+                            self.on_behind(subscriber, epoch, before)
+                            continue
+                        subscriber.queued += len(data)
+                    else:
+                        subscriber.taken = None
                     transport.write(data)
                 except Exception as error:
                     # Whatever a transport raises concerns this stream alone.
                     self._drop(subscriber, error)
                     continue
-                size = len(data)
-                subscriber.sent += size
-                sent += size
-                deliveries += events
-            self.counts.deliveries += deliveries
+                sent += len(data)
+                writes += 1
+            self.counts.deliveries += writes * events
             self.counts.sent_bytes += sent
-            yield from self._spend(len(part) * cost)
+            yield from self._spend(part * cost)
 
     def _drop(self, subscriber: Subscriber, error: Exception) -> None:
         """Abort a connection that could not be written to."""
@@ -5042,6 +5060,7 @@ class Sockets:
         # Where streams are served, before `open` too; in the form of --bind.
         self.addresses = [*map(address_of, self.streams), *self._bind]
         self._own = [split_address(address) for address in (*self._bind, *self._admin)]
+        self._names = frozenset(address[0].lower() for address in self._own if isinstance(address, tuple))
         self._paths: dict[Path, os.stat_result] = {}
         self._loopback: set[tuple[Any, ...]] = set()
 
@@ -5080,8 +5099,7 @@ class Sockets:
         # "the authority of the absolute-form … MUST ignore the received Host" (RFC 9112, section 3.2.2)
         authority, _ = split_target(request.raw_path)
         hosts = request.headers.getall("Host", ()) if authority is None else (authority,)
-        bound = {address[0].lower() for address in self._own if isinstance(address, tuple)}
-        return not all(is_local_host(host, bound) for host in hosts)
+        return not all(is_local_host(host, self._names) for host in hosts)
 
     def remove_paths(self) -> None:
         """Remove the unix sockets, while they are open, unless another relay has taken the path."""
@@ -5131,7 +5149,7 @@ class Connection(web.RequestHandler):
             door,
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]  # as aiohttp itself takes it: no log
-            logger=log.getChild("http"),
+            logger=http_log,
             keepalive_timeout=KEEPALIVE_TIMEOUT,
             max_field_size=MAX_FIELD_BYTES,
             max_line_size=MAX_FIELD_BYTES,

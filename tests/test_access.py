@@ -582,8 +582,8 @@ FOREIGN_HOSTS = [
 
 
 def test_which_hosts_are_this_machine() -> None:
-    assert [host for host in LOCAL_HOSTS if not is_local_host(host, {"mine.test"})] == []
-    assert [host for host in FOREIGN_HOSTS if is_local_host(host, {"mine.test"})] == []
+    assert [host for host in LOCAL_HOSTS if not is_local_host(host, frozenset({"mine.test"}))] == []
+    assert [host for host in FOREIGN_HOSTS if is_local_host(host, frozenset({"mine.test"}))] == []
 
 
 def true_status(address: str, target: str, *hosts: str, method: str = "GET", more: str = "") -> int:

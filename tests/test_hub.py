@@ -258,13 +258,15 @@ async def test_a_burst_leaves_in_pieces_of_the_backlog_or_of_one_event(
 async def test_only_who_takes_nothing_for_half_a_minute_is_cut_in_whatever_state(
     open_stream: OpenStream, beating: Beating, advance: Advance, live: bool
 ) -> None:
-    hub = make_hub(max_backlog=10_000)
+    hub = make_hub(max_backlog=10_000_000)
     stalled, slow, idle = [await open_stream(hub, "a", live=live, key=key) for key in range(3)]
     beating(hub)
     for stream in (stalled, slow):
         stream.subscriber.write(b"x" * 4_000_000)
-    # From now on nothing is taken of the one, and a little at a time of the other.
-    for _ in range(5):
+    # From now on nothing is taken of the one, and a little at a time of the other; more comes for both.
+    for number in range(1, 6):
+        stalled.subscriber.write(b"x")
+        await broadcast(hub, make_frames("a", first=number))
         before = slow.transport.get_write_buffer_size()
         while slow.transport.get_write_buffer_size() == before:
             await slow.read(20_000)
@@ -277,6 +279,27 @@ async def test_only_who_takes_nothing_for_half_a_minute_is_cut_in_whatever_state
     now = asyncio.get_running_loop().time()
     assert [hub.cut_count(key, now) for key in range(3)] == [1, 0, 0]
     await until(lambda: hub.subscribers == {slow.subscriber, idle.subscriber})
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_who_is_behind_by_the_same_at_every_look_but_took_all_in_between_is_not_cut(
+    open_stream: OpenStream, beating: Beating, advance: Advance, live: bool
+) -> None:
+    hub = make_hub(max_backlog=10_000_000)
+    stream = await open_stream(hub, "a", live=live)
+    beating(hub)
+    behind = set()
+    for number in range(1, 10):
+        if live:
+            await broadcast(hub, make_frames("a", first=number, data="x" * 1_000_000))
+        else:
+            stream.subscriber.write(b"x" * 1_000_000)
+        behind.add(stream.transport.get_write_buffer_size())
+        await advance(STALL_TIMEOUT / 4)
+        await stream.read(len(stream.writes[-1]))
+    assert len(behind) == 1
+    assert behind != {0}
+    assert not stream.transport.is_closing()
 
 
 async def test_cuts_are_counted_for_each_client_and_forgotten_after_ten_minutes(
