@@ -280,7 +280,7 @@ def decode_notification(payload: str) -> Event:
     any other value keeps the text it came as. ``retry`` and ``comment`` are read and
     not sent: a publisher could park other people's clients with them.
     """
-    members = _read_envelope(payload)
+    members = _read_envelope(payload) if payload[:1] in "{ \t\n\r" else None
     if members is None:
         return Event(whole_text(payload))
     value, text = members["data"]
@@ -1062,10 +1062,11 @@ class Memory:
             self.size += SHELF_OVERHEAD_BYTES
         size = len(frame.block) + FRAME_OVERHEAD_BYTES
         sums = shelf.sums
+        end = sums[-1] + size
         shelf.frames.append(frame)
-        sums.append(sums[-1] + size)
+        sums.append(end)
         self.size += size
-        if (sums[-1] - sums[shelf.start]) * 8 > self.limit:
+        if (end - sums[shelf.start]) * 8 > self.limit:
             self._loud.add(channel)
         while self.size > self.limit:
             self._drop_oldest()
@@ -1528,37 +1529,39 @@ class Hub:
                     several.setdefault(subscriber, []).append(channel)
             yield from self._spend((len(watchers) - len(alone)) // EVENTS_PER_WRITE)
             if alone:
-                blocks = [(frame.number, frame.block) for frame in its_frames]
-                yield from self._write_pieces(blocks, alone, epoch, frames[-1].number)
+                blocks = [frame.block for frame in its_frames]
+                yield from self._write_pieces(its_frames, blocks, alone, epoch, frames[-1].number)
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
         named = {
-            channel: [(frame.number, named_block(frame)) for frame in by_channel[channel]]
+            frame.number: named_block(frame)
             for channel in {channel for hit in together for channel in hit}
+            for frame in by_channel[channel]
         }
         for hit, subscribers in together.items():
             # Sorting merges what is sorted already.
-            merged = sorted(itertools.chain.from_iterable(named[channel] for channel in hit))
+            merged = sorted(itertools.chain.from_iterable(by_channel[channel] for channel in hit))
             yield from self._spend(len(merged) // EVENTS_PER_WRITE)
-            yield from self._write_pieces(merged, subscribers, epoch, frames[-1].number)
+            blocks = [named[frame.number] for frame in merged]
+            yield from self._write_pieces(merged, blocks, subscribers, epoch, frames[-1].number)
 
     def _write_pieces(
-        self, blocks: Sequence[tuple[int, bytes]], subscribers: Sequence[Subscriber], epoch: str, until: int
+        self,
+        frames: Sequence[Frame],
+        blocks: Sequence[bytes],
+        subscribers: Sequence[Subscriber],
+        epoch: str,
+        until: int,
     ) -> Iterator[None]:
-        for piece in self._cut(blocks):
-            block = b"".join([block for _, block in piece])
-            yield from self._write(block, subscribers, until, len(piece), epoch, piece[0][0] - 1)
-
-    def _cut(self, blocks: Sequence[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
-        """Cut numbered blocks into pieces of at most ``--max-backlog``, or of one block."""
-        start = size = 0
-        for index, (_, block) in enumerate(blocks):
-            if size + len(block) > self.max_backlog and index > start:
-                yield blocks[start:index]
-                start, size = index, 0
-            size += len(block)
-        yield blocks[start:]
+        """Write the blocks of frames in pieces of at most ``--max-backlog``, or of one block."""
+        sums = [0, *itertools.accumulate(map(len, blocks))]
+        start = 0
+        while start < len(blocks):
+            end = max(start + 1, bisect.bisect_right(sums, sums[start] + self.max_backlog) - 1)
+            piece, before = b"".join(blocks[start:end]), frames[start].number - 1
+            yield from self._write(piece, subscribers, until, end - start, epoch, before)
+            start = end
 
     def _write(
         self,
@@ -2663,10 +2666,10 @@ class NotifySource(Source):
 
     async def deliver(self, notifications: Sequence[psycopg2.extensions.Notify], since: float) -> None:
         frames = []
-        epoch = self.epoch.encode()
+        epoch, listened = self.epoch.encode(), self.interest.confirmed
         for notification in notifications:
             channel = notification.channel
-            if channel not in self.interest.confirmed:
+            if channel not in listened:
                 continue
             event = decode_notification(notification.payload)
             if event.dropped:
