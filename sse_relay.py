@@ -130,6 +130,8 @@ http_log = log.getChild("http")
 
 
 # ==== Errors ==================================================================
+#
+# What this program raises on purpose: what is wrong, and what fixes it. Pure.
 
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
@@ -175,6 +177,8 @@ class LostConnectionError(RelayError):
 
 
 # ==== Events and frames =======================================================
+#
+# From a notification to an event, and from an event to bytes. Pure; knows no socket and no stream.
 
 # An application's id that survives the trip to a browser and back, in a header.
 OWN_ID: Final = re.compile(r"[ -~]{1,256}")
@@ -402,6 +406,8 @@ def retry_after(base: int, clients: int, factor: float = 1.0) -> int:
 
 
 # ==== Channels and positions ==================================================
+#
+# What a client may ask for, and where it stands. Pure; knows of a request no more than its target.
 
 MAX_STREAM_CHANNELS: Final = 50
 # PostgreSQL cuts a LISTENed name at NAMEDATALEN - 1 bytes in silence.
@@ -600,8 +606,8 @@ def _decode_target(target: str, prefix: str) -> tuple[str, list[tuple[str, str]]
 
 
 # ==== Tokens ==================================================================
-
-# Keys, and what a token signed with one opens. Pure.
+#
+# Keys, and what a token signed with one opens. Pure: no file is read here, and time is an argument.
 
 # Longer tokens do not fit into a request's headers either.
 MAX_TOKEN_BYTES: Final = 8_000
@@ -797,7 +803,7 @@ def sign_token(
 
 
 # ==== Access ==================================================================
-
+#
 # Who may read what, from which pages and by which hosts. Pure; headers come as a mapping.
 
 # How long a revocation is kept; older tokens that have a subject are refused.
@@ -951,7 +957,7 @@ def is_local_host(host: str, bound: frozenset[str] = frozenset()) -> bool:
 
 # ==== Replay memory ===========================================================
 #
-# Pure: recent frames, for clients that come back.
+# Recent frames, for clients that come back. Pure; knows no client.
 
 # Python objects of one frame in memory: the tuple, its bytes object, its list slots.
 FRAME_OVERHEAD_BYTES: Final = 250
@@ -1152,6 +1158,8 @@ class Memory:
 
 
 # ==== Counts ==================================================================
+#
+# What the metrics say, as plain numbers. Pure; knows none of the parts that count.
 
 # Seconds; the last bucket of `Counts.delays` is for all that took longer.
 DELAY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -4274,7 +4282,7 @@ class LogSource(Source):
 
 
 # ==== Refusals ================================================================
-
+#
 # How a request is answered that gets no stream. Knows HTTP and whom to count; not why it is refused.
 
 EVENT_STREAM: Final = "text/event-stream"
@@ -4721,7 +4729,7 @@ class Streams:
 
 
 # ==== Admin ===================================================================
-
+#
 # What operators ask: whether it works, what it does. Changes nothing.
 
 # Whatever --path says: with / a channel could hide a route.
@@ -4887,7 +4895,7 @@ async def answer_admin(relay: Relay, request: web.BaseRequest) -> web.StreamResp
 
 
 # ==== systemd =================================================================
-
+#
 # What systemd says in the environment, and what it wants to hear. Knows nothing of the relay.
 
 
@@ -4930,7 +4938,7 @@ def watchdog_interval() -> float | None:
 
 
 # ==== Sockets =================================================================
-
+#
 # Addresses, the sockets that listen there, and who can reach them.
 
 LISTEN_BACKLOG: Final = 4096
@@ -5114,7 +5122,7 @@ class Sockets:
 
 
 # ==== Door ====================================================================
-
+#
 # What strangers may hold open before they ask for anything, and turns that are fair. Knows aiohttp,
 # and nothing of streams.
 
@@ -5316,7 +5324,7 @@ async def serve_on(server: web.Server, sockets: Iterable[socket.socket]) -> web.
 
 
 # ==== Settings ================================================================
-
+#
 # What `run` is told, and who may read what by it. Reads key files; starts nothing.
 
 # Of pages that runserver or Vite serves on another port.
@@ -5399,7 +5407,7 @@ def make_access(settings: Settings, addresses: Sequence[str]) -> Access:
 
 
 # ==== Relay ===================================================================
-
+#
 # Wires the parts, and orders start and stop.
 
 # A page loads the module from its cache meanwhile, also while the relay is away.

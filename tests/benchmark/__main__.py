@@ -55,7 +55,7 @@ def run(bench: Bench, name: str, work: Work, rounds: int) -> dict[str, list[dict
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--full", is_flag=True, help="All works, several rounds: some fifteen minutes; else the bars alone."
+    "--full", is_flag=True, help="All works, several rounds: some ten minutes; else the bars alone."
 )
 @click.option("--tiny", is_flag=True, help="A few clients and moments: shows that it runs, no more.")
 @click.option("--only", "names", multiple=True, type=click.Choice(list(WORKS)), help="This work. Repeatable.")
