@@ -1542,11 +1542,8 @@ class Hub:
         together: dict[tuple[str, ...], list[Subscriber]] = {}
         for subscriber, channels in several.items():
             together.setdefault(tuple(channels), []).append(subscriber)
-        named = {
-            frame.number: named_block(frame)
-            for channel in {channel for hit in together for channel in hit}
-            for frame in by_channel[channel]
-        }
+        watched = {channel for hit in together for channel in hit}
+        named = {frame.number: named_block(frame) for name in watched for frame in by_channel[name]}
         for hit, subscribers in together.items():
             # Sorting merges what is sorted already.
             merged = sorted(itertools.chain.from_iterable(by_channel[channel] for channel in hit))
@@ -1587,9 +1584,7 @@ class Hub:
             events: In it; a gap, which has none, is told whatever waits.
             epoch, before: The position up to which everything was in earlier blocks.
         """
-        most = self.max_backlog
-        chunk = as_chunk(block)
-        cost = 1 + len(block) // BYTES_PER_WRITE
+        chunk, cost = as_chunk(block), 1 + len(block) // BYTES_PER_WRITE
         rest, unseen = iter(subscribers), len(subscribers)
         while unseen:
             # At least one of them, however large the block.
@@ -1606,7 +1601,7 @@ class Hub:
                     data = chunk if subscriber.chunked else block
                     if waiting := transport.get_write_buffer_size():
                         # Before the write: one large event may exceed the limit by itself.
-                        if events and waiting > most:
+                        if events and waiting > self.max_backlog:
                             subscriber.live_from = NOT_LIVE
                             self.on_behind(subscriber, epoch, before)
                             continue
