@@ -88,9 +88,10 @@ def draw(seed: int, source: str | None = None) -> Plan:
         "retry": chance.choice((0, 100, 500)),
         "max_age": chance.choice((None, 4.0)) if ageing else None,
     }
-    if tokens or settings["max_age"] is not None:
+    if tokens or settings["max_age"] is not None or delay > 0.0002:
         # A stream of seconds ends before it has passed hundreds of events that its page shows, if each
-        # is a page of its own; and the next begins where it began.
+        # is a page of its own; and the next begins where it began. Nor can a server that takes a
+        # millisecond for each read tens of thousands of them one by one.
         knobs["RESUME_PIECE_BYTES"] = max(700, knobs["RESUME_PIECE_BYTES"])
     return {
         "seed": seed,
