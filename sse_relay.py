@@ -3640,8 +3640,11 @@ FROM (SELECT) AS one LEFT JOIN (
 ORDER BY e.id
 """
 
-# (id int) -> (id int, channel text): the event after this id, without what may be damaged.
-LOG_NEXT_SQL: Final = "SELECT id, channel FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1"
+# (id int) -> (id int, channel text, pruned bigint): the event after this id, without what may be damaged.
+LOG_NEXT_SQL: Final = """
+SELECT id, channel, (SELECT coalesce(max(pruned), 0) FROM sse_relay.settings)
+FROM sse_relay.events WHERE id > %s ORDER BY id LIMIT 1
+"""
 
 # (bytes int) -> (id int | None): behind it lie the newest events, at most 10,000 and so many bytes of data.
 LOG_RECENT_SQL: Final = """
@@ -4251,7 +4254,11 @@ class LogSource(Source):
                 step = step * 2 or 1
         if not found:
             raise LostConnectionError(f"the log cannot be read: {one_line(error, '')}") from error
-        ((number, channel),) = found
+        ((number, channel, pruned),) = found
+        if pruned > self.number:
+            # Others before it are gone, of which no page could tell.
+            await self._attach()
+            return
         if step:
             number, channel = number - 1, None
         log.error("event %d of channel %r cannot be read, and is left out: %s", number, channel, error)

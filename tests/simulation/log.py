@@ -256,7 +256,7 @@ class Log:
 
     def _next(self, since: int) -> list[Row]:
         start = self._place(since)
-        return [(row.id, row.channel) for row in self.events[start : start + 1]]
+        return [(row.id, row.channel, self.pruned) for row in self.events[start : start + 1]]
 
     def _recent(self, most: int) -> list[Row]:
         size, first = 0, None
