@@ -284,7 +284,7 @@ def decode_notification(payload: str) -> Event:
     any other value keeps the text it came as. ``retry`` and ``comment`` are read and
     not sent: a publisher could park other people's clients with them.
     """
-    members = _read_envelope(payload) if payload[:1] in "{ \t\n\r" else None
+    members = _read_envelope(payload)
     if members is None:
         return Event(whole_text(payload))
     value, text = members["data"]
@@ -942,11 +942,11 @@ def is_loopback(host: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)  # they all send the same
-def is_local_host(host: str, bound: frozenset[str] = frozenset()) -> bool:
+def is_local_host(host: str, bound: frozenset[str]) -> bool:
     """Return whether a Host header names this machine itself.
 
     Args:
-        bound: Names that --bind gives.
+        bound: Names that --bind and --admin give, in lower case.
     """
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\s.:@/?#\[\]][^\s:@/?#\[\]]*))(:[0-9]*)?", host.lower())
     if match is None:

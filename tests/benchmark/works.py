@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import harness
 from benchmark import servers
 from benchmark.measure import (
     ALL_CORES,
@@ -144,7 +145,7 @@ def arrivals(bench: Bench, name: str) -> Figures:
 def heartbeat(bench: Bench, name: str) -> Figures:
     """Hold ten thousand idle streams: heartbeats, canaries and whatever else the relay does then."""
     with bench.start(name) as server, bench.load(server, bench.clients(10_000), "--inflight", "1000") as load:
-        time.sleep(1)
+        warm_up(load, server)
         load.reset()
         meter, started = Meter(server.pids), time.monotonic()
         report = load.until(1 << 40, bench.seconds(15, 60))
@@ -230,10 +231,10 @@ def rival(bench: Bench, name: str) -> Figures:
         send([f'{{"event": "message", "data": "{text}"}}' for text in texts])
 
     with bench.start(name) as server, bench.load(server, clients) as load:
-        # The connections of sse-relay-server LISTEN after the head is out.
-        time.sleep(1)
         send = functools.partial(as_json, server.send)
         pids = server.pids
+        # The connections of sse-relay-server LISTEN after the head is out.
+        harness.wait_until(lambda: not deliver(load, pids, send, 1, timeout=1.0).lost, 20, "an event for all")
         deliver(load, pids, send, 10, 100.0)
         both = Meter(lambda: [*pids(), *children(bench.postgres.pid)])
         done = deliver(load, pids, send, int(20 * bench.seconds(2, 5)), 20.0)
