@@ -5182,6 +5182,11 @@ class Connection(web.RequestHandler):
             unfinished = self.unfinished + len(data)
         self.door.received(self, max(0, unfinished))
 
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        """Log an error; but aiohttp goes on to wait for a body when the door has closed its connection."""
+        if self.transport is not None or not isinstance(more.get("exc_info"), RuntimeError):
+            super().log_exception(*args, **more)
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -331,6 +331,18 @@ def test_floods_are_bounded_and_others_are_served_meanwhile(
     assert len("\n".join(relay.lines[lines:])) < 2_000_000 + 5 * total
 
 
+def test_a_body_that_goes_on_behind_its_answer_is_no_error_of_ours(shared_relay: Relay) -> None:
+    body = b"a\r\n0123456789\r\n" * 3_000
+    for _ in range(50):
+        with RawStream(shared_relay.bind, request=CHUNKED) as stream, contextlib.suppress(ConnectionError):
+            stream.wait_for(b"404")
+            for _ in range(10):
+                stream.socket.sendall(body)
+    with SseReader(shared_relay.url("orders")) as reader:
+        reader.wait_for_id()
+    assert "Traceback" not in shared_relay.log
+
+
 def test_the_listener_comes_back_while_all_descriptors_are_taken(
     start_limited: StartRelay, database: Database
 ) -> None:
